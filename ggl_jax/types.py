@@ -1,0 +1,192 @@
+"""The types that hold the library together.
+
+Each is a ``NamedTuple`` of pure functions, in the manner of optax. Nothing in them is jitted;
+callers compose them with ``jax.jit``, ``jax.vmap`` and ``jax.grad``. Keys are typed
+(``jax.random.key``) and come first. Large arrays (model variables, generator parameters, observed
+updates) are arguments, never closed over, because a closed-over array is baked into the compiled
+program.
+
+Shapes in the docstrings: ``b`` images in a batch, ``n`` candidates, ``z`` latent entries,
+``h w c`` height, width, channels, ``d`` features, ``k`` classes.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+
+PyTree = Any
+Path = tuple[str, ...]
+
+#: Status codes of :class:`Info`. They are data, since exceptions cannot leave a compiled program.
+OK, NONFINITE, STALLED = 0, 1, 2
+STATUS_MESSAGES = {
+    OK: "ok",
+    NONFINITE: "the matching loss became NaN or infinite",
+    STALLED: "the search stopped making progress",
+}
+
+
+class Model(NamedTuple):
+    """A federated-learning model, known to the client and to the server alike.
+
+    Attributes:
+        init: ``init(key) -> variables`` with a ``"params"`` entry (and ``"batch_stats"``, if any).
+        apply: ``apply(variables, images[b h w c] in [0, 1]) -> (logits[b k], features[b d])``;
+            ``features`` is the input of the last Dense layer. Conversion to the network's own
+            input range happens inside.
+        head: path of the last Dense layer inside ``variables["params"]``, e.g. ``("fc",)``; it
+            holds ``kernel`` [d k] and, usually, ``bias`` [k].
+        image_shape: ``(h, w, c)``.
+        num_classes: ``k``.
+        name: shown in results.
+    """
+
+    init: Callable
+    apply: Callable
+    head: Path
+    image_shape: tuple[int, int, int]
+    num_classes: int
+    name: str
+
+
+class Prior(NamedTuple):
+    """Public knowledge of what images look like: a generator and the law of its latents.
+
+    Attributes:
+        init: ``init(key) -> params``.
+        apply: ``apply(params, latents[b z], labels[b]) -> images[b h w c]`` in [0, 1].
+        sample_latent: ``sample_latent(key, num) -> latents[num z]``.
+        latent_dim: ``z``.
+        image_shape: ``(h, w, c)``.
+        name: shown in results.
+    """
+
+    init: Callable
+    apply: Callable
+    sample_latent: Callable
+    latent_dim: int
+    image_shape: tuple[int, int, int]
+    name: str
+
+
+class Context(NamedTuple):
+    """What a client's defense may look at. It holds private data: the adversary never gets one."""
+
+    model: Model
+    variables: PyTree
+    images: jax.Array
+    labels: jax.Array
+
+
+class Factored(NamedTuple):
+    """A defense's simulation written as ``scale(sq_norms(mask * g)) * mask * g``.
+
+    The matching loss can then be computed from each layer's norm and inner product, without
+    forming every candidate's gradient.
+
+    Attributes:
+        mask: a pytree with the update's structure whose leaves broadcast against the update's
+            (a scalar 1.0 where nothing is masked), or None for no mask.
+        scale: ``scale(sq_norms) -> scales``, both pytrees with the update's structure and scalar
+            leaves; ``sq_norms`` are the squared l2 norms of the masked leaves. None for no scaling.
+    """
+
+    mask: PyTree | None = None
+    scale: Callable | None = None
+
+
+class Defense(NamedTuple):
+    """A privacy defense, seen from both sides.
+
+    Attributes:
+        name: its specification, e.g. ``"clip:4"``.
+        apply: client side, ``apply(key, update, context) -> update``.
+        record: client side, ``record(key, update, context) -> dict``: the parameters that were
+            really used (and, for Soteria, the mask), which the audit shows beside the estimate.
+            Same arguments as ``apply``.
+        estimate: adversary, ``estimate(update, head, noise=0.0) -> dict`` of arrays, from the
+            observed update alone. ``noise`` is the standard deviation of noise that a later stage
+            of a chain was found to add.
+        simulate: adversary, ``simulate(estimated, update) -> update``: what is done to a
+            candidate's own gradient before it is compared.
+        factor: ``factor(estimated) -> Factored``, or None where the simulation has no such form
+            (top-k sparsification).
+    """
+
+    name: str
+    apply: Callable
+    record: Callable
+    estimate: Callable
+    simulate: Callable
+    factor: Callable | None
+
+
+class Info(NamedTuple):
+    """What one optimiser step reports. Nothing in it is carried.
+
+    Attributes:
+        latents: [n z], the candidates that were evaluated.
+        losses: [n], their losses.
+        evaluations: gradient evaluations of the model spent in this step, int32 scalar.
+        status: one of OK, NONFINITE, STALLED, int32 scalar.
+    """
+
+    latents: jax.Array
+    losses: jax.Array
+    evaluations: jax.Array
+    status: jax.Array
+
+
+class Optimizer(NamedTuple):
+    """A search over latents whose budget is counted in gradient evaluations.
+
+    Attributes:
+        init: ``init(key, latents[r z]) -> state``: ``r`` independent restarts from these points.
+        step: ``step(key, state, loss_fn) -> (state, Info)``; ``loss_fn(latents[n z]) -> losses[n]``
+            is differentiable and treats candidates independently.
+        evaluations_per_step: gradient evaluations of one step with ``r`` restarts,
+            ``evaluations_per_step(r) -> int``.
+        name: shown in results.
+    """
+
+    init: Callable
+    step: Callable
+    evaluations_per_step: Callable
+    name: str
+
+
+class Problem(NamedTuple):
+    """What an attack works on. Everything in it is known to the server.
+
+    Attributes:
+        observed: the shared (defended) update, a pytree like ``variables["params"]``.
+        variables: the model's variables that the update was computed at.
+        prior_params: the generator's parameters.
+        labels: [b], the inferred labels.
+        estimated: the defense's estimated parameters.
+    """
+
+    observed: PyTree
+    variables: PyTree
+    prior_params: PyTree
+    labels: jax.Array
+    estimated: PyTree
+
+
+class Attack(NamedTuple):
+    """A reconstruction attack.
+
+    Attributes:
+        init: ``init(key, problem) -> state``.
+        step: ``step(key, problem, state) -> (state, Info)``.
+        decode: ``decode(problem, state) -> (images[b h w c], loss)`` of the lowest loss so far.
+        evaluations_per_step: gradient evaluations of one step.
+        name: shown in results.
+    """
+
+    init: Callable
+    step: Callable
+    decode: Callable
+    evaluations_per_step: int
+    name: str
