@@ -1,0 +1,184 @@
+"""What a client shares before any defense: one gradient, or the sum of several local steps.
+
+Pure functions, differentiable with respect to the images and to soft labels, so that the
+adversary simulates a candidate's update with the very function that the client ran.
+"""
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ggl_jax.errors import GGLError
+from ggl_jax.types import Model, PyTree
+
+
+def _is_traced(x) -> bool:
+    return isinstance(x, jax.core.Tracer)
+
+
+def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """Mean cross-entropy over the batch, in nats.
+
+    Args:
+        logits: [b k], real numbers.
+        labels: class indices, integers [b] in 0 to k - 1; or soft labels, floats [b k], each row
+            a distribution (not checked: DLG optimises them; a row that does not sum to one
+            weighs its image by its sum).
+
+    Returns:
+        Scalar.
+
+    Raises:
+        GGLError: the shapes or types do not fit, or an index outside a compiled program is out of
+            range. Inside a compiled program an index out of range gives NaN.
+    """
+    labels = jnp.asarray(labels)
+    if logits.ndim != 2:
+        raise GGLError(f"logits have shape {tuple(logits.shape)}; they must be [b k]")
+    num_images, num_classes = logits.shape
+    log_probs = jax.nn.log_softmax(logits)
+
+    if jnp.issubdtype(labels.dtype, jnp.integer) and labels.shape == (num_images,):
+        if not _is_traced(labels):
+            values = np.asarray(labels)
+            if values.size and (values.min() < 0 or values.max() >= num_classes):
+                raise GGLError(
+                    f"labels {values.tolist()} go beyond 0 to {num_classes - 1}, the indices of "
+                    f"the model's {num_classes} classes"
+                )
+        # A negative index would wrap around to the last classes; past the end it reads NaN.
+        index = jnp.where(labels < 0, num_classes, labels)
+        picked = jnp.take_along_axis(log_probs, index[:, None], axis=1, mode="fill")
+        return -jnp.mean(picked)
+    if jnp.issubdtype(labels.dtype, jnp.floating) and labels.shape == logits.shape:
+        return -jnp.mean(jnp.sum(labels * log_probs, axis=1))
+    raise GGLError(
+        f"labels have shape {tuple(labels.shape)} and dtype {labels.dtype}; give integers "
+        f"[{num_images}] or soft labels as floats [{num_images} {num_classes}]"
+    )
+
+
+def gradient(model: Model, variables: PyTree, images: jax.Array, labels: jax.Array) -> PyTree:
+    """The gradient of one training step, which federated SGD shares.
+
+    Args:
+        model: the federated model.
+        variables: as given by ``model.init``.
+        images: [b h w c] floats in [0, 1].
+        labels: [b] class indices or [b k] soft labels, see :func:`cross_entropy`.
+
+    Returns:
+        Gradient of the batch's mean cross-entropy, a pytree like ``variables["params"]``.
+        Differentiable with respect to ``images`` and soft ``labels``.
+
+    Raises:
+        GGLError: images or labels do not fit the model.
+
+    Reference: paper, section 3, the gradient of the private batch.
+    """
+
+    def loss(params):
+        logits, _ = model.apply({**variables, "params": params}, images)
+        return cross_entropy(logits, labels)
+
+    return jax.grad(loss)(variables["params"])
+
+
+def local_update(
+    model: Model,
+    variables: PyTree,
+    images: jax.Array,
+    labels: jax.Array,
+    *,
+    local_steps: int = 1,
+    learning_rate: float = 0.01,
+    batch_size: int | None = None,
+) -> PyTree:
+    """The update of a client that trains for several steps before it shares (FedAvg).
+
+    Runs plain SGD, ``w_{t+1} = w_t - learning_rate * g_t``, and returns
+    ``(w_0 - w_E) / learning_rate``, which is the sum of the ``g_t``. One step with the whole batch
+    gives exactly :func:`gradient`, whatever the learning rate, so the two can be compared and
+    defended alike.
+
+    Args:
+        model: the federated model.
+        variables: as given by ``model.init``. Running statistics stay as they are throughout.
+        images: [b h w c] floats in [0, 1].
+        labels: [b] class indices or [b k] soft labels.
+        local_steps: E, the number of SGD steps, at least 1. Steps are unrolled, so compile time
+            and the memory of a derivative through the update grow with E.
+        learning_rate: of the local SGD, positive; a Python number or a scalar array.
+        batch_size: images per step, a divisor of b; step t takes the t-th consecutive block of
+            the batch and starts over at its end. None takes the whole batch in every step.
+
+    Returns:
+        A pytree like ``variables["params"]``, differentiable as :func:`gradient`.
+
+    Raises:
+        GGLError: an argument is out of range, or images or labels do not fit the model.
+
+    Reference: McMahan et al. 2017 (FedAvg); local steps in the attacker's simulation as in
+    Geiping et al. 2020, section 6.
+    """
+    _check_local(local_steps, learning_rate, batch_size)
+    num_images = images.shape[0]
+    size = num_images if batch_size is None else batch_size
+    if num_images % size:
+        raise GGLError(f"batch_size={batch_size} does not divide the batch of {num_images} images")
+    labels = jnp.asarray(labels)
+
+    # The steps' sum is accumulated instead of taken from w_0 - w_E, whose difference would lose
+    # most digits to the size of the weights.
+    total = None
+    params = variables["params"]
+    for t in range(local_steps):
+        start = t * size % num_images
+        step = gradient(
+            model,
+            {**variables, "params": params},
+            images[start : start + size],
+            labels[start : start + size],
+        )
+        total = step if total is None else jax.tree.map(jnp.add, total, step)
+        params = jax.tree.map(lambda w, g: w - learning_rate * g, variables["params"], total)
+    return total
+
+
+def update_fn(
+    model: Model,
+    *,
+    local_steps: int = 1,
+    learning_rate: float = 0.01,
+    batch_size: int | None = None,
+) -> Callable[[PyTree, jax.Array, jax.Array], PyTree]:
+    """Fix how the client trains: ``update(variables, images, labels) -> update``.
+
+    The client and the adversary's simulation of a candidate both call the function it returns;
+    see :func:`local_update` for the arguments.
+
+    Raises:
+        GGLError: an argument is out of range.
+    """
+    _check_local(local_steps, learning_rate, batch_size)
+    return functools.partial(
+        local_update,
+        model,
+        local_steps=local_steps,
+        learning_rate=learning_rate,
+        batch_size=batch_size,
+    )
+
+
+def _check_local(local_steps, learning_rate, batch_size) -> None:
+    counts = {"local_steps": local_steps}
+    if batch_size is not None:
+        counts["batch_size"] = batch_size
+    for name, value in counts.items():
+        if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < 1:
+            raise GGLError(f"{name}={value!r}: give an integer of at least 1")
+    if not _is_traced(learning_rate) and not 0 < learning_rate < float("inf"):
+        raise GGLError(f"learning_rate={learning_rate!r}: give a positive number")

@@ -1,0 +1,719 @@
+"""The federated-learning models whose gradients are audited, and the way in for your own.
+
+Every model is a :class:`ggl_jax.types.Model`: two pure functions and a description. The built-in
+ones are Flax Linen modules that return logits; :func:`from_flax` turns them, and any module of
+yours, into a ``Model`` by reading the input of the last Dense layer while the module runs.
+
+Images enter as float32 NHWC in [0, 1] and are mapped to [-1, 1] inside ``Model.apply``.
+"""
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from ggl_jax.errors import GGLError
+from ggl_jax.images import to_signed
+from ggl_jax.types import Model, Path, PyTree
+
+# --------------------------------------------------------------------------------------------------
+# Initialisers
+# --------------------------------------------------------------------------------------------------
+
+#: torch's default for Conv2d and Linear weights, ``kaiming_uniform_(a=sqrt(5))``:
+#: uniform on [-1/sqrt(fan_in), 1/sqrt(fan_in)].
+_torch_kernel = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+
+#: torchvision's for the convolutions of its ResNets,
+#: ``kaiming_normal_(mode="fan_out", nonlinearity="relu")``: normal, variance 2 / fan_out.
+_torchvision_kernel = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
+
+
+def _uniform(bound: float) -> Callable:
+    """Initialiser: uniform on [-bound, bound]."""
+
+    def init(key, shape, dtype=jnp.float32):
+        return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+    return init
+
+
+def _torch_dense(features: int, fan_in: int, name: str) -> nn.Dense:
+    """A Dense layer initialised as torch's Linear: weight and bias within 1/sqrt(fan_in)."""
+    return nn.Dense(
+        features, kernel_init=_torch_kernel, bias_init=_uniform(fan_in**-0.5), name=name
+    )
+
+
+# --------------------------------------------------------------------------------------------------
+# Linen modules
+# --------------------------------------------------------------------------------------------------
+
+
+def _conv3x3(features: int, stride: int, kernel_init: Callable, name: str) -> nn.Conv:
+    # Explicit padding: Flax's "SAME" pads (0, 1) where a stride of 2 meets an even size, torch
+    # pads (1, 1); the outputs are then shifted against each other by one pixel.
+    return nn.Conv(
+        features,
+        (3, 3),
+        strides=stride,
+        padding=((1, 1), (1, 1)),
+        use_bias=False,
+        kernel_init=kernel_init,
+        name=name,
+    )
+
+
+def _batch_norm(batch_norm: str, name: str) -> nn.BatchNorm:
+    # Flax's momentum is the share that is kept, torch's (0.1) the share that is replaced. The
+    # two-pass variance is torch's; the one-pass form loses digits where the mean is large.
+    return nn.BatchNorm(
+        use_running_average=batch_norm == "eval",
+        momentum=0.9,
+        epsilon=1e-5,
+        use_fast_variance=False,
+        name=name,
+    )
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions and a shortcut (He et al. 2016, figure 5 left).
+
+    Attributes:
+        features: output channels.
+        stride: of the first convolution and of the shortcut.
+        batch_norm: ``"eval"`` or ``"train"``, as in :class:`ResNet18`.
+        kernel_init: of the convolutions.
+    """
+
+    features: int
+    stride: int
+    batch_norm: str
+    kernel_init: Callable
+
+    @nn.compact
+    def __call__(self, x):
+        y = _conv3x3(self.features, self.stride, self.kernel_init, "conv1")(x)
+        y = nn.relu(_batch_norm(self.batch_norm, "bn1")(y))
+        y = _conv3x3(self.features, 1, self.kernel_init, "conv2")(y)
+        y = _batch_norm(self.batch_norm, "bn2")(y)
+        if self.stride != 1 or x.shape[-1] != self.features:
+            x = nn.Conv(
+                self.features,
+                (1, 1),
+                strides=self.stride,
+                padding="VALID",
+                use_bias=False,
+                kernel_init=self.kernel_init,
+                name="shortcut_conv",
+            )(x)
+            x = _batch_norm(self.batch_norm, "shortcut_bn")(x)
+        return nn.relu(y + x)
+
+
+class ResNet18(nn.Module):
+    """ResNet-18 with torchvision's arithmetic, for small and for large images.
+
+    Maps images [b h w c] in the network's range [-1, 1] to logits [b num_classes]. With the
+    ``"cifar"`` stem, 3 input channels and 2 classes it has 11,169,858 parameters in 62 tensors.
+
+    Attributes:
+        num_classes: number of logits.
+        stem: ``"cifar"``: one 3x3 convolution with stride 1, no max-pooling (32x32 images);
+            ``"imagenet"``: a 7x7 convolution with stride 2 and a 3x3 max-pooling with stride 2
+            (224x224 images, torchvision).
+        batch_norm: ``"eval"`` normalises with the running statistics; ``"train"`` with the
+            statistics of the batch at hand, and then ``apply`` needs
+            ``mutable=["batch_stats"]``.
+        weight_init: ``"torch"``: every layer as torch initialises it by default, uniform within
+            1/sqrt(fan_in); ``"torchvision"``: convolutions normal with variance 2/fan_out, as
+            torchvision's ResNets. BatchNorm starts at scale 1, bias 0, mean 0, variance 1 and
+            the Dense layer at torch's default in both (no zero-initialised last scale).
+    """
+
+    num_classes: int
+    stem: str = "cifar"
+    batch_norm: str = "eval"
+    weight_init: str = "torch"
+
+    @nn.compact
+    def __call__(self, x):
+        kernel_init = _torch_kernel if self.weight_init == "torch" else _torchvision_kernel
+        if self.stem == "cifar":
+            x = _conv3x3(64, 1, kernel_init, "conv1")(x)
+        else:
+            x = nn.Conv(
+                64,
+                (7, 7),
+                strides=2,
+                padding=((3, 3), (3, 3)),
+                use_bias=False,
+                kernel_init=kernel_init,
+                name="conv1",
+            )(x)
+        x = nn.relu(_batch_norm(self.batch_norm, "bn1")(x))
+        if self.stem == "imagenet":
+            x = nn.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
+        for stage, features in enumerate((64, 128, 256, 512), start=1):
+            for block in range(2):
+                stride = 2 if stage > 1 and block == 0 else 1
+                x = BasicBlock(
+                    features,
+                    stride,
+                    self.batch_norm,
+                    kernel_init,
+                    name=f"layer{stage}_{block}",
+                )(x)
+        x = jnp.mean(x, axis=(1, 2))
+        return _torch_dense(self.num_classes, 512, "fc")(x)
+
+
+class LeNet(nn.Module):
+    """The LeNet variant of Deep Leakage from Gradients (Zhu et al. 2019).
+
+    Three 5x5 convolutions of 12 channels with strides 2, 2, 1 and sigmoids, then a Dense layer
+    named ``fc``; every weight and bias starts uniform on [-0.5, 0.5], as in that paper's code.
+    The sigmoids make it twice differentiable, which L-BFGS gradient matching needs. Features are
+    flattened in height, width, channel order (torch: channel, height, width).
+
+    Attributes:
+        num_classes: number of logits.
+    """
+
+    num_classes: int
+
+    @nn.compact
+    def __call__(self, x):
+        init = _uniform(0.5)
+        for i, stride in enumerate((2, 2, 1), start=1):
+            x = nn.Conv(
+                12,
+                (5, 5),
+                strides=stride,
+                padding=((2, 2), (2, 2)),
+                kernel_init=init,
+                bias_init=init,
+                name=f"conv{i}",
+            )(x)
+            x = nn.sigmoid(x)
+        x = x.reshape(x.shape[0], -1)
+        return nn.Dense(self.num_classes, kernel_init=init, bias_init=init, name="fc")(x)
+
+
+class ConvNet(nn.Module):
+    """A small convolution - BatchNorm - ReLU network, for quick runs and tests.
+
+    Three 3x3 convolutions of ``width``, ``2 width`` and ``4 width`` channels, 2x2 max-pooling
+    after the second and third, then a Dense layer named ``fc``: the pattern of the ConvNet of
+    Geiping et al. 2020 with fewer layers. Initialised as torch does by default.
+
+    Attributes:
+        num_classes: number of logits.
+        width: channels of the first convolution.
+        batch_norm: ``"eval"`` or ``"train"``, as in :class:`ResNet18`.
+    """
+
+    num_classes: int
+    width: int = 16
+    batch_norm: str = "eval"
+
+    @nn.compact
+    def __call__(self, x):
+        for i, factor in enumerate((1, 2, 4), start=1):
+            x = _conv3x3(factor * self.width, 1, _torch_kernel, f"conv{i}")(x)
+            x = nn.relu(_batch_norm(self.batch_norm, f"bn{i}")(x))
+            if i > 1:
+                x = nn.max_pool(x, (2, 2), strides=(2, 2))
+        x = x.reshape(x.shape[0], -1)
+        return _torch_dense(self.num_classes, x.shape[-1], "fc")(x)
+
+
+# --------------------------------------------------------------------------------------------------
+# From a Linen module to a Model
+# --------------------------------------------------------------------------------------------------
+
+#: Variable collection in which a layer's input and output are handed out. Sowing into a collection
+#: (instead of keeping a tracer aside) stays correct under nn.remat and nn.jit.
+_TAPS = "ggl_jax_taps"
+
+#: Arguments of ``Module.apply`` that ``Module.init`` does not take or must not see.
+_APPLY_ONLY = ("mutable", "rngs", "capture_intermediates")
+
+#: Primitives that hand a value on unchanged, but for its type.
+_TRANSPARENT = ("convert_element_type", "copy", "copy_p")
+
+
+def _tap(select: Callable) -> Callable:
+    """Interceptor that sows the input and output of every layer that ``select`` picks."""
+
+    def interceptor(next_fun, args, kwargs, context):
+        out = next_fun(*args, **kwargs)
+        if context.method_name == "__call__" and select(context.module):
+            inputs = args[0] if args else next(iter(kwargs.values()))
+            context.module.sow(_TAPS, "input", inputs)
+            context.module.sow(_TAPS, "output", out)
+        return out
+
+    return interceptor
+
+
+def _run(module, select, apply_kwargs, variables, x):
+    """Run ``module`` on x; return its logits and the tree of tapped inputs and outputs."""
+    kwargs = dict(apply_kwargs)
+    mutable = kwargs.pop("mutable", False)
+    if isinstance(mutable, str):
+        mutable = [mutable]
+    elif mutable is True:
+        mutable = list(variables)
+    kwargs["mutable"] = [*(mutable or ()), _TAPS]
+    with nn.intercept_methods(_tap(select)):
+        # Updated running statistics, if any, are dropped: one step's gradient does not need them.
+        out, updated = module.apply(variables, x, **kwargs)
+    logits = out[0] if isinstance(out, tuple | list) else out
+    return logits, updated.get(_TAPS, {})
+
+
+def _at(tree: Mapping, path: Path) -> Any:
+    """The subtree at ``path``, or None."""
+    for name in path:
+        if not isinstance(tree, Mapping) or name not in tree:
+            return None
+        tree = tree[name]
+    return tree
+
+
+def _dense_paths(taps: Mapping, prefix: Path = ()) -> list[Path]:
+    """Paths of all tapped layers."""
+    if isinstance(taps.get("output"), tuple):
+        return [prefix]
+    return [
+        path
+        for name, sub in taps.items()
+        if isinstance(sub, Mapping)
+        for path in _dense_paths(sub, (*prefix, name))
+    ]
+
+
+def _find_head(module, apply_kwargs, variables, x) -> Path:
+    """Path of the Dense layer whose output is the logits, by following the traced program back."""
+
+    def traced(variables, x):
+        return _run(module, lambda m: isinstance(m, nn.Dense), apply_kwargs, variables, x)
+
+    program, shapes = jax.make_jaxpr(traced, return_shape=True)(variables, x)
+    jaxpr = program.jaxpr
+    taps = shapes[1]
+    paths = [path for path, _ in jax.tree_util.tree_flatten_with_path(shapes)[0]]
+    source = {eqn.outvars[0]: eqn for eqn in jaxpr.eqns}
+    origin = jaxpr.outvars[0]
+    while True:
+        # Compared by identity: a literal among the outputs cannot be hashed.
+        for path, var in zip(paths[1:], jaxpr.outvars[1:], strict=True):
+            names = tuple(entry.key for entry in path[1:] if hasattr(entry, "key"))
+            if var is origin and names[-1] == "output":
+                return names[:-1]
+        eqn = None if hasattr(origin, "val") else source.get(origin)
+        if eqn is None or eqn.primitive.name not in _TRANSPARENT:
+            break
+        origin = eqn.invars[0]
+
+    seen = _dense_paths(taps)
+    layers = ", ".join(repr(path) for path in seen) if seen else "none"
+    raise GGLError(
+        f"from_flax: the logits of {type(module).__name__} are not the output of an nn.Dense layer "
+        f"(Dense layers seen: {layers}); name the last layer by its parameter path, "
+        f"e.g. head=('Dense_0',)"
+    )
+
+
+def _check_image_shape(image_shape: Sequence[int]) -> tuple[int, int, int]:
+    shape = tuple(image_shape)
+    if len(shape) != 3 or not all(isinstance(n, int | np.integer) and n > 0 for n in shape):
+        raise GGLError(
+            f"image_shape={image_shape!r}: give (height, width, channels), three positive "
+            f"integers, e.g. (32, 32, 3)"
+        )
+    return int(shape[0]), int(shape[1]), int(shape[2])
+
+
+def from_flax(
+    module: nn.Module,
+    image_shape: Sequence[int],
+    num_classes: int | None = None,
+    head: Sequence[str] | None = None,
+    *,
+    preprocess: Callable = to_signed,
+    apply_kwargs: Mapping[str, Any] | None = None,
+    name: str | None = None,
+) -> Model:
+    """Make a :class:`~ggl_jax.types.Model` of your own Flax Linen module.
+
+    The module is traced once, with shapes only, to find its last Dense layer: the ``nn.Dense``
+    whose output the module returns as logits (a cast of the type in between is allowed). Its input
+    becomes ``features`` and its parameter path ``head``.
+
+    Args:
+        module: maps images [b h w c] to logits [b k]; where it returns a tuple or list, the
+            first entry is taken as the logits.
+        image_shape: ``(h, w, c)``.
+        num_classes: ``k``; read off the module when None, else checked against it.
+        head: parameter path of the last layer, e.g. ``("classifier", "Dense_1")``, for modules
+            where it cannot be found (the logits are scaled or masked after it, or it is not an
+            ``nn.Dense``). The layer must be called with an input [b d] and own a ``kernel``
+            [d k].
+        preprocess: maps public images in [0, 1] to what the module expects; the default gives
+            [-1, 1].
+        apply_kwargs: passed on to ``module.apply``, e.g. ``{"train": False}``. A module that
+            normalises with batch statistics needs
+            ``{"train": True, "mutable": ["batch_stats"]}``; the updated statistics are dropped.
+            All but ``mutable``, ``rngs`` and ``capture_intermediates`` also go to
+            ``module.init``.
+        name: shown in results; the class name in lower case when None.
+
+    Returns:
+        A ``Model``. ``init(key)`` computes the parameters only, not the network's output.
+        ``apply`` works under ``jit``, ``vmap``, ``grad`` and an outer ``nn.intercept_methods``,
+        and raises GGLError for images of another shape or of an integer type.
+
+    Raises:
+        GGLError: the last Dense layer cannot be found, ``head`` names no such layer, the output
+            is not [b k], or ``num_classes`` differs from it.
+
+    Edge cases: a layer called several times counts with its last call. A head inside
+    ``nn.scan`` or ``nn.vmap`` cannot be read.
+    """
+    image_shape = _check_image_shape(image_shape)
+    if not isinstance(module, nn.Module):
+        raise GGLError(
+            f"from_flax: module is {type(module).__name__}, not a flax.linen.Module instance; "
+            f"pass e.g. MyNet(num_classes=10)"
+        )
+    kwargs = dict(apply_kwargs or {})
+    init_kwargs = {key: value for key, value in kwargs.items() if key not in _APPLY_ONLY}
+    title = type(module).__name__
+
+    # Compiled, because only then is the forward pass on the dummy image dropped as dead code.
+    @jax.jit
+    def init(key: jax.Array) -> PyTree:
+        return module.init(key, preprocess(jnp.zeros((1, *image_shape))), **init_kwargs)
+
+    variables = jax.eval_shape(init, jax.random.key(0))
+    # Two images, so that a batch axis cannot be mistaken for any other of size one.
+    dummy = jax.eval_shape(preprocess, jax.ShapeDtypeStruct((2, *image_shape), jnp.float32))
+    path = _find_head(module, kwargs, variables, dummy) if head is None else tuple(head)
+    is_head = functools.partial(_has_path, path)
+
+    def run(variables, x):
+        logits, taps = _run(module, is_head, kwargs, variables, x)
+        inputs = (_at(taps, path) or {}).get("input", (None,))[-1]
+        return logits, inputs
+
+    params = _at(variables["params"], path)
+    kernel = params.get("kernel") if isinstance(params, Mapping) else None
+    logits, features = jax.eval_shape(run, variables, dummy)
+    if kernel is None or features is None:
+        raise GGLError(
+            f"from_flax: head={path!r} is not a layer of {title} that owns a 'kernel' and is "
+            f"called once per forward pass; parameters at the top are "
+            f"{sorted(variables['params'])}"
+        )
+    if logits.ndim != 2 or logits.shape[0] != 2:
+        raise GGLError(
+            f"from_flax: {title} maps images [2 {_dims(image_shape)}] to an output of shape "
+            f"{tuple(logits.shape)}; it must return logits [2 num_classes]"
+        )
+    num_logits = logits.shape[1]
+    if num_classes is not None and num_classes != num_logits:
+        raise GGLError(
+            f"from_flax: num_classes={num_classes}, but {title} returns {num_logits} logits; "
+            f"leave num_classes out or mend the module"
+        )
+    if features.ndim != 2 or tuple(kernel.shape) != (features.shape[-1], num_logits):
+        raise GGLError(
+            f"from_flax: the layer head={path!r} of {title} has a kernel {tuple(kernel.shape)} "
+            f"and an input {tuple(features.shape)}; the last layer must map [b d] to "
+            f"[b {num_logits}] with a kernel [d {num_logits}]"
+        )
+
+    def apply(variables: PyTree, images: jax.Array) -> tuple[jax.Array, jax.Array]:
+        if images.ndim != 4 or tuple(images.shape[1:]) != image_shape:
+            raise GGLError(
+                f"images have shape {tuple(images.shape)}, but {title} takes "
+                f"[b {_dims(image_shape)}]; resize them or build the model with their image_shape"
+            )
+        if not jnp.issubdtype(images.dtype, jnp.floating):
+            raise GGLError(
+                f"images have dtype {images.dtype}; give floats in [0, 1], "
+                f"e.g. images.astype('float32') / 255"
+            )
+        return run(variables, preprocess(images))
+
+    return Model(
+        init=init,
+        apply=apply,
+        head=path,
+        image_shape=image_shape,
+        num_classes=num_logits,
+        name=name or title.lower(),
+    )
+
+
+def _has_path(path: Path, module: nn.Module) -> bool:
+    return module.path == path
+
+
+def _dims(shape: Sequence[int]) -> str:
+    return " ".join(str(n) for n in shape)
+
+
+# --------------------------------------------------------------------------------------------------
+# Factories
+# --------------------------------------------------------------------------------------------------
+
+
+def _check_option(argument: str, value: Any, allowed: Sequence[str]) -> None:
+    if value not in allowed:
+        raise GGLError(f"{argument}={value!r}: choose one of {', '.join(allowed)}")
+
+
+def _check_count(argument: str, value: Any, least: int) -> None:
+    if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < least:
+        raise GGLError(f"{argument}={value!r}: give an integer of at least {least}")
+
+
+def _batch_norm_kwargs(batch_norm: str) -> dict[str, Any]:
+    _check_option("batch_norm", batch_norm, ("eval", "train"))
+    return {"mutable": ["batch_stats"]} if batch_norm == "train" else {}
+
+
+def resnet18(
+    num_classes: int = 2,
+    image_shape: Sequence[int] = (32, 32, 3),
+    *,
+    batch_norm: str = "eval",
+    stem: str | None = None,
+    weight_init: str | None = None,
+) -> Model:
+    """ResNet-18, the federated model of the paper (section 5.1).
+
+    Args:
+        num_classes: at least 2. The paper: 2 (CelebA gender), 1000 (ImageNet).
+        image_shape: ``(h, w, c)``. The paper: (32, 32, 3) and (224, 224, 3).
+        batch_norm: ``"eval"``: running statistics, mean 0 and variance 1 after ``init``, as in
+            the published code. ``"train"``: statistics of the batch whose gradient is taken; the
+            update of the running statistics is dropped. With one image they are taken over its
+            positions only.
+        stem: ``"cifar"`` (3x3, no max-pooling) or ``"imagenet"`` (7x7/2 and max-pooling); None
+            takes ``"cifar"`` for images of up to 64 pixels a side, else ``"imagenet"``.
+        weight_init: ``"torch"`` or ``"torchvision"``, see :class:`ResNet18`; None takes what the
+            respective PyTorch network starts from, as in the published code: ``"torch"`` for the
+            CIFAR stem and ``"torchvision"`` for the ImageNet stem.
+
+    Returns:
+        A ``Model`` with 512 features and ``head=("fc",)``; 11,169,858 parameters in 62 tensors
+        at the defaults.
+
+    Raises:
+        GGLError: an argument is outside its range.
+
+    Reference: He et al., "Deep Residual Learning for Image Recognition"; torchvision's
+    ``resnet18`` and, for the CIFAR stem, the widely used ``ResNet18`` for 32x32 images.
+    """
+    image_shape = _check_image_shape(image_shape)
+    _check_count("num_classes", num_classes, 2)
+    if stem is None:
+        stem = "cifar" if max(image_shape[:2]) <= 64 else "imagenet"
+    _check_option("stem", stem, ("cifar", "imagenet"))
+    if weight_init is None:
+        weight_init = "torch" if stem == "cifar" else "torchvision"
+    _check_option("weight_init", weight_init, ("torch", "torchvision"))
+    apply_kwargs = _batch_norm_kwargs(batch_norm)
+    module = ResNet18(num_classes, stem, batch_norm, weight_init)
+    return from_flax(
+        module, image_shape, num_classes, ("fc",), apply_kwargs=apply_kwargs, name="resnet18"
+    )
+
+
+def lenet(num_classes: int = 2, image_shape: Sequence[int] = (32, 32, 3)) -> Model:
+    """The sigmoid LeNet of DLG, see :class:`LeNet`.
+
+    Args:
+        num_classes: at least 2.
+        image_shape: ``(h, w, c)``.
+
+    Returns:
+        A ``Model`` with 768 features at 32x32 and ``head=("fc",)``.
+
+    Raises:
+        GGLError: an argument is outside its range.
+    """
+    _check_count("num_classes", num_classes, 2)
+    return from_flax(LeNet(num_classes), image_shape, num_classes, ("fc",), name="lenet")
+
+
+def convnet(
+    num_classes: int = 2,
+    image_shape: Sequence[int] = (32, 32, 3),
+    *,
+    width: int = 16,
+    batch_norm: str = "eval",
+) -> Model:
+    """A small convolution - BatchNorm - ReLU network, see :class:`ConvNet`.
+
+    Args:
+        num_classes: at least 2.
+        image_shape: ``(h, w, c)``, at least 4 pixels a side.
+        width: channels of the first convolution, at least 1.
+        batch_norm: ``"eval"`` or ``"train"``, as in :func:`resnet18`.
+
+    Returns:
+        A ``Model`` with 4,096 features at the defaults and ``head=("fc",)``.
+
+    Raises:
+        GGLError: an argument is outside its range.
+    """
+    image_shape = _check_image_shape(image_shape)
+    if min(image_shape[:2]) < 4:
+        raise GGLError(f"image_shape={image_shape!r}: convnet needs at least 4 pixels a side")
+    _check_count("num_classes", num_classes, 2)
+    _check_count("width", width, 1)
+    apply_kwargs = _batch_norm_kwargs(batch_norm)
+    module = ConvNet(num_classes, width, batch_norm)
+    return from_flax(
+        module, image_shape, num_classes, ("fc",), apply_kwargs=apply_kwargs, name="convnet"
+    )
+
+
+#: The built-in models by name: ``MODELS[name](num_classes, image_shape, **options) -> Model``.
+MODELS: dict[str, Callable[..., Model]] = {
+    "resnet18": resnet18,
+    "lenet": lenet,
+    "convnet": convnet,
+}
+
+
+def get_model(
+    name: str, num_classes: int = 2, image_shape: Sequence[int] = (32, 32, 3), **options: Any
+) -> Model:
+    """A built-in model by its name in :data:`MODELS`; ``options`` go to its factory.
+
+    Raises:
+        GGLError: no model has this name; the message lists those there are.
+    """
+    if name not in MODELS:
+        raise GGLError(f"model={name!r} is unknown; choose one of {', '.join(MODELS)}")
+    return MODELS[name](num_classes, image_shape, **options)
+
+
+# --------------------------------------------------------------------------------------------------
+# From torch
+# --------------------------------------------------------------------------------------------------
+
+
+def _torch_layout() -> dict[str, tuple[str, tuple[str, ...]]]:
+    """Torch's name of every ResNet-18 array -> (collection, path in our variables)."""
+    layout: dict[str, tuple[str, tuple[str, ...]]] = {}
+
+    def conv(name: str, path: Path) -> None:
+        layout[f"{name}.weight"] = ("params", (*path, "kernel"))
+
+    def bn(name: str, path: Path) -> None:
+        layout[f"{name}.weight"] = ("params", (*path, "scale"))
+        layout[f"{name}.bias"] = ("params", (*path, "bias"))
+        layout[f"{name}.running_mean"] = ("batch_stats", (*path, "mean"))
+        layout[f"{name}.running_var"] = ("batch_stats", (*path, "var"))
+
+    conv("conv1", ("conv1",))
+    bn("bn1", ("bn1",))
+    for stage in range(1, 5):
+        for block in range(2):
+            name, path = f"layer{stage}.{block}", (f"layer{stage}_{block}",)
+            for i in (1, 2):
+                conv(f"{name}.conv{i}", (*path, f"conv{i}"))
+                bn(f"{name}.bn{i}", (*path, f"bn{i}"))
+            if stage > 1 and block == 0:
+                conv(f"{name}.downsample.0", (*path, "shortcut_conv"))
+                bn(f"{name}.downsample.1", (*path, "shortcut_bn"))
+    layout["fc.weight"] = ("params", ("fc", "kernel"))
+    layout["fc.bias"] = ("params", ("fc", "bias"))
+    return layout
+
+
+def _from_torch_array(array: np.ndarray) -> np.ndarray:
+    """Torch's axes to Flax's: convolutions OIHW -> HWIO, Linear [out in] -> [in out]."""
+    if array.ndim == 4:
+        return array.transpose(2, 3, 1, 0)
+    return array.T
+
+
+def resnet18_from_torch(state_dict: Mapping[str, Any]) -> PyTree:
+    """Variables of :class:`ResNet18` from the state dict of a PyTorch ResNet-18.
+
+    Args:
+        state_dict: names to arrays (anything ``numpy.asarray`` takes). Both usual namings are
+            understood: torchvision's (``layer2.0.downsample.0.weight``, ``fc.weight``) and that
+            of the CIFAR network (``layer2.0.shortcut.0.weight``, ``linear.weight``).
+            ``num_batches_tracked`` counters are ignored. The stem, the input channels and the
+            number of classes follow from the shapes.
+
+    Returns:
+        ``{"params": ..., "batch_stats": ...}`` in float32, for
+        ``resnet18(num_classes, image_shape, stem=...)`` with the fitting stem.
+
+    Raises:
+        GGLError: names are missing, unknown or given twice, or shapes are not those of a
+            ResNet-18; the message names them.
+    """
+    layout = _torch_layout()
+    arrays: dict[str, np.ndarray] = {}
+    unknown = []
+    for key, value in state_dict.items():
+        if key.endswith("num_batches_tracked"):
+            continue
+        name = key.replace(".shortcut.", ".downsample.")
+        if name.startswith("linear."):
+            name = "fc." + name.removeprefix("linear.")
+        if name not in layout or name in arrays:
+            unknown.append(key)
+            continue
+        arrays[name] = np.asarray(value, dtype=np.float32)
+    missing = [name for name in layout if name not in arrays]
+    if unknown or missing:
+        raise GGLError(
+            f"state_dict is not that of a ResNet-18: missing {missing or 'nothing'}, "
+            f"unknown or repeated {unknown or 'nothing'}"
+        )
+
+    def bad_shape(name: str, expected: str) -> GGLError:
+        return GGLError(
+            f"state_dict[{name!r}] has shape {arrays[name].shape}, a ResNet-18 has {expected} here"
+        )
+
+    stem = arrays["conv1.weight"].shape
+    if len(stem) != 4 or stem[2:] not in ((3, 3), (7, 7)):
+        raise bad_shape("conv1.weight", "(64, channels, 3, 3) or (64, channels, 7, 7)")
+    classifier = arrays["fc.weight"].shape
+    if len(classifier) != 2:
+        raise bad_shape("fc.weight", "(classes, 512)")
+    module = ResNet18(classifier[0], "cifar" if stem[2] == 3 else "imagenet")
+    # Shapes do not depend on the image size; 8x8 keeps the trace small.
+    expected = jax.eval_shape(
+        module.init, jax.random.key(0), jax.ShapeDtypeStruct((1, 8, 8, stem[1]), jnp.float32)
+    )
+
+    variables: dict[str, Any] = {}
+    for name, (collection, path) in layout.items():
+        array = _from_torch_array(arrays[name])
+        shape = tuple(_at(expected, (collection, *path)).shape)
+        if array.shape != shape:
+            torch_shape = (shape[3], shape[2], *shape[:2]) if len(shape) == 4 else shape[::-1]
+            raise bad_shape(name, str(torch_shape))
+        node = variables.setdefault(collection, {})
+        for part in path[:-1]:
+            node = node.setdefault(part, {})
+        node[path[-1]] = jnp.asarray(array)
+    return variables
