@@ -1,0 +1,207 @@
+"""How close a reconstruction is to the private image.
+
+Every function is pure and can be jitted. Images are float32 [... h w c] in [0, 1]; the leading
+dimensions are kept, so one image gives a scalar and a batch gives one score per image. NaN in an
+image gives NaN. The paper computes its errors on [-1, 1] images with peak 1: `mse_i` and
+`psnr_paper` are on that scale, everything else is on [0, 1].
+"""
+
+import math
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from scipy import special
+
+from ggl_jax.types import Model, PyTree
+
+_IMAGE_AXES = (-3, -2, -1)
+
+
+def mse(reconstruction: jax.Array, original: jax.Array) -> jax.Array:
+    """Mean squared error over pixels and channels, [0, 1] scale.
+
+    Args:
+        reconstruction: [... h w c] in [0, 1].
+        original: [... h w c] in [0, 1].
+
+    Returns:
+        [...], in [0, 1]; 0 for identical images.
+    """
+    return jnp.mean((reconstruction - original) ** 2, axis=_IMAGE_AXES)
+
+
+def psnr(reconstruction: jax.Array, original: jax.Array) -> jax.Array:
+    """Peak signal-to-noise ratio in dB, peak 1 on the [0, 1] scale: -10 log10(mse).
+
+    Args:
+        reconstruction: [... h w c] in [0, 1].
+        original: [... h w c] in [0, 1].
+
+    Returns:
+        [...], at least 0 for images within [0, 1]; +inf for identical images, which results
+        files show as null, since JSON has no infinity.
+    """
+    return -10.0 * jnp.log10(mse(reconstruction, original))
+
+
+def mse_i(reconstruction: jax.Array, original: jax.Array) -> jax.Array:
+    """The paper's MSE-I: mean squared error of the images on [-1, 1], four times `mse`.
+
+    Args and returns as for `mse`, in [0, 4]. Reference: the paper, section 4.1.
+    """
+    return 4.0 * mse(reconstruction, original)
+
+
+def psnr_paper(reconstruction: jax.Array, original: jax.Array) -> jax.Array:
+    """The paper's PSNR: peak 1 on [-1, 1] images, so 6.02 dB below `psnr`.
+
+    Args and returns as for `psnr`; negative for images further apart than a half of the range.
+    """
+    return -10.0 * jnp.log10(mse_i(reconstruction, original))
+
+
+def ssim(reconstruction: jax.Array, original: jax.Array) -> jax.Array:
+    """Structural similarity with a Gaussian window of 11 pixels and sigma 1.5.
+
+    Per channel, averaged over the channels and over the places where the whole window fits. The
+    same as scikit-image's `structural_similarity(gaussian_weights=True, sigma=1.5,
+    use_sample_covariance=False, data_range=1, channel_axis=-1)`.
+
+    Args:
+        reconstruction: [... h w c] in [0, 1].
+        original: [... h w c] in [0, 1].
+
+    Returns:
+        [...], in [-1, 1]; 1 for identical images. NaN where h or w is below 11: the window does
+        not fit.
+
+    Reference: Wang, Bovik, Sheikh and Simoncelli, "Image quality assessment", 2004.
+    """
+    radius, sigma = 5, 1.5
+    shape = jnp.broadcast_shapes(jnp.shape(reconstruction), jnp.shape(original))
+    if min(shape[-3], shape[-2]) <= 2 * radius:
+        return jnp.full(shape[:-3], jnp.nan)
+    window = np.exp(-0.5 * (np.arange(-radius, radius + 1) / sigma) ** 2)
+    window /= window.sum()
+
+    def smooth(x):
+        # a sum of shifted slices, once per direction: exact in float32 on every backend, where a
+        # convolution may run in TF32
+        for axis in (-3, -2):
+            length = x.shape[axis] - 2 * radius
+            x = sum(
+                weight * jax.lax.slice_in_dim(x, start, start + length, axis=x.ndim + axis)
+                for start, weight in enumerate(window.astype(np.float32))
+            )
+        return x
+
+    # The variances do not feel a shift; centring keeps their float32 subtraction accurate.
+    x = jnp.broadcast_to(reconstruction, shape) - 0.5
+    y = jnp.broadcast_to(original, shape) - 0.5
+    mean_x, mean_y = smooth(x), smooth(y)
+    var_x = smooth(x * x) - mean_x**2
+    var_y = smooth(y * y) - mean_y**2
+    covariance = smooth(x * y) - mean_x * mean_y
+    mean_x, mean_y = mean_x + 0.5, mean_y + 0.5
+    c1, c2 = 0.01**2, 0.03**2
+    luminance = (2 * mean_x * mean_y + c1) / (mean_x**2 + mean_y**2 + c1)
+    structure = (2 * covariance + c2) / (var_x + var_y + c2)
+    return jnp.mean(luminance * structure, axis=_IMAGE_AXES)
+
+
+def mse_r(
+    reconstruction: jax.Array, original: jax.Array, model: Model, variables: PyTree
+) -> jax.Array:
+    """The paper's MSE-R: mean squared error of the representations, the last layer's input.
+
+    Args:
+        reconstruction: [h w c] or [b h w c] in [0, 1].
+        original: as `reconstruction`.
+        model: the federated model.
+        variables: its variables, those that the gradient was computed at.
+
+    Returns:
+        Scalar or [b], at least 0. With train-mode batch normalisation each batch is normalised by
+        its own statistics, as the model does.
+
+    Reference: the paper, section 4.1.
+    """
+    shape = jnp.shape(original)
+    batched = (-1, *shape[-3:])
+    _, ours = model.apply(variables, jnp.reshape(reconstruction, batched))
+    _, theirs = model.apply(variables, jnp.reshape(original, batched))
+    return jnp.mean((ours - theirs) ** 2, axis=-1).reshape(shape[:-3])
+
+
+def label_accuracy(inferred: jax.Array, true: jax.Array) -> jax.Array:
+    """Share of the true labels that were inferred, both taken as multisets.
+
+    A batch's gradient does not tell the order of its images, so order does not count; repeated
+    labels count as often as they occur.
+
+    Args:
+        inferred: int [b] (or a scalar).
+        true: int [b] (or a scalar).
+
+    Returns:
+        Scalar in [0, 1]. NaN for no true labels.
+    """
+    inferred, true = jnp.atleast_1d(inferred), jnp.atleast_1d(true)
+
+    def occurrence(labels):
+        """How many equal labels come before each."""
+        return jnp.sum(jnp.tril(labels[:, None] == labels[None], k=-1), axis=1)
+
+    # the k-th occurrence of a label is found if the label was inferred at least k times
+    same = true[:, None] == inferred[None]
+    same &= occurrence(true)[:, None] == occurrence(inferred)[None]
+    return jnp.mean(jnp.any(same, axis=1).astype(jnp.float32))
+
+
+# --- registry ---------------------------------------------------------------------------------
+
+
+Metric = Callable[[jax.Array, jax.Array, Model, PyTree], jax.Array]
+
+#: name -> metric(reconstruction[... h w c], original[... h w c], model, variables) -> scores[...].
+#: A new metric is one function and one line here; its name is its column in the results.
+METRICS: dict[str, Metric] = {
+    "psnr": lambda x, y, model, variables: psnr(x, y),
+    "ssim": lambda x, y, model, variables: ssim(x, y),
+    "mse_i": lambda x, y, model, variables: mse_i(x, y),
+    "mse_r": lambda x, y, model, variables: mse_r(x, y, model, variables),
+    "mse": lambda x, y, model, variables: mse(x, y),
+    "psnr_paper": lambda x, y, model, variables: psnr_paper(x, y),
+}
+
+
+# --- summaries --------------------------------------------------------------------------------
+
+
+def confidence_interval(
+    values: Sequence[float], *, confidence: float = 0.95
+) -> tuple[float, float]:
+    """Student's t interval of the mean of independent values.
+
+    Args:
+        values: one per image, e.g. the PSNR above a control.
+        confidence: the probability that the interval covers the mean, in (0, 1).
+
+    Returns:
+        `(low, high)`. Both NaN where there is no interval: fewer than two values, or NaN or an
+        infinity among them. Equal values give an interval of no width.
+
+    Raises:
+        ValueError: confidence outside (0, 1).
+    """
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence={confidence} must lie between 0 and 1")
+    numbers = np.asarray(values, np.float64).ravel()
+    if len(numbers) < 2 or not np.all(np.isfinite(numbers)):
+        return math.nan, math.nan
+    mean = float(np.mean(numbers))
+    error = float(np.std(numbers, ddof=1)) / math.sqrt(len(numbers))
+    reach = float(special.stdtrit(len(numbers) - 1, 0.5 + confidence / 2)) * error
+    return mean - reach, mean + reach
