@@ -132,7 +132,8 @@ def prior_controls(
         labels=jnp.reshape(label, (1,)),
     )
     ceiling = np.clip(fitted[0], 0.0, 1.0)
-    low, high = np.percentile(psnrs, [2.5, 97.5])
+    # no interpolation: a PSNR may be infinite
+    low, high = np.percentile(psnrs, [2.5, 97.5], method="nearest")
     scores = {
         "psnr_control_mean": psnrs.mean(),
         "psnr_control_best": psnrs.max(),

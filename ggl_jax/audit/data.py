@@ -399,9 +399,10 @@ def _open_npz(path: Path, spec: str) -> _Opened:
     try:
         sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
         # pickled arrays could run code, so they are never read
-        with np.load(path, allow_pickle=False) as archive:
-            if not isinstance(archive, np.lib.npyio.NpzFile):
-                raise ValueError("it is a single array")
+        archive = np.load(path, allow_pickle=False)
+        if not isinstance(archive, np.lib.npyio.NpzFile):
+            raise ValueError("it is a single array")
+        with archive:
             present = sorted(archive.files)
             for key in ("images", "labels", "files"):
                 if key in present:
@@ -660,7 +661,7 @@ def _open_tfds(spec: str) -> _Opened:
         raise GGLError(
             f"data={spec!r} needs tensorflow-datasets: pip install 'ggl-jax[data]'"
         ) from error
-    where = Path(data_dir).expanduser() if data_dir else Path.home() / "tensorflow_datasets"
+    where = os.path.expanduser(data_dir or "~/tensorflow_datasets")
     remedy = (
         f"prepare it with: tfds build {name} --file_format=array_record --data_dir={where}, "
         "or name its folder with ?data_dir=DIR or TFDS_DATA_DIR"
@@ -750,8 +751,7 @@ def _find(features, kind: type, preferred: str) -> str | None:
 
 def _tfds_label(tfds, features) -> tuple[tuple[str, ...], int | None]:
     """Where in an example the label is, and the number of classes; `((), None)` if nowhere."""
-    attributes = features.get("attributes")
-    if attributes is not None and "Male" in attributes:
+    if "attributes" in features and "Male" in features["attributes"]:
         return ("attributes", "Male"), 2
     key = _find(features, tfds.features.ClassLabel, "label")
     return ((), None) if key is None else ((key,), features[key].num_classes)

@@ -62,6 +62,7 @@ def psnr_paper(reconstruction: jax.Array, original: jax.Array) -> jax.Array:
     return -10.0 * jnp.log10(mse_i(reconstruction, original))
 
 
+@jax.jit
 def ssim(reconstruction: jax.Array, original: jax.Array) -> jax.Array:
     """Structural similarity with a Gaussian window of 11 pixels and sigma 1.5.
 
@@ -86,24 +87,24 @@ def ssim(reconstruction: jax.Array, original: jax.Array) -> jax.Array:
     window = np.exp(-0.5 * (np.arange(-radius, radius + 1) / sigma) ** 2)
     window /= window.sum()
 
-    def smooth(x):
-        # a sum of shifted slices, once per direction: exact in float32 on every backend, where a
-        # convolution may run in TF32
-        for axis in (-3, -2):
-            length = x.shape[axis] - 2 * radius
-            x = sum(
-                weight * jax.lax.slice_in_dim(x, start, start + length, axis=x.ndim + axis)
-                for start, weight in enumerate(window.astype(np.float32))
-            )
-        return x
+    def bands(length):
+        """The window at each place where it fits: [length - 2 * radius, length]."""
+        rows = [np.pad(window, (i, length - len(window) - i)) for i in range(length - 2 * radius)]
+        return jnp.asarray(np.stack(rows), jnp.float32)
 
     # The variances do not feel a shift; centring keeps their float32 subtraction accurate.
     x = jnp.broadcast_to(reconstruction, shape) - 0.5
     y = jnp.broadcast_to(original, shape) - 0.5
-    mean_x, mean_y = smooth(x), smooth(y)
-    var_x = smooth(x * x) - mean_x**2
-    var_y = smooth(y * y) - mean_y**2
-    covariance = smooth(x * y) - mean_x * mean_y
+    # Matrix products at the highest precision: a convolution may run in TF32.
+    mean_x, mean_y, square_x, square_y, product = jnp.einsum(
+        "ph,qw,...hwc->...pqc",
+        bands(shape[-3]),
+        bands(shape[-2]),
+        jnp.stack([x, y, x * x, y * y, x * y]),
+        precision=jax.lax.Precision.HIGHEST,
+    )
+    var_x, var_y = square_x - mean_x**2, square_y - mean_y**2
+    covariance = product - mean_x * mean_y
     mean_x, mean_y = mean_x + 0.5, mean_y + 0.5
     c1, c2 = 0.01**2, 0.03**2
     luminance = (2 * mean_x * mean_y + c1) / (mean_x**2 + mean_y**2 + c1)
