@@ -1,0 +1,228 @@
+"""Soteria: hide the image by pruning the representation that enters the last layer."""
+
+import jax
+import jax.numpy as jnp
+
+from ggl_jax import trees
+from ggl_jax.client.defenses import _checks, _traits
+from ggl_jax.client.defenses.sparsify import percentile, zero_count
+from ggl_jax.client.gradients import cross_entropy
+from ggl_jax.types import Defense, Factored, Model, Path, PyTree
+
+
+def soteria(*, rate: float = 0.8, fidelity: str = "paper", chunk_size: int = 16) -> Defense:
+    """Prune the entries of the representation r (the input of the last Dense layer) that tell most.
+
+    What the adversary learns: which features were pruned, since their rows of the last layer's
+    weight gradient are zero. The other layers still carry the image.
+
+    Args:
+        rate: share p of the d features that is pruned, 0 <= rate < 1.
+        fidelity:
+            ``"paper"``: for each image, prune the ``floor(p d)`` features with the largest
+            ``|r_i (dr_i/dx)^-1| = |r_i| / |dr_i/dx|`` (the pseudo-inverse of a row vector), then
+            take the gradient of *all* layers with the pruned representation ``r' = m r``. The mask
+            m is a constant, so nothing flows back through a pruned feature. It replaces the
+            update, so it must be the first stage of a chain, on a single gradient step.
+            ``"code"``: ``score_i = |dr_i/dx| / (r_i + 1e-10)``, averaged over the batch; zero the
+            rows of the last layer's weight gradient whose absolute score is below the p-th
+            percentile. All other tensors keep the plain gradient. It masks any update.
+        chunk_size: features whose derivatives are computed together. Memory grows with it.
+
+    Returns:
+        A Defense. Record: ``rate`` and ``mask``, a pytree like the update with [d 1] at the last
+        kernel and 1.0 elsewhere. Estimate: the same, where ``rate`` is the share of masked rows.
+
+    The simulation multiplies the last kernel's gradient by the mask, which is exact for the
+    ``"code"`` form. For the ``"paper"`` form it is an approximation: pruning also changed the
+    probabilities, and so every tensor, by a changed forward pass that no map of the plain
+    gradient gives. It becomes exact, for one image or one mask for all, when the candidate's
+    gradient is taken at :func:`pruned_variables`.
+
+    Edge cases: batches: in the ``"paper"`` form each image has its own mask, and a row is zero only
+    where all images pruned it (the record's mask says where). Features that do not depend on the
+    image: r_i = 0 is kept, another value is pruned first. ``"code"`` gives silent features
+    (r_i = 0) huge scores, unless their derivative is 0 too; then their score, 0, is the
+    lowest. Ties: the first in order are pruned (``"paper"``), those at the percentile are kept
+    (``"code"``). A feature that is exactly 0 in all images is masked in the estimate, and it makes
+    no difference that it is. With train-mode BatchNorm, images of a batch depend on each other, and
+    the derivative of the batch's sum stands for that of the image, as in the published code.
+
+    Reference: Sun et al. 2021 (Soteria), section 4 and equation 8, rate of pruning 80 % in the
+    paper, section 4.2. The published code leaves the forward pass unperturbed.
+    """
+    _checks.fidelity("soteria", fidelity)
+    rate = _checks.number("soteria", "rate", rate, low=0, high=1, default=0.8)
+    chunk_size = _checks.positive_integer("soteria", "chunk_size", chunk_size)
+    on_representation = fidelity == "paper"
+
+    def masks(context):
+        """[b d] in the paper's form, [1 d] in the code's."""
+        features, norms = jacobian_norms(
+            context.model, context.variables, context.images, chunk_size=chunk_size
+        )
+        if on_representation:
+            return jax.vmap(lambda r, n: _largest_pruned(r, n, rate))(features, norms)
+        scores = jnp.abs(jnp.mean(norms / (features + 1e-10), axis=0))
+        return (scores >= percentile(scores, rate)).astype(features.dtype)[None]
+
+    def apply(key, update, context):
+        del key
+        kept = masks(context)
+        if on_representation:
+            return pruned_gradient(
+                context.model, context.variables, context.images, context.labels, kept
+            )
+        return _apply_mask(mask_tree(update, context.model.head, kept[0]), update)
+
+    def record(key, update, context):
+        del key
+        # A row is zero only where every image's mask is.
+        kept = jnp.max(masks(context), axis=0)
+        return _parameters(mask_tree(update, context.model.head, kept), kept)
+
+    def estimate(update, head, noise=0.0):
+        kept = estimate_mask(update, head, noise, first_class_only=not on_representation)
+        return _parameters(mask_tree(update, head, kept), kept)
+
+    def simulate(estimated, update):
+        return _apply_mask(estimated["mask"], update)
+
+    def factor(estimated):
+        return Factored(mask=estimated["mask"])
+
+    # chain() must know that earlier stages' work would be lost.
+    _traits.mark(apply, replaces_update=on_representation)
+    _traits.mark(factor, masks=True, scales=False)
+    return Defense(f"soteria:{rate:g}", apply, record, estimate, simulate, factor)
+
+
+def jacobian_norms(
+    model: Model, variables: PyTree, images: jax.Array, *, chunk_size: int = 16
+) -> tuple[jax.Array, jax.Array]:
+    """Each feature and the l2 norm of its derivative with respect to the image.
+
+    Runs backward passes for ``chunk_size`` features at a time, on the residuals of one forward
+    pass; no Jacobian is ever held.
+
+    Args:
+        model: any model whose last layer is Dense.
+        variables: its variables.
+        images: [b h w c] in [0, 1].
+        chunk_size: features per pass, at least 1.
+
+    Returns:
+        ``(features[b d], norms[b d])``.
+    """
+    features, pull_back = jax.vjp(lambda x: model.apply(variables, x)[1], images)
+
+    def norms_of(i):
+        # Images are independent, so one cotangent serves the whole batch.
+        one_hot = jnp.zeros_like(features).at[:, i].set(1)
+        (derivative,) = pull_back(one_hot)
+        return jnp.sqrt(jnp.sum(jnp.square(derivative), axis=(1, 2, 3)))
+
+    dim = features.shape[1]
+    norms = jax.lax.map(norms_of, jnp.arange(dim), batch_size=min(chunk_size, dim))
+    return features, norms.T
+
+
+def _largest_pruned(features: jax.Array, norms: jax.Array, rate: float) -> jax.Array:
+    """[d] mask: 0 at the floor(rate d) features with the largest |r_i| / |dr_i/dx|."""
+    size = jnp.abs(features)
+    moves = norms > 0
+    key = jnp.where(moves, size / jnp.where(moves, norms, 1), jnp.where(size > 0, jnp.inf, 0.0))
+    order = jnp.argsort(-key, stable=True)
+    count = zero_count(rate, features.size)
+    return jnp.ones_like(features).at[order[:count]].set(0)
+
+
+def pruned_gradient(
+    model: Model, variables: PyTree, images: jax.Array, labels: jax.Array, mask: jax.Array
+) -> PyTree:
+    """Gradient of the mean cross-entropy with the representation multiplied by ``mask`` [b d]."""
+
+    def loss(params):
+        _, features = model.apply({**variables, "params": params}, images)
+        kernel, bias = trees.head_parts(params, model.head)
+        logits = (mask * features) @ kernel
+        return cross_entropy(logits if bias is None else logits + bias, labels)
+
+    return jax.grad(loss)(variables["params"])
+
+
+def pruned_variables(variables: PyTree, head: Path, estimated: dict) -> PyTree:
+    """Variables at which a candidate's plain gradient is that of its pruned representation.
+
+    ``(m r) W = r (m W)``: rows of the last kernel that belong to pruned features are zeroed. With
+    the mask on the last kernel's gradient (``simulate``), a candidate's gradient at these variables
+    is exactly what Soteria in the paper's form does to it with that mask.
+
+    Args:
+        variables: the model's variables.
+        head: ``Model.head``.
+        estimated: a soteria estimate (or record).
+    """
+    mask = estimated["mask"]
+    params = trees.map_head_kernel(
+        lambda kernel: kernel * trees.head_parts(mask, head)[0],
+        lambda leaf: leaf,
+        variables["params"],
+        head,
+    )
+    return {**variables, "params": params}
+
+
+def mask_tree(update: PyTree, head: Path, kept: jax.Array) -> PyTree:
+    """A pytree like ``update``: [d 1] at the last kernel, the scalar 1.0 elsewhere."""
+    trees.head_parts(update, head)  # raises where there is no such layer
+    return trees.map_head_kernel(
+        lambda kernel: kept[:, None].astype(kernel.dtype),
+        lambda leaf: jnp.ones((), leaf.dtype),
+        update,
+        head,
+    )
+
+
+def _apply_mask(mask, update):
+    return jax.tree.map(jnp.multiply, mask, update)
+
+
+def _parameters(mask, kept):
+    return {"rate": jnp.mean(1 - kept, dtype=jnp.float32), "mask": mask}
+
+
+def estimate_mask(
+    update: PyTree, head: Path, noise: jax.Array | float = 0.0, *, first_class_only: bool = False
+) -> jax.Array:
+    """Which features were kept, from the rows of the last layer's weight gradient.
+
+    Without noise a row of zeros was pruned. Under noise, each row is projected on the direction
+    over the classes that explains the most energy (for one image the gradient has rank one, so
+    nothing is lost), and rows within 2.5 standard deviations of zero are taken for pruned: one
+    pruned row in 80 is missed, and kept features below that size look pruned.
+
+    Args:
+        update: the observed update.
+        head: ``Model.head``.
+        noise: standard deviation of noise added afterwards.
+        first_class_only: look at the entries of class 0 only, as the published code.
+
+    Returns:
+        [d], 1.0 where kept, 0.0 where pruned.
+    """
+    kernel, _ = trees.head_parts(update, head)
+    noise = jnp.asarray(noise, kernel.dtype)
+    nonzero = kernel[:, 0] != 0 if first_class_only else jnp.any(kernel != 0, axis=1)
+    # Signal sums to zero over the classes, noise does not: less noise without the mean.
+    contrast = kernel - jnp.mean(kernel, axis=1, keepdims=True)
+
+    def power_step(_, direction):
+        moved = contrast.T @ (contrast @ direction)
+        return moved / (jnp.linalg.norm(moved) + 1e-30)
+
+    loudest = jnp.argmax(jnp.sum(jnp.square(contrast), axis=0))
+    start = jnp.zeros(kernel.shape[1], kernel.dtype).at[loudest].set(1)
+    direction = jax.lax.fori_loop(0, 30, power_step, start)
+    clear = jnp.abs(contrast @ direction) > 2.5 * noise
+    return jnp.where(noise > 0, clear, nonzero).astype(kernel.dtype)

@@ -1,0 +1,121 @@
+"""Small helpers for pytrees of gradients, shared by both sides of the door.
+
+A gradient (an "update") is a pytree of arrays with the structure of ``variables["params"]``; its
+leaves are called tensors or, as in the literature on clipping, layers.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ggl_jax.errors import GGLError
+from ggl_jax.types import Path, PyTree
+
+
+def _name(path) -> str:
+    return "/".join(str(getattr(p, "key", getattr(p, "idx", getattr(p, "name", p)))) for p in path)
+
+
+def names(tree: PyTree) -> list[str]:
+    """Names of the leaves in ``jax.tree.leaves`` order, e.g. ``"fc/kernel"``."""
+    return [_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
+
+
+def head_parts(update: PyTree, head: Path) -> tuple[jax.Array, jax.Array | None]:
+    """The last Dense layer's part of an update.
+
+    Args:
+        update: a pytree like ``variables["params"]``.
+        head: ``Model.head``.
+
+    Returns:
+        ``(kernel[d k], bias[k])``; the bias is None where the layer has none.
+
+    Raises:
+        GGLError: there is no such layer, or its kernel is not a matrix.
+    """
+    leaves = dict(zip(names(update), jax.tree.leaves(update), strict=True))
+    base = "/".join(head)
+    kernel = leaves.get(f"{base}/kernel")
+    if kernel is None or jnp.ndim(kernel) != 2:
+        found = ", ".join(n for n in leaves if n.endswith("kernel")) or "none"
+        raise GGLError(
+            f"head={tuple(head)!r}: the update has no matrix {base}/kernel (kernels found: "
+            f"{found}); give the path of the last Dense layer, as in Model.head"
+        )
+    return kernel, leaves.get(f"{base}/bias")
+
+
+def map_head_kernel(on_kernel: Callable, on_other: Callable, update: PyTree, head: Path) -> PyTree:
+    """Apply one function to the last Dense layer's kernel and another to every other leaf."""
+    target = "/".join((*head, "kernel"))
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: (on_kernel if _name(path) == target else on_other)(leaf), update
+    )
+
+
+def sq_norms(tree: PyTree) -> PyTree:
+    """Squared l2 norm of every leaf, float32 or wider: a pytree of scalars."""
+    return jax.tree.map(lambda x: jnp.sum(jnp.square(_wide(x))), tree)
+
+
+def inner_products(a: PyTree, b: PyTree) -> PyTree:
+    """Inner product of every pair of leaves: a pytree of scalars."""
+    return jax.tree.map(lambda x, y: jnp.sum(_wide(x) * _wide(y)), a, b)
+
+
+def total(tree: PyTree) -> jax.Array:
+    """Sum of a pytree of scalars."""
+    return jnp.sum(jnp.stack(jax.tree.leaves(tree)))
+
+
+def safe_sqrt(x: jax.Array) -> jax.Array:
+    """Square root with value and derivative 0 at 0 (and below)."""
+    positive = x > 0
+    return jnp.where(positive, jnp.sqrt(jnp.where(positive, x, 1)), 0)
+
+
+def kth_smallest(magnitudes: jax.Array, k: jax.Array | int) -> jax.Array:
+    """The k-th smallest (from 1) of non-negative floats, exactly; ``k`` may be traced.
+
+    Bisects on the bit pattern, which for non-negative IEEE floats is ordered as they are: 31
+    counting passes in float32 instead of a sort, several times faster on large tensors, and
+    ``vmap`` keeps it so. Not differentiable (use it for thresholds).
+
+    Args:
+        magnitudes: [n] floats >= 0. NaN counts as larger than infinity.
+        k: 1 to n. Outside, the nearest end is taken.
+
+    Returns:
+        Scalar of the same dtype.
+    """
+    bits = {2: jnp.int16, 4: jnp.int32, 8: jnp.int64}[magnitudes.dtype.itemsize]
+    pattern = jax.lax.bitcast_convert_type(jax.lax.stop_gradient(magnitudes), bits)
+    k = jnp.clip(jnp.asarray(k), 1, magnitudes.size)
+
+    def build(i, prefix):
+        # The answer is the largest pattern with fewer than k entries strictly below it.
+        trial = prefix | jnp.left_shift(jnp.ones((), bits), (top - i).astype(bits))
+        return jnp.where(jnp.sum(pattern < trial) < k, trial, prefix)
+
+    top = jnp.asarray(magnitudes.dtype.itemsize * 8 - 2)
+    prefix = jax.lax.fori_loop(0, magnitudes.dtype.itemsize * 8 - 1, build, jnp.zeros((), bits))
+    return jax.lax.bitcast_convert_type(prefix, magnitudes.dtype)
+
+
+def check_finite(tree: PyTree, what: str = "the observed update") -> None:
+    """Raise :class:`GGLError` naming the first tensor that holds NaN or infinity. Host side."""
+    for name, leaf in zip(names(tree), jax.tree.leaves(tree), strict=True):
+        bad = int(np.size(leaf)) - int(jnp.sum(jnp.isfinite(leaf)))
+        if bad:
+            raise GGLError(
+                f"{what}: {name} holds {bad} NaN or infinite values out of {np.size(leaf)}; "
+                f"only finite gradients can be audited, check the client's loss and images"
+            )
+
+
+def _wide(x: jax.Array) -> jax.Array:
+    """Half-precision gradients are summed in float32: 2 million squares do not fit float16."""
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
