@@ -1,0 +1,89 @@
+"""ggl_jax: audit privacy defenses in federated learning by generative gradient leakage.
+
+The flat public interface; the rooms behind it are ``client`` (what a client does with its private
+data), ``priors`` (public knowledge of images), ``adversary`` (sees only the shared update) and
+``audit`` (sees both sides and judges).
+"""
+
+from ggl_jax import _environment as _environment  # isort: skip (before JAX is imported)
+
+from ggl_jax.adversary.attacks import ATTACKS, ggl
+from ggl_jax.adversary.estimation import estimate
+from ggl_jax.adversary.labels import infer_labels
+from ggl_jax.adversary.losses import DISTANCES, REGULARIZERS
+from ggl_jax.adversary.matching import matching_loss
+from ggl_jax.adversary.optimizers import OPTIMIZERS, adam, best_so_far, cma_es
+from ggl_jax.adversary.search import run_search
+from ggl_jax.audit.data import load
+from ggl_jax.audit.metrics import METRICS, psnr, ssim
+from ggl_jax.audit.runner import AttackSettings, AuditResult, ClientSettings, audit
+from ggl_jax.client.defenses import (
+    DEFENSES,
+    chain,
+    clip,
+    from_function,
+    noise,
+    parse,
+    soteria,
+    sparsify,
+)
+from ggl_jax.client.gradients import gradient, local_update
+from ggl_jax.client.models import MODELS, convnet, from_flax, lenet, resnet18
+from ggl_jax.errors import GGLError
+from ggl_jax.priors import PRIORS, dcgan, fit_latents, load_prior, pixels
+from ggl_jax.types import Attack, Context, Defense, Factored, Info, Model, Optimizer, Prior, Problem
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ATTACKS",
+    "DEFENSES",
+    "DISTANCES",
+    "METRICS",
+    "MODELS",
+    "OPTIMIZERS",
+    "PRIORS",
+    "REGULARIZERS",
+    "Attack",
+    "AttackSettings",
+    "AuditResult",
+    "ClientSettings",
+    "Context",
+    "Defense",
+    "Factored",
+    "GGLError",
+    "Info",
+    "Model",
+    "Optimizer",
+    "Prior",
+    "Problem",
+    "adam",
+    "audit",
+    "best_so_far",
+    "chain",
+    "clip",
+    "cma_es",
+    "convnet",
+    "dcgan",
+    "estimate",
+    "fit_latents",
+    "from_flax",
+    "from_function",
+    "ggl",
+    "gradient",
+    "infer_labels",
+    "lenet",
+    "load",
+    "load_prior",
+    "local_update",
+    "matching_loss",
+    "noise",
+    "parse",
+    "pixels",
+    "psnr",
+    "resnet18",
+    "run_search",
+    "soteria",
+    "sparsify",
+    "ssim",
+]

@@ -1,0 +1,44 @@
+"""Searches over latents, all of one type, with budgets counted in gradient evaluations.
+
+A new optimiser is one file that returns an :class:`ggl_jax.types.Optimizer` and one line in
+:data:`OPTIMIZERS`.
+"""
+
+import difflib
+import inspect
+
+from ggl_jax.adversary.optimizers.adam import adam
+from ggl_jax.adversary.optimizers.base import BestState, best_so_far
+from ggl_jax.adversary.optimizers.cma_es import cma_es
+from ggl_jax.errors import GGLError
+from ggl_jax.types import Optimizer
+
+OPTIMIZERS = {
+    "adam": adam,
+    "cma_es": cma_es,
+}
+
+
+def make_optimizer(name: str, **options) -> Optimizer:
+    """Build an optimiser by name, with those of the options that its factory takes.
+
+    Args:
+        name: a key of :data:`OPTIMIZERS`.
+        **options: settings shared by all optimisers of a run (``steps``, ``population``,
+            ``sigma0``, ``learning_rate``, ...). A factory gets those that it names; None means
+            "the factory's own default".
+
+    Raises:
+        GGLError: for an unknown name.
+    """
+    if name not in OPTIMIZERS:
+        near = difflib.get_close_matches(name, OPTIMIZERS, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        known = ", ".join(sorted(OPTIMIZERS))
+        raise GGLError(f"optimizer: unknown name {name!r}; known: {known}.{hint}")
+    factory = OPTIMIZERS[name]
+    accepted = inspect.signature(factory).parameters
+    return factory(**{k: v for k, v in options.items() if k in accepted and v is not None})
+
+
+__all__ = ["OPTIMIZERS", "BestState", "adam", "best_so_far", "cma_es", "make_optimizer"]

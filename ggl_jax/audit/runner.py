@@ -1,0 +1,502 @@
+"""Runs an audit: every image against every defense, one result row for each cell."""
+
+import dataclasses
+import json
+import os
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from PIL import Image
+
+from ggl_jax.adversary import estimation
+from ggl_jax.adversary.attacks import ATTACKS
+from ggl_jax.adversary.labels import infer_labels
+from ggl_jax.adversary.optimizers import make_optimizer
+from ggl_jax.adversary.search import run_search
+from ggl_jax.audit import metrics
+from ggl_jax.audit.controls import Controls, prior_controls
+from ggl_jax.client import defenses as client_defenses
+from ggl_jax.client.gradients import local_update
+from ggl_jax.errors import GGLError
+from ggl_jax.types import (
+    OK,
+    STATUS_MESSAGES,
+    Context,
+    Defense,
+    Model,
+    Prior,
+    Problem,
+    PyTree,
+)
+
+# Streams of an instance's key, so that defense noise and search never share random numbers.
+_STREAM_DEFENSE, _STREAM_SEARCH, _STREAM_CONTROLS = 0, 1, 2
+# The stream of the run's key that initialises the federated model; instances fold in their image
+# index, which is never negative.
+_MODEL_STREAM = 2**31 - 1
+
+
+@dataclasses.dataclass(frozen=True)
+class AttackSettings:
+    """How hard, and with what, the adversary searches. See ``ggl-jax audit --help``."""
+
+    attack: str = "ggl"
+    optimizer: str = "cma_es"
+    population: int = 50
+    steps: int = 800
+    restarts: int = 1
+    start: str = "zeros"
+    bound: str = "none"
+    learning_rate: float | None = None
+    sigma0: float | None = None
+    distance: str = "squared_l2"
+    regularizer: str = "kld:0.1"
+    fidelity: str = "paper"
+    method: str = "auto"
+    chunk_size: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class ClientSettings:
+    """What a client shares: the update of ``batch_size`` images after ``local_steps`` steps."""
+
+    batch_size: int = 1
+    local_steps: int = 1
+    local_learning_rate: float = 0.01
+
+
+class Cell(NamedTuple):
+    """One unit of work: a batch of private images under one defense."""
+
+    index: int
+    images: jax.Array
+    labels: jax.Array
+    names: tuple[str, ...]
+    defense: Defense
+
+
+class AuditResult(NamedTuple):
+    """What an audit returns.
+
+    Attributes:
+        rows: one dict for each image and defense, as in ``results.jsonl``.
+        reconstructions: the images [h w c] in the order of ``rows``, float32 in [0, 1].
+        controls: the controls of each image, by the image's name.
+        originals: the private images by name.
+    """
+
+    rows: list[dict[str, Any]]
+    reconstructions: list[np.ndarray]
+    controls: dict[str, Controls]
+    originals: dict[str, np.ndarray]
+
+
+class AuditInterrupted(KeyboardInterrupt):
+    """Ctrl-C during an audit; ``result`` holds the cells that were finished."""
+
+    def __init__(self, result: AuditResult):
+        super().__init__("the audit was interrupted")
+        self.result = result
+
+
+#: ``progress(phase, cell_number, num_cells, fraction, loss)``, called often.
+Progress = Callable[[str, int, int, float, float | None], None]
+
+
+def save_png(path: Path, image: np.ndarray) -> None:
+    """Write a float image [h w c] in [0, 1] losslessly (8 bits a channel), atomically."""
+    pixels = np.asarray(np.clip(image, 0.0, 1.0) * 255.0 + 0.5, np.uint8)
+    if pixels.shape[-1] == 1:
+        pixels = pixels[..., 0]
+    partial = path.with_suffix(".part")
+    Image.fromarray(pixels).save(partial, format="PNG")
+    os.replace(partial, path)
+
+
+def assign(reconstructions: jax.Array, originals: jax.Array) -> np.ndarray:
+    """Which reconstruction belongs to which original, by the Hungarian method on squared error.
+
+    Only the audit may do this: a batch's update does not tell the order of its images.
+
+    Args:
+        reconstructions: [b h w c].
+        originals: [b h w c].
+
+    Returns:
+        [b] indices into ``reconstructions``.
+    """
+    from scipy.optimize import linear_sum_assignment
+
+    a = np.asarray(originals).reshape(len(originals), 1, -1)
+    b = np.asarray(reconstructions).reshape(1, len(reconstructions), -1)
+    return linear_sum_assignment(np.mean((a - b) ** 2, axis=-1))[1]
+
+
+def _jsonable(value: Any) -> Any:
+    """Scalars for JSON; infinities and NaN become None, since JSON has no such numbers."""
+    if isinstance(value, dict):
+        return {k: _jsonable(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_jsonable(v) for v in value]
+    if isinstance(value, (np.ndarray, jax.Array)):
+        return _jsonable(np.asarray(value).tolist())
+    if isinstance(value, (np.floating, np.integer, np.bool_)):
+        value = value.item()
+    if isinstance(value, float) and not np.isfinite(value):
+        return None
+    return value
+
+
+class _Programs(NamedTuple):
+    """The compiled client side of one defense, and the attack upon it."""
+
+    share: Callable
+    attack: Any
+
+
+def _build_programs(
+    model: Model, prior: Prior, defense: Defense, client: ClientSettings, settings: AttackSettings
+) -> _Programs:
+    def share(key, variables, images, labels):
+        update = local_update(
+            model,
+            variables,
+            images,
+            labels,
+            local_steps=client.local_steps,
+            learning_rate=client.local_learning_rate,
+        )
+        context = Context(model, variables, images, labels)
+        return defense.apply(key, update, context), defense.record(key, update, context)
+
+    if settings.attack not in ATTACKS:
+        raise GGLError(f"attack: got {settings.attack!r}, allowed: {', '.join(sorted(ATTACKS))}")
+    optimizer = make_optimizer(
+        settings.optimizer,
+        population=settings.population,
+        steps=settings.steps,
+        sigma0=settings.sigma0,
+        learning_rate=settings.learning_rate,
+    )
+    attack = ATTACKS[settings.attack](
+        model,
+        prior,
+        optimizer,
+        defense=defense,
+        batch_size=client.batch_size,
+        restarts=settings.restarts,
+        start=settings.start,
+        bound=settings.bound,
+        distance=settings.distance,
+        regularizer=settings.regularizer,
+        fidelity=settings.fidelity,
+        method=settings.method,
+        local_steps=client.local_steps,
+        local_learning_rate=client.local_learning_rate,
+        chunk_size=settings.chunk_size,
+    )
+    return _Programs(jax.jit(share), attack)
+
+
+def cells_of(
+    images: np.ndarray,
+    labels: np.ndarray,
+    names: Sequence[str],
+    defenses: Sequence[Defense],
+    batch_size: int,
+) -> list[Cell]:
+    """The audit's cells, image by image, so that the first images are complete first."""
+    if len(images) % batch_size:
+        raise GGLError(
+            f"batch_size: {len(images)} images cannot be split into batches of {batch_size}; "
+            "choose indices whose number is a multiple of it"
+        )
+    cells = []
+    for start in range(0, len(images), batch_size):
+        part = slice(start, start + batch_size)
+        for defense in defenses:
+            cells.append(
+                Cell(
+                    index=start,
+                    images=jnp.asarray(images[part], jnp.float32),
+                    labels=jnp.asarray(labels[part], jnp.int32),
+                    names=tuple(names[part]),
+                    defense=defense,
+                )
+            )
+    return cells
+
+
+def _check_inputs(model: Model, prior: Prior, images: np.ndarray, labels: np.ndarray) -> None:
+    if images.ndim != 4 or images.shape[1:] != model.image_shape:
+        raise GGLError(
+            f"images: got shape {images.shape}, allowed: (n, {', '.join(map(str, model.image_shape))})"
+            f" as model {model.name!r} takes them"
+        )
+    if not np.all(np.isfinite(images)) or images.min() < 0.0 or images.max() > 1.0:
+        raise GGLError("images: values must be finite and lie in [0, 1]; divide uint8 by 255")
+    if prior.image_shape != model.image_shape:
+        raise GGLError(
+            f"prior: {prior.name!r} makes images of shape {prior.image_shape}, but model "
+            f"{model.name!r} takes {model.image_shape}; choose a prior of that size"
+        )
+    if labels.shape != images.shape[:1]:
+        raise GGLError(f"labels: got shape {labels.shape}, allowed: ({len(images)},), one per image")
+    if labels.min() < 0 or labels.max() >= model.num_classes:
+        raise GGLError(
+            f"labels: got {labels.min()} to {labels.max()}, allowed: 0 to {model.num_classes - 1}; "
+            "raise the model's number of classes"
+        )
+
+
+def audit(
+    images,
+    labels,
+    *,
+    model: Model,
+    prior: Prior,
+    prior_params: PyTree,
+    defenses: Sequence[Defense | str],
+    variables: PyTree | None = None,
+    names: Sequence[str] | None = None,
+    instance_ids: Sequence[int] | None = None,
+    client: ClientSettings | None = None,
+    settings: AttackSettings | None = None,
+    num_controls: int = 400,
+    ceiling_steps: int = 300,
+    seed: int = 0,
+    out: str | Path | None = None,
+    progress: Progress | None = None,
+) -> AuditResult:
+    """Audit defenses on private images: how much of each does the shared update leak?
+
+    For each image (or batch) and defense: the client's update is computed and defended; the
+    adversary infers labels and the defense's parameters from it alone, and searches the prior's
+    latents; the audit then compares with the truth, beside its controls.
+
+    Args:
+        images: [n h w c], the private images, float in [0, 1].
+        labels: [n] integer class labels.
+        model: the federated model; see :func:`ggl_jax.from_flax` for your own.
+        prior: the generator that the adversary has; its images must have the model's shape.
+        prior_params: the generator's parameters.
+        defenses: specifications such as "clip:4+noise:0.1", or :class:`Defense` objects.
+        variables: the global model's variables; None for a fresh random initialisation.
+        names: [n], shown in the results; default "image-0", ...
+        instance_ids: [n], non-negative numbers that identify the images' random streams, so that
+            auditing a subset gives the same rows; default 0, 1, ...
+        client: batch size and local steps.
+        settings: the adversary's search.
+        num_controls: random samples of the prior for the controls.
+        ceiling_steps: Adam steps of the prior's direct fit to the private image (the ceiling).
+        seed: of everything random.
+        out: folder for ``results.jsonl`` and the reconstructions; None writes nothing. Cells that
+            an earlier run of the same audit finished there are kept and not repeated.
+        progress: called as the audit goes on.
+
+    Returns:
+        An :class:`AuditResult`.
+
+    Raises:
+        GGLError: for unusable input, in one line.
+    """
+    client = client or ClientSettings()
+    settings = settings or AttackSettings()
+    images = np.asarray(images, np.float32)
+    labels = np.asarray(labels)
+    _check_inputs(model, prior, images, labels)
+    names = [f"image-{i}" for i in range(len(images))] if names is None else list(names)
+    ids = range(len(images)) if instance_ids is None else list(instance_ids)
+    parsed = [
+        client_defenses.parse(d, fidelity=settings.fidelity) if isinstance(d, str) else d
+        for d in defenses
+    ]
+    key = jax.random.key(seed)
+    if variables is None:
+        variables = jax.jit(model.init)(jax.random.fold_in(key, _MODEL_STREAM))
+    cells = cells_of(images, labels, names, parsed, client.batch_size)
+    store = _Store(Path(out)) if out is not None else None
+    programs = {
+        d.name: _build_programs(model, prior, d, client, settings) for d in parsed
+    }
+    result = AuditResult([], [], {}, {n: i for n, i in zip(names, images, strict=True)})
+    try:
+        for number, cell in enumerate(cells):
+
+            def report(phase, fraction=0.0, loss=None, number=number, cell=cell):
+                if progress is not None:
+                    progress(f"{cell.defense.name}: {phase}", number, len(cells), fraction, loss)
+
+            instance = jax.random.fold_in(key, ids[cell.index])
+            for position, name in enumerate(cell.names):
+                if name not in result.controls:
+                    report("controls")
+                    stream = jax.random.fold_in(instance, _STREAM_CONTROLS)
+                    result.controls[name] = prior_controls(
+                        prior,
+                        prior_params,
+                        cell.images[position],
+                        cell.labels[position],
+                        jax.random.fold_in(stream, position),
+                        num_samples=num_controls,
+                        ceiling_steps=ceiling_steps,
+                    )
+            finished = store.finished(cell) if store else None
+            if finished is not None:
+                rows, recs = finished
+            else:
+                rows, recs = _run_cell(
+                    cell,
+                    instance,
+                    model,
+                    variables,
+                    prior_params,
+                    programs[cell.defense.name],
+                    client,
+                    settings,
+                    seed,
+                    result.controls,
+                    report,
+                )
+                if store:
+                    store.write(cell, rows, recs)
+            result.rows.extend(rows)
+            result.reconstructions.extend(recs)
+    except KeyboardInterrupt:
+        raise AuditInterrupted(result) from None
+    return result
+
+
+def _run_cell(
+    cell, instance, model, variables, prior_params, programs, client, settings, seed, controls,
+    report,
+):
+    began = time.perf_counter()
+    report("client's update")
+    defense = cell.defense
+    observed, record = programs.share(
+        jax.random.fold_in(instance, _STREAM_DEFENSE), variables, cell.images, cell.labels
+    )
+    estimation.check_finite(observed)
+    report("label and defense estimation")
+    inferred = infer_labels(
+        observed, model.head, batch_size=client.batch_size, fidelity=settings.fidelity
+    )
+    estimated = estimation.estimate(defense, observed, model.head)
+    problem = Problem(observed, variables, prior_params, inferred, estimated)
+    report("compiling the search")
+    search_began = time.perf_counter()
+    outcome = run_search(
+        programs.attack,
+        jax.random.fold_in(instance, _STREAM_SEARCH)[None],
+        [problem],
+        steps=settings.steps,
+        callback=lambda done, losses: report("search", done / settings.steps, float(losses[0])),
+    )
+    images = jnp.clip(outcome.images[0], 0.0, 1.0)
+    images.block_until_ready()
+    search_seconds = time.perf_counter() - search_began
+    order = assign(images, cell.images)
+    seconds = time.perf_counter() - began
+    rows, recs = [], []
+    status = int(outcome.status[0])
+    for position, name in enumerate(cell.names):
+        image = images[order[position]]
+        scores = {
+            metric: function(image, cell.images[position], model, variables)
+            for metric, function in metrics.METRICS.items()
+        }
+        control = controls[name]
+        rows.append(
+            {
+                "image": name,
+                "batch": list(cell.names),
+                "label_true": int(cell.labels[position]),
+                # Sorted labels of the batch: an update does not tell the images' order.
+                "label_inferred": int(inferred[order[position]]),
+                "label_accuracy": metrics.label_accuracy(inferred, cell.labels),
+                "defense": defense.name,
+                "defense_true": client_defenses.summary(record),
+                "defense_estimated": client_defenses.summary(estimated),
+                "estimation_error": estimation.compare(record, estimated),
+                "attack": settings.attack,
+                "optimizer": settings.optimizer,
+                "fidelity": settings.fidelity,
+                "seed": seed,
+                "evaluations": outcome.evaluations,
+                "seconds": seconds,
+                "search_seconds": search_seconds,
+                "status": STATUS_MESSAGES[status],
+                "ok": status == OK,
+                "loss": outcome.losses[0],
+                **scores,
+                **control.scores,
+            }
+        )
+        recs.append(np.asarray(image))
+    return [_jsonable(row) for row in rows], recs
+
+
+class _Store:
+    """The output folder: rows appended and synced as cells finish, pictures written before them."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        (folder / "reconstructions").mkdir(parents=True, exist_ok=True)
+        self.path = folder / "results.jsonl"
+        self.rows: dict[tuple[str, str], dict] = {}
+        if self.path.exists():
+            self._read()
+
+    def _read(self):
+        lines = self.path.read_text().split("\n")
+        whole = []
+        for number, line in enumerate(lines):
+            if not line:
+                continue
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError:
+                # A run that was killed while writing leaves half a line, and only at the end.
+                if number == len(lines) - 1:
+                    continue
+                raise GGLError(
+                    f"out: line {number + 1} of {self.path} is not JSON; move the file away"
+                ) from None
+            whole.append(line)
+            self.rows[row["image"], row["defense"]] = row
+        if lines[-1]:
+            partial = self.path.with_suffix(".part")
+            partial.write_text("".join(f"{line}\n" for line in whole))
+            os.replace(partial, self.path)
+
+    def finished(self, cell: Cell):
+        rows = [self.rows.get((name, cell.defense.name)) for name in cell.names]
+        if any(row is None for row in rows):
+            return None
+        recs = []
+        for row in rows:
+            path = self.folder / row["reconstruction"]
+            if not path.exists():
+                return None
+            pixels = np.asarray(Image.open(path), np.float32) / 255.0
+            recs.append(pixels if pixels.ndim == 3 else pixels[..., None])
+        return rows, recs
+
+    def write(self, cell: Cell, rows: list[dict], recs: list[np.ndarray]):
+        lines = []
+        for position, (row, image) in enumerate(zip(rows, recs, strict=True)):
+            defense = "".join(c if c.isalnum() or c in ".-+" else "_" for c in row["defense"])
+            name = f"reconstructions/{cell.index + position:04d}_{defense}.png"
+            save_png(self.folder / name, image)
+            row["reconstruction"] = name
+            lines.append(json.dumps(row) + "\n")
+        with self.path.open("a") as file:
+            file.writelines(lines)
+            file.flush()
+            os.fsync(file.fileno())

@@ -1,0 +1,70 @@
+"""Fixtures shared by the tests: tiny models and priors that compile in a second."""
+
+import ggl_jax  # noqa: F401  (first: it sets the environment that JAX reads when it is imported)
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import linen as nn
+
+from ggl_jax.client.models import from_flax
+from ggl_jax.types import Prior
+
+TINY_SHAPE = (8, 8, 3)
+
+
+class TinyNet(nn.Module):
+    """Two convolutions and a Dense layer: enough structure for every defense."""
+
+    num_classes: int = 3
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.relu(nn.Conv(6, (3, 3), strides=2)(x))
+        x = nn.relu(nn.Conv(8, (3, 3))(x))
+        return nn.Dense(self.num_classes)(x.reshape(x.shape[0], -1))
+
+
+@pytest.fixture(scope="session")
+def tiny_model():
+    return from_flax(TinyNet(), image_shape=TINY_SHAPE, num_classes=3)
+
+
+@pytest.fixture(scope="session")
+def tiny_variables(tiny_model):
+    return tiny_model.init(jax.random.key(0))
+
+
+def make_tiny_prior(latent_dim: int = 4) -> Prior:
+    """A fixed smooth map from latents to images: a sum of plane waves through a sigmoid."""
+    h, w, c = TINY_SHAPE
+    size = h * w * c
+
+    def init(key):
+        return {"basis": jax.random.normal(key, (latent_dim, size))}
+
+    def apply(params, latents, labels):
+        del labels
+        return jax.nn.sigmoid(latents @ params["basis"]).reshape(-1, h, w, c)
+
+    def sample_latent(key, num):
+        return jax.random.normal(key, (num, latent_dim))
+
+    return Prior(init, apply, sample_latent, latent_dim, TINY_SHAPE, "tiny")
+
+
+@pytest.fixture(scope="session")
+def tiny_prior():
+    return make_tiny_prior()
+
+
+@pytest.fixture(scope="session")
+def tiny_prior_params(tiny_prior):
+    return tiny_prior.init(jax.random.key(1))
+
+
+@pytest.fixture(scope="session")
+def tiny_images(tiny_prior, tiny_prior_params):
+    """Two images in the prior's range."""
+    latents = tiny_prior.sample_latent(jax.random.key(2), 2)
+    return jnp.asarray(tiny_prior.apply(tiny_prior_params, latents, jnp.zeros(2, jnp.int32)))

@@ -1,0 +1,236 @@
+"""The command line as users meet it: results on disk, clear errors with exit code 2, Ctrl-C."""
+
+import errno
+import json
+import os
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from ggl_jax import checkpoint
+from ggl_jax.audit import runner
+from ggl_jax.cli import run
+from ggl_jax.priors import dcgan
+
+FIELDS = (
+    "image label_true label_inferred defense defense_true defense_estimated attack optimizer "
+    "fidelity seed evaluations seconds loss psnr ssim mse_i mse_r psnr_control_mean "
+    "psnr_control_best psnr_mean_image psnr_ceiling reconstruction"
+).split()
+
+
+@pytest.fixture(scope="module")
+def prior_folder(tmp_path_factory):
+    """An untrained, tiny DCGAN as a checkpoint with a card."""
+    folder = tmp_path_factory.mktemp("weights") / "tiny"
+    prior = dcgan(width=2, latent_dim=4)
+    card = {"name": "tiny", "kind": "dcgan", "arguments": {"width": 2, "latent_dim": 4},
+            "trained_on": ["lfw"], "data": []}
+    checkpoint.save(folder, prior.init(jax.random.key(0)), card)
+    return folder
+
+
+@pytest.fixture
+def audit(prior_folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "cache"))
+
+    def call(*extra, out=tmp_path / "out"):
+        return run(["audit", "--prior", str(prior_folder), "--model", "lenet", "--steps", "2",
+                    "--population", "8", "--num-controls", "8", "--ceiling-steps", "5",
+                    "--out", str(out), *extra])
+
+    return call
+
+
+def one_error_line(capsys, *words):
+    captured = capsys.readouterr()
+    lines = captured.err.strip().splitlines()
+    assert len(lines) == 1, captured.err
+    assert "Traceback" not in captured.out + captured.err
+    for word in words:
+        assert word in lines[0], lines[0]
+
+
+def test_audit_writes_everything(audit, tmp_path, capsys):
+    assert audit("--defenses", "none", "clip:4+noise:0.1") == 0
+    out = tmp_path / "out"
+    rows = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
+    assert [row["defense"] for row in rows] == ["none", "clip:4+noise:0.1"]
+    for row in rows:
+        assert set(FIELDS) <= set(row)
+        assert Image.open(out / row["reconstruction"]).size == (32, 32)
+        assert row["evaluations"] == 16
+    assert Image.open(out / "figure.png").width > 300
+    assert "| clip:4+noise:0.1 |" in (out / "summary.md").read_text()
+    shown = capsys.readouterr().out
+    assert "blind guess" in shown
+    assert "No leak" in shown or "leaked" in shown
+    # The same command again finds everything done; another one is refused, and says why.
+    before = (out / "results.jsonl").read_text()
+    assert audit("--defenses", "none", "clip:4+noise:0.1") == 0
+    assert (out / "results.jsonl").read_text() == before
+    capsys.readouterr()
+    assert audit("--defenses", "none", "--seed", "5") == 2
+    one_error_line(capsys, "out", "seed", "0 there, 5 here")
+
+
+def test_config_json_reproduces_the_run(audit, tmp_path, capsys):
+    assert audit("--defenses", "noise:0.5", "--seed", "3") == 0
+    again = tmp_path / "again"
+    assert run(["audit", "--config", str(tmp_path / "out" / "config.json"), "--out", str(again)]) == 0
+    rows = [
+        json.loads((folder / "results.jsonl").read_text()) for folder in (tmp_path / "out", again)
+    ]
+    for name in ("loss", "psnr", "seed", "defense"):
+        assert rows[0][name] == pytest.approx(rows[1][name], rel=1e-5)
+
+
+def test_interrupt_keeps_finished_cells(audit, tmp_path, capsys, monkeypatch):
+    whole = runner.run_search
+    calls = []
+
+    def stops_at_the_second(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return whole(*args, **kwargs)
+
+    monkeypatch.setattr(runner, "run_search", stops_at_the_second)
+    assert audit("--defenses", "none", "clip:4") == 130
+    assert "kept" in capsys.readouterr().out
+    assert len((tmp_path / "out" / "results.jsonl").read_text().splitlines()) == 1
+    monkeypatch.undo()
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "cache"))
+    assert audit("--defenses", "none", "clip:4") == 0
+    assert len((tmp_path / "out" / "results.jsonl").read_text().splitlines()) == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--data", "no/such.npz"], ["no/such.npz"]),
+        (["--data", "embeded"], ["embeded", "embedded"]),
+        (["--indices", "7"], ["7"]),
+        (["--indices", "x"], ["x"]),
+        (["--defenses", "nois:0.1"], ["nois", "noise"]),
+        (["--defenses", "noise:-1"], ["sigma", "-1"]),
+        (["--defenses", "sparsify:1.5"], ["rate", "1.5"]),
+        (["--defenses", "clip:abc"], ["abc"]),
+        (["--optimizer", "cma"], ["optimizer", "cma_es"]),
+        (["--attack", "gg"], ["attack", "ggl"]),
+        (["--model", "resnet"], ["resnet18"]),
+        (["--population", "2"], ["population", "2"]),
+        (["--steps", "0"], ["steps", "0"]),
+        (["--restarts", "0"], ["restarts", "0"]),
+        (["--regularizer", "kdl:0.1"], ["kdl", "kld"]),
+        (["--batch-size", "2"], ["batch_size", "2"]),
+        (["--prior", "no_such_prior"], ["no_such_prior"]),
+        (["--data", "embedded:faces"], ["lfw"]),
+    ],
+)
+def test_bad_options(audit, capsys, arguments, words):
+    assert audit(*arguments) == 2
+    one_error_line(capsys, *words)
+
+
+def write_npz(path, **arrays):
+    np.savez(path, **arrays)
+    return str(path)
+
+
+def test_bad_files(audit, tmp_path, capsys):
+    good = np.zeros((2, 32, 32, 3), np.uint8)
+    corrupt = tmp_path / "corrupt.npz"
+    corrupt.write_bytes(b"PK\x03\x04 this is no archive")
+    files = [
+        (str(corrupt), "corrupt.npz"),
+        (write_npz(tmp_path / "float.npz", images=good.astype(float)), "float64"),
+        (write_npz(tmp_path / "flat.npz", images=good.reshape(2, -1)), "(2, 3072)"),
+        (write_npz(tmp_path / "labels.npz", images=good, labels=np.zeros(3, np.int32)), "labels"),
+    ]
+    for path, word in files:
+        assert audit("--data", path) == 2, path
+        one_error_line(capsys, word)
+    unlabelled = write_npz(tmp_path / "nolabels.npz", images=good)
+    assert audit("--data", unlabelled) == 2
+    one_error_line(capsys, "--label")
+
+
+def test_damaged_prior(audit, prior_folder, tmp_path, capsys):
+    import shutil
+
+    damaged = tmp_path / "damaged"
+    shutil.copytree(prior_folder, damaged)
+    card = json.loads((damaged / "card.json").read_text())
+    (damaged / "card.json").write_text(json.dumps({**card, "sha256": "0" * 64}))
+    assert audit("--prior", str(damaged)) == 2
+    one_error_line(capsys, "sha256")
+
+
+def test_nan_in_the_observed_gradient(audit, capsys, monkeypatch):
+    from ggl_jax.client import gradients
+
+    whole = gradients.local_update
+    monkeypatch.setattr(
+        runner, "local_update",
+        lambda *a, **k: jax.tree.map(lambda g: g * np.nan, whole(*a, **k)),
+    )
+    assert audit("--defenses", "none") == 2
+    one_error_line(capsys, "finite")
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS])
+def test_unwritable_output(audit, capsys, monkeypatch, code):
+    def fail(*args, **kwargs):
+        raise OSError(code, os.strerror(code), "results.jsonl")
+
+    monkeypatch.setattr(runner, "save_png", fail)
+    assert audit("--defenses", "none") == 2
+    one_error_line(capsys, os.strerror(code))
+
+
+def test_a_folder_with_other_things_is_left_alone(audit, tmp_path, capsys):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.tex").write_text("do not touch")
+    assert audit() == 2
+    one_error_line(capsys, "not an empty folder")
+
+
+def test_help_explains_every_option():
+    for name in ("audit", "train-prior", "sample-prior", "info"):
+        done = subprocess.run(
+            [sys.executable, "-m", "ggl_jax", name, "--help"], capture_output=True, text=True,
+            check=False, env={**os.environ, "COLUMNS": "200"},
+        )
+        assert done.returncode == 0, done.stderr
+    done = subprocess.run(
+        [sys.executable, "-m", "ggl_jax", "audit", "--preset", "paper", "--help"],
+        capture_output=True, text=True, check=False, env={**os.environ, "COLUMNS": "200"},
+    )
+    assert "(default: 800)" in done.stdout  # the preset's steps, not quick's
+
+
+def test_sample_prior_and_info(prior_folder, tmp_path, capsys):
+    out = tmp_path / "grid.png"
+    assert run(["sample-prior", "--prior", str(prior_folder), "--num", "9", "--out", str(out)]) == 0
+    assert Image.open(out).width > 90
+    assert run(["info"]) == 0
+    assert "jax" in capsys.readouterr().out
+
+
+def test_train_prior_and_export(tmp_path, capsys):
+    images = np.random.default_rng(0).integers(0, 256, (40, 32, 32, 3), dtype=np.uint8)
+    data = write_npz(tmp_path / "faces.npz", images=images)
+    options = ["--width", "2", "--latent-dim", "4", "--steps", "2", "--critic-steps", "1",
+               "--batch-size", "4", "--holdout", "8", "--out", str(tmp_path / "run"),
+               "--export", str(tmp_path / "mine"), "--trained-on", "noise"]
+    assert run(["train-prior", "--data", data, *options]) == 0
+    card = json.loads((tmp_path / "mine" / "card.json").read_text())
+    assert card["trained_on"] == ["noise"]
+    assert "train-prior" in card["command"]
+    assert run(["train-prior", "--data", str(tmp_path / "none.npz"), *options]) == 2
+    one_error_line(capsys, "none.npz")
