@@ -66,7 +66,8 @@ class AuditCommand:
         "clip:4+noise:0.1",
     )
     """Defenses to audit, e.g. none noise:0.1 clip:4 sparsify:0.9 soteria:0.8. Join with + to apply
-    one after the other. noise: standard deviation; clip: l2 bound; sparsify, soteria: share pruned."""
+    one after the other. noise: standard deviation; clip: l2 bound; sparsify and soteria: share
+    pruned."""
     model: str = "resnet18"
     """Federated model: resnet18, lenet or convnet, with random weights."""
     batch_norm: Literal["eval", "train"] = "eval"
@@ -80,7 +81,7 @@ class AuditCommand:
     batch_size: int = 1
     """Private images in each shared update."""
     local_steps: int = 1
-    """Local SGD steps behind each shared update; 1 shares a plain gradient, more a FedAvg update."""
+    """Local SGD steps behind each shared update: 1 for a plain gradient, more for FedAvg."""
     local_learning_rate: float = 0.01
     """Step size of the local steps."""
     attack: str = "ggl"
@@ -113,6 +114,8 @@ class AuditCommand:
     cheaper of the two."""
     chunk_size: int | None = None
     """Candidates evaluated at once; by default as many as memory allows."""
+    instances: int | None = None
+    """Images whose searches run in one batch (default: 1 on a CPU, 8 on a GPU)."""
     num_controls: int = 400
     """Random samples of the prior for the controls."""
     ceiling_steps: int = 300
@@ -132,7 +135,7 @@ class TrainPriorCommand:
     """
 
     data: tuple[str, ...]
-    """Training files: .npz with uint8 images [n 32 32 3]. FILE*2 draws its images twice as often."""
+    """Training files: .npz with uint8 images [n 32 32 3]. FILE*2 is drawn twice as often."""
     out: Path = Path("prior")
     """Folder for checkpoints, losses.csv, losses.png and sample grids."""
     trained_on: tuple[str, ...] = ()
@@ -224,7 +227,9 @@ def _options(command: AuditCommand) -> dict:
 def _fingerprint(*parts) -> str:
     digest = hashlib.sha256()
     for part in parts:
-        digest.update(part if isinstance(part, bytes) else json.dumps(part, sort_keys=True).encode())
+        digest.update(
+            part if isinstance(part, bytes) else json.dumps(part, sort_keys=True).encode()
+        )
     return digest.hexdigest()
 
 
@@ -281,7 +286,7 @@ def _check_config(out: Path, config: dict) -> None:
             )
     elif out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise GGLError(
-            f"out: {out} exists and is not an empty folder or an earlier audit; choose another --out"
+            f"out: {out} is not an empty folder and not an earlier audit; choose another --out"
         )
     out.mkdir(parents=True, exist_ok=True)
     if not path.exists():
@@ -380,7 +385,8 @@ def run_audit(command: AuditCommand, argv: list[str]) -> int:
         f"Auditing {len(command.defenses)} defenses on {num} image{'s' * (num != 1)} of "
         f"{command.data}: {model.name}, prior {card['name']}, {command.optimizer}, "
         f"{command.steps} steps. Results: {out}/",
-        markup=False, soft_wrap=True,
+        markup=False,
+        soft_wrap=True,
     )
     interrupted = False
     with _Bar("") as bar:
@@ -420,8 +426,11 @@ def run_audit(command: AuditCommand, argv: list[str]) -> int:
         console.print()
         for sentence in report.in_words(summaries):
             console.print(sentence, markup=False)
-        console.print(f"\nPictures: {out}/figure.png; all numbers: {out}/results.jsonl",
-                      markup=False, soft_wrap=True)
+        console.print(
+            f"\nPictures: {out}/figure.png; all numbers: {out}/results.jsonl",
+            markup=False,
+            soft_wrap=True,
+        )
     if interrupted:
         console.print(
             f"Interrupted. {len(result.rows)} finished results are kept in {out}/; the same "
@@ -443,9 +452,7 @@ def run_train_prior(command: TrainPriorCommand, argv: list[str]) -> int:
     from ggl_jax.priors import wgan_gp
 
     names = {f.name for f in dataclasses.fields(wgan_gp.Config)}
-    config = wgan_gp.Config(
-        **{n: getattr(command, n) for n in names if hasattr(command, n)}
-    )
+    config = wgan_gp.Config(**{n: getattr(command, n) for n in names if hasattr(command, n)})
     files = []
     for entry in command.data:
         path, _, weight = entry.partition("*")
@@ -564,7 +571,9 @@ def run(argv: list[str] | None = None) -> int:
         where = f" ({error.filename})" if error.filename else ""
         errors.print(
             f"ggl-jax: cannot read or write{where}: {error.strerror or error}",
-            markup=False, soft_wrap=True, highlight=False,
+            markup=False,
+            soft_wrap=True,
+            highlight=False,
         )
         return 2
     except KeyboardInterrupt:

@@ -112,6 +112,9 @@ class Defense(NamedTuple):
             candidate's own gradient before it is compared.
         factor: ``factor(estimated) -> Factored``, or None where the simulation has no such form
             (top-k sparsification).
+        rewire: ``rewire(estimated, variables, head) -> variables`` at which candidates' gradients
+            are taken, for a defense that changes the forward pass (Soteria on the representation);
+            None where they are the shared ones.
     """
 
     name: str
@@ -120,6 +123,7 @@ class Defense(NamedTuple):
     estimate: Callable
     simulate: Callable
     factor: Callable | None
+    rewire: Callable | None = None
 
 
 class Info(NamedTuple):

@@ -1,12 +1,11 @@
 """Fixtures shared by the tests: tiny models and priors that compile in a second."""
 
-import ggl_jax  # noqa: F401  (first: it sets the environment that JAX reads when it is imported)
-
 import jax
 import jax.numpy as jnp
 import pytest
 from flax import linen as nn
 
+import ggl_jax  # noqa: F401  (first: it sets the environment that JAX reads when it is imported)
 from ggl_jax.client.models import from_flax
 from ggl_jax.types import Prior
 

@@ -10,8 +10,15 @@ from ggl_jax.client.defenses import DEFENSES, parse
 from ggl_jax.client.gradients import gradient
 from ggl_jax.types import Context, Defense
 
-SPECS = ["none", "noise:0.1", "clip:0.5", "sparsify:0.9", "soteria:0.5", "clip:0.5+noise:0.01",
-         "soteria:0.5+clip:0.5"]
+SPECS = [
+    "none",
+    "noise:0.1",
+    "clip:0.5",
+    "sparsify:0.9",
+    "soteria:0.5",
+    "clip:0.5+noise:0.01",
+    "soteria:0.5+clip:0.5",
+]
 
 
 @pytest.fixture(scope="module")
@@ -40,8 +47,9 @@ def test_defense_contract(spec, fidelity, shared):
     key = jax.random.key(0)
 
     eager = defense.apply(key, update, context)
-    share = jax.jit(lambda key, update, images: defense.apply(
-        key, update, context._replace(images=images)))
+    share = jax.jit(
+        lambda key, update, images: defense.apply(key, update, context._replace(images=images))
+    )
     close(share(key, update, context.images), eager)
     share(jax.random.key(1), update, context.images)
     assert share._cache_size() == 1

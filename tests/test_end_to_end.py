@@ -17,8 +17,15 @@ SETTINGS = gx.AttackSettings(population=16, steps=60, restarts=2, regularizer="n
 def tiny_audit(tiny_model, tiny_prior, params, images, labels, defenses, **options):
     options.setdefault("settings", SETTINGS)
     return gx.audit(
-        images, labels, model=tiny_model, prior=tiny_prior, prior_params=params,
-        defenses=defenses, num_controls=32, ceiling_steps=150, **options,
+        images,
+        labels,
+        model=tiny_model,
+        prior=tiny_prior,
+        prior_params=params,
+        defenses=defenses,
+        num_controls=32,
+        ceiling_steps=150,
+        **options,
     )
 
 
@@ -26,7 +33,11 @@ def test_recovers_an_image_in_the_priors_range(
     tiny_model, tiny_prior, tiny_prior_params, tiny_images
 ):
     result = tiny_audit(
-        tiny_model, tiny_prior, tiny_prior_params, tiny_images[:1], [1],
+        tiny_model,
+        tiny_prior,
+        tiny_prior_params,
+        tiny_images[:1],
+        [1],
         ["none", "clip:0.5", "soteria:0.5", "sparsify:0.5"],
     )
     assert [row["label_inferred"] for row in result.rows] == [1] * 4
@@ -51,8 +62,14 @@ def test_adam_and_a_batch_of_two(tiny_model, tiny_prior, tiny_prior_params, tiny
         optimizer="adam", steps=200, restarts=8, start="prior", regularizer="none"
     )
     result = tiny_audit(
-        tiny_model, tiny_prior, tiny_prior_params, tiny_images, [0, 2], ["none"],
-        settings=settings, client=gx.ClientSettings(batch_size=2),
+        tiny_model,
+        tiny_prior,
+        tiny_prior_params,
+        tiny_images,
+        [0, 2],
+        ["none"],
+        settings=settings,
+        client=gx.ClientSettings(batch_size=2),
     )
     assert sorted(row["label_inferred"] for row in result.rows) == [0, 2]
     assert min(row["psnr"] for row in result.rows) > 20
@@ -60,7 +77,12 @@ def test_adam_and_a_batch_of_two(tiny_model, tiny_prior, tiny_prior_params, tiny
 
 def test_fedavg_update(tiny_model, tiny_prior, tiny_prior_params, tiny_images):
     rows = tiny_audit(
-        tiny_model, tiny_prior, tiny_prior_params, tiny_images[:1], [1], ["none"],
+        tiny_model,
+        tiny_prior,
+        tiny_prior_params,
+        tiny_images[:1],
+        [1],
+        ["none"],
         client=gx.ClientSettings(local_steps=3, local_learning_rate=0.05),
     ).rows
     assert rows[0]["psnr"] > 25
@@ -72,11 +94,18 @@ def test_a_users_own_model_defense_and_images(tiny_model, tiny_prior, tiny_prior
         return jax.tree.map(lambda g: jnp.round(0.5 * g, 3), update)
 
     mine = gx.from_function(
-        halve_and_round, name="halve", simulate=lambda estimated, u: jax.tree.map(lambda g: g / 2, u)
+        halve_and_round,
+        name="halve",
+        simulate=lambda estimated, u: jax.tree.map(lambda g: g / 2, u),
     )
     image = np.full((1, *TINY_SHAPE), 0.5, np.float32)
     rows = tiny_audit(
-        tiny_model, tiny_prior, tiny_prior_params, image, [2], [mine],
+        tiny_model,
+        tiny_prior,
+        tiny_prior_params,
+        image,
+        [2],
+        [mine],
         settings=gx.AttackSettings(population=8, steps=3),
     ).rows
     assert rows[0]["defense"] == "halve"
@@ -88,8 +117,15 @@ def test_results_on_disk_and_resumption(
 ):
     def go(**options):
         return tiny_audit(
-            tiny_model, tiny_prior, tiny_prior_params, tiny_images, [0, 1], ["none", "clip:0.5"],
-            settings=gx.AttackSettings(population=8, steps=4), out=tmp_path, **options,
+            tiny_model,
+            tiny_prior,
+            tiny_prior_params,
+            tiny_images,
+            [0, 1],
+            ["none", "clip:0.5"],
+            settings=gx.AttackSettings(population=8, steps=4),
+            out=tmp_path,
+            **options,
         )
 
     phases = []
@@ -110,7 +146,10 @@ def test_results_on_disk_and_resumption(
     assert "\n".join(lines).startswith(first.strip())
     rows = [json.loads(line) for line in lines]
     assert [(r["image"], r["defense"]) for r in rows] == [
-        ("image-0", "none"), ("image-0", "clip:0.5"), ("image-1", "none"), ("image-1", "clip:0.5"),
+        ("image-0", "none"),
+        ("image-0", "clip:0.5"),
+        ("image-1", "none"),
+        ("image-1", "clip:0.5"),
     ]
     assert rows == result.rows
     for row, image in zip(result.rows, result.reconstructions, strict=True):
@@ -119,7 +158,12 @@ def test_results_on_disk_and_resumption(
         assert image.shape == TINY_SHAPE
     # The interrupted and resumed run found what an undisturbed one finds.
     undisturbed = tiny_audit(
-        tiny_model, tiny_prior, tiny_prior_params, tiny_images, [0, 1], ["none", "clip:0.5"],
+        tiny_model,
+        tiny_prior,
+        tiny_prior_params,
+        tiny_images,
+        [0, 1],
+        ["none", "clip:0.5"],
         settings=gx.AttackSettings(population=8, steps=4),
     )
     for a, b in zip(undisturbed.rows, rows, strict=True):
@@ -130,10 +174,25 @@ def test_instance_streams_do_not_depend_on_the_batch(
     tiny_model, tiny_prior, tiny_prior_params, tiny_images
 ):
     settings = gx.AttackSettings(population=8, steps=4)
-    both = tiny_audit(tiny_model, tiny_prior, tiny_prior_params, tiny_images, [0, 1], ["noise:0.1"],
-                      settings=settings)
-    second = tiny_audit(tiny_model, tiny_prior, tiny_prior_params, tiny_images[1:], [1],
-                        ["noise:0.1"], settings=settings, instance_ids=[1])
+    both = tiny_audit(
+        tiny_model,
+        tiny_prior,
+        tiny_prior_params,
+        tiny_images,
+        [0, 1],
+        ["noise:0.1"],
+        settings=settings,
+    )
+    second = tiny_audit(
+        tiny_model,
+        tiny_prior,
+        tiny_prior_params,
+        tiny_images[1:],
+        [1],
+        ["noise:0.1"],
+        settings=settings,
+        instance_ids=[1],
+    )
     np.testing.assert_allclose(both.rows[1]["loss"], second.rows[0]["loss"], rtol=1e-5)
 
 
@@ -141,7 +200,7 @@ def test_nan_gradient_is_one_clear_error(tiny_model, tiny_prior, tiny_prior_para
     poison = gx.from_function(
         lambda key, update: jax.tree.map(lambda g: g * jnp.nan, update), name="poison"
     )
-    with pytest.raises(gx.GGLError, match="(?i)nan|finite"):
+    with pytest.raises(gx.GGLError, match=r"(?i)nan|finite"):
         tiny_audit(tiny_model, tiny_prior, tiny_prior_params, tiny_images[:1], [1], [poison])
 
 

@@ -6,8 +6,18 @@ from pathlib import Path
 from importlinter.cli import lint_imports
 
 ROOT = Path(__file__).resolve().parent.parent
-PRIVATE_NAMES = {"private", "private_image", "private_images", "original", "originals",
-                 "true_label", "true_labels", "label_true", "ground_truth", "truth"}
+PRIVATE_NAMES = {
+    "private",
+    "private_image",
+    "private_images",
+    "original",
+    "originals",
+    "true_label",
+    "true_labels",
+    "label_true",
+    "ground_truth",
+    "truth",
+}
 
 
 def test_import_contract(monkeypatch):

@@ -91,9 +91,12 @@ def ggl(
         return images.reshape(num, batch_size, *images.shape[1:])
 
     def loss_fn_of(problem):
+        variables = problem.variables
+        if defense is not None and defense.rewire is not None:
+            variables = defense.rewire(problem.estimated, variables, model.head)
         distance_to = matching_loss(
             model,
-            problem.variables,
+            variables,
             problem.observed,
             defense=defense,
             estimated=problem.estimated,

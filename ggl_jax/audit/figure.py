@@ -43,8 +43,13 @@ def draw(result: AuditResult, path: Path, *, title: str = "") -> None:
 
     def show(axis, image, caption):
         image = np.clip(np.asarray(image), 0, 1)
-        axis.imshow(image.squeeze(-1) if image.shape[-1] == 1 else image, cmap="gray",
-                    vmin=0, vmax=1, interpolation="nearest")
+        axis.imshow(
+            image.squeeze(-1) if image.shape[-1] == 1 else image,
+            cmap="gray",
+            vmin=0,
+            vmax=1,
+            interpolation="nearest",
+        )
         axis.set_xlabel(caption, fontsize=7)
 
     for r, name in enumerate(names):

@@ -117,7 +117,7 @@ LEGEND = (
     "PSNR: dB on the [0, 1] scale, higher is nearer to the private image. Random: a random sample "
     "of the prior, on average. Best: the best of many, chosen with the private image in hand. "
     "Mean: the prior's mean image, the best blind guess. Ceiling: the nearest image that the prior "
-    "can make. Gain: PSNR above the stronger of Random and Mean, with its 95 % interval over images."
+    "can make. Gain: PSNR above the stronger of Random and Mean, with a 95 % interval over images."
 )
 
 
@@ -132,9 +132,7 @@ def terminal_tables(summaries: Sequence[DefenseSummary]) -> list[Table]:
     for heading in ("Defense", "Label right", "Parameters: true → estimated"):
         known.add_column(heading)
     for summary in summaries:
-        known.add_row(
-            summary.defense, f"{100 * summary.label_accuracy:.0f} %", summary.estimated
-        )
+        known.add_row(summary.defense, f"{100 * summary.label_accuracy:.0f} %", summary.estimated)
     return [scores, known]
 
 
@@ -163,7 +161,9 @@ def in_words(summaries: Sequence[DefenseSummary]) -> list[str]:
     ]
     if leaking:
         listed = ", ".join(f"{s.defense} ({s.psnr:.1f} dB, {s.gain:+.1f} dB)" for s in leaking)
-        sentences.append(f"The attack got beyond the blind guess, so the image leaked, under: {listed}.")
+        sentences.append(
+            f"The attack got beyond the blind guess, so the image leaked, under {listed}."
+        )
     if silent:
         listed = ", ".join(f"{s.defense} ({s.psnr:.1f} dB, {s.gain:+.1f} dB)" for s in silent)
         sentences.append(
@@ -172,8 +172,10 @@ def in_words(summaries: Sequence[DefenseSummary]) -> list[str]:
         )
     labels = [s for s in summaries if s.label_accuracy == 1.0]
     if labels:
-        which = "every defense" if len(labels) == len(summaries) else ", ".join(
-            s.defense for s in labels
+        which = (
+            "every defense"
+            if len(labels) == len(summaries)
+            else ", ".join(s.defense for s in labels)
         )
         sentences.append(f"The class label was read off the update exactly under {which}.")
     if num == 1:

@@ -23,6 +23,7 @@ from ggl_jax.audit.controls import Controls, prior_controls
 from ggl_jax.client import defenses as client_defenses
 from ggl_jax.client.gradients import local_update
 from ggl_jax.errors import GGLError
+from ggl_jax.priors import load_prior
 from ggl_jax.types import (
     OK,
     STATUS_MESSAGES,
@@ -59,6 +60,7 @@ class AttackSettings:
     fidelity: str = "paper"
     method: str = "auto"
     chunk_size: int | None = None
+    instances: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -203,40 +205,49 @@ def _build_programs(
     return _Programs(jax.jit(share), attack)
 
 
-def cells_of(
+def groups_of(
     images: np.ndarray,
     labels: np.ndarray,
     names: Sequence[str],
     defenses: Sequence[Defense],
     batch_size: int,
-) -> list[Cell]:
-    """The audit's cells, image by image, so that the first images are complete first."""
+    instances: int,
+) -> list[list[Cell]]:
+    """The audit's cells, in groups of one defense whose searches run in one batched program.
+
+    Groups of the first images come first, so that these are complete first.
+    """
     if len(images) % batch_size:
         raise GGLError(
             f"batch_size: {len(images)} images cannot be split into batches of {batch_size}; "
             "choose indices whose number is a multiple of it"
         )
-    cells = []
-    for start in range(0, len(images), batch_size):
+    if instances < 1:
+        raise GGLError(f"instances: got {instances}, allowed: whole numbers of at least 1")
+    starts = range(0, len(images), batch_size)
+
+    def cell(start: int, defense: Defense) -> Cell:
         part = slice(start, start + batch_size)
-        for defense in defenses:
-            cells.append(
-                Cell(
-                    index=start,
-                    images=jnp.asarray(images[part], jnp.float32),
-                    labels=jnp.asarray(labels[part], jnp.int32),
-                    names=tuple(names[part]),
-                    defense=defense,
-                )
-            )
-    return cells
+        return Cell(
+            index=start,
+            images=jnp.asarray(images[part], jnp.float32),
+            labels=jnp.asarray(labels[part], jnp.int32),
+            names=tuple(names[part]),
+            defense=defense,
+        )
+
+    return [
+        [cell(start, defense) for start in starts[first : first + instances]]
+        for first in range(0, len(starts), instances)
+        for defense in defenses
+    ]
 
 
 def _check_inputs(model: Model, prior: Prior, images: np.ndarray, labels: np.ndarray) -> None:
     if images.ndim != 4 or images.shape[1:] != model.image_shape:
         raise GGLError(
-            f"images: got shape {images.shape}, allowed: (n, {', '.join(map(str, model.image_shape))})"
-            f" as model {model.name!r} takes them"
+            f"images: got shape {images.shape}, allowed: (n, *{model.image_shape}), as model "
+            f"{model.name!r} takes them"
         )
     if not np.all(np.isfinite(images)) or images.min() < 0.0 or images.max() > 1.0:
         raise GGLError("images: values must be finite and lie in [0, 1]; divide uint8 by 255")
@@ -246,7 +257,9 @@ def _check_inputs(model: Model, prior: Prior, images: np.ndarray, labels: np.nda
             f"{model.name!r} takes {model.image_shape}; choose a prior of that size"
         )
     if labels.shape != images.shape[:1]:
-        raise GGLError(f"labels: got shape {labels.shape}, allowed: ({len(images)},), one per image")
+        raise GGLError(
+            f"labels: got shape {labels.shape}, allowed: ({len(images)},), one per image"
+        )
     if labels.min() < 0 or labels.max() >= model.num_classes:
         raise GGLError(
             f"labels: got {labels.min()} to {labels.max()}, allowed: 0 to {model.num_classes - 1}; "
@@ -259,9 +272,9 @@ def audit(
     labels,
     *,
     model: Model,
-    prior: Prior,
-    prior_params: PyTree,
     defenses: Sequence[Defense | str],
+    prior: Prior | str = "dcgan32_faces",
+    prior_params: PyTree = None,
     variables: PyTree | None = None,
     names: Sequence[str] | None = None,
     instance_ids: Sequence[int] | None = None,
@@ -283,9 +296,10 @@ def audit(
         images: [n h w c], the private images, float in [0, 1].
         labels: [n] integer class labels.
         model: the federated model; see :func:`ggl_jax.from_flax` for your own.
-        prior: the generator that the adversary has; its images must have the model's shape.
-        prior_params: the generator's parameters.
         defenses: specifications such as "clip:4+noise:0.1", or :class:`Defense` objects.
+        prior: the generator that the adversary has, or the name or folder of a checkpoint; its
+            images must have the model's shape.
+        prior_params: the generator's parameters, where ``prior`` is not a name.
         variables: the global model's variables; None for a fresh random initialisation.
         names: [n], shown in the results; default "image-0", ...
         instance_ids: [n], non-negative numbers that identify the images' random streams, so that
@@ -307,6 +321,8 @@ def audit(
     """
     client = client or ClientSettings()
     settings = settings or AttackSettings()
+    if isinstance(prior, str):
+        prior, prior_params, _ = load_prior(prior)
     images = np.asarray(images, np.float32)
     labels = np.asarray(labels)
     _check_inputs(model, prior, images, labels)
@@ -319,111 +335,140 @@ def audit(
     key = jax.random.key(seed)
     if variables is None:
         variables = jax.jit(model.init)(jax.random.fold_in(key, _MODEL_STREAM))
-    cells = cells_of(images, labels, names, parsed, client.batch_size)
+    groups = groups_of(
+        images, labels, names, parsed, client.batch_size, settings.instances or default_instances()
+    )
+    num_cells = sum(len(group) for group in groups)
     store = _Store(Path(out)) if out is not None else None
-    programs = {
-        d.name: _build_programs(model, prior, d, client, settings) for d in parsed
-    }
-    result = AuditResult([], [], {}, {n: i for n, i in zip(names, images, strict=True)})
+    programs = {d.name: _build_programs(model, prior, d, client, settings) for d in parsed}
+    result = AuditResult([], [], {}, dict(zip(names, images, strict=True)))
+    done = 0
     try:
-        for number, cell in enumerate(cells):
+        for group in groups:
 
-            def report(phase, fraction=0.0, loss=None, number=number, cell=cell):
+            def report(phase, fraction=0.0, loss=None, done=done, group=group):
                 if progress is not None:
-                    progress(f"{cell.defense.name}: {phase}", number, len(cells), fraction, loss)
+                    work = fraction * len(group)
+                    progress(f"{group[0].defense.name}: {phase}", done, num_cells, work, loss)
 
-            instance = jax.random.fold_in(key, ids[cell.index])
-            for position, name in enumerate(cell.names):
-                if name not in result.controls:
-                    report("controls")
-                    stream = jax.random.fold_in(instance, _STREAM_CONTROLS)
-                    result.controls[name] = prior_controls(
-                        prior,
-                        prior_params,
-                        cell.images[position],
-                        cell.labels[position],
-                        jax.random.fold_in(stream, position),
-                        num_samples=num_controls,
-                        ceiling_steps=ceiling_steps,
-                    )
-            finished = store.finished(cell) if store else None
-            if finished is not None:
-                rows, recs = finished
-            else:
-                rows, recs = _run_cell(
-                    cell,
-                    instance,
+            instances = [jax.random.fold_in(key, ids[cell.index]) for cell in group]
+            for cell, instance in zip(group, instances, strict=True):
+                for position, name in enumerate(cell.names):
+                    if name not in result.controls:
+                        report("controls")
+                        stream = jax.random.fold_in(instance, _STREAM_CONTROLS)
+                        result.controls[name] = prior_controls(
+                            prior,
+                            prior_params,
+                            cell.images[position],
+                            cell.labels[position],
+                            jax.random.fold_in(stream, position),
+                            num_samples=num_controls,
+                            ceiling_steps=ceiling_steps,
+                        )
+            finished = [store.finished(cell) if store else None for cell in group]
+            todo = [i for i, found in enumerate(finished) if found is None]
+            if todo:
+                fresh = _run_group(
+                    [group[i] for i in todo],
+                    [instances[i] for i in todo],
                     model,
                     variables,
                     prior_params,
-                    programs[cell.defense.name],
+                    programs[group[0].defense.name],
                     client,
                     settings,
                     seed,
                     result.controls,
                     report,
                 )
-                if store:
-                    store.write(cell, rows, recs)
-            result.rows.extend(rows)
-            result.reconstructions.extend(recs)
+                for i, (rows, recs) in zip(todo, fresh, strict=True):
+                    if store:
+                        store.write(group[i], rows, recs)
+                    finished[i] = rows, recs
+            for found in finished:
+                assert found is not None
+                result.rows.extend(found[0])
+                result.reconstructions.extend(found[1])
+            done += len(group)
     except KeyboardInterrupt:
         raise AuditInterrupted(result) from None
     return result
 
 
-def _run_cell(
-    cell, instance, model, variables, prior_params, programs, client, settings, seed, controls,
-    report,
-):
+def default_instances() -> int:
+    """Searches in one program: one on a CPU, where a single population fills the cores."""
+    return 1 if jax.default_backend() == "cpu" else 8
+
+
+def _run_group(
+    group: list[Cell],
+    instances: list[jax.Array],
+    model: Model,
+    variables: PyTree,
+    prior_params: PyTree,
+    programs: _Programs,
+    client: ClientSettings,
+    settings: AttackSettings,
+    seed: int,
+    controls: dict[str, Controls],
+    report: Callable,
+) -> list[tuple[list[dict], list[np.ndarray]]]:
+    """Share, estimate, search and judge the cells of one defense; rows and pictures of each."""
     began = time.perf_counter()
-    report("client's update")
-    defense = cell.defense
-    observed, record = programs.share(
-        jax.random.fold_in(instance, _STREAM_DEFENSE), variables, cell.images, cell.labels
-    )
-    estimation.check_finite(observed)
-    report("label and defense estimation")
-    inferred = infer_labels(
-        observed, model.head, batch_size=client.batch_size, fidelity=settings.fidelity
-    )
-    estimated = estimation.estimate(defense, observed, model.head)
-    problem = Problem(observed, variables, prior_params, inferred, estimated)
+    defense = group[0].defense
+    problems, records = [], []
+    for cell, instance in zip(group, instances, strict=True):
+        report("client's update")
+        observed, record = programs.share(
+            jax.random.fold_in(instance, _STREAM_DEFENSE), variables, cell.images, cell.labels
+        )
+        estimation.check_finite(observed)
+        report("label and defense estimation")
+        inferred = infer_labels(
+            observed, model.head, batch_size=client.batch_size, fidelity=settings.fidelity
+        )
+        estimated = estimation.estimate(defense, observed, model.head)
+        problems.append(Problem(observed, variables, prior_params, inferred, estimated))
+        records.append(record)
     report("compiling the search")
     search_began = time.perf_counter()
     outcome = run_search(
         programs.attack,
-        jax.random.fold_in(instance, _STREAM_SEARCH)[None],
-        [problem],
+        jnp.stack([jax.random.fold_in(instance, _STREAM_SEARCH) for instance in instances]),
+        problems,
         steps=settings.steps,
-        callback=lambda done, losses: report("search", done / settings.steps, float(losses[0])),
+        callback=lambda done, losses: report(
+            "search", done / settings.steps, float(jnp.mean(losses))
+        ),
     )
-    images = jnp.clip(outcome.images[0], 0.0, 1.0)
-    images.block_until_ready()
-    search_seconds = time.perf_counter() - search_began
-    order = assign(images, cell.images)
-    seconds = time.perf_counter() - began
-    rows, recs = [], []
-    status = int(outcome.status[0])
-    for position, name in enumerate(cell.names):
-        image = images[order[position]]
-        scores = {
-            metric: function(image, cell.images[position], model, variables)
-            for metric, function in metrics.METRICS.items()
-        }
-        control = controls[name]
-        rows.append(
-            {
+    reconstructed = np.clip(np.asarray(outcome.images), 0.0, 1.0)
+    # The wall-clock time of a group is shared by its cells.
+    search_seconds = (time.perf_counter() - search_began) / len(group)
+    seconds = (time.perf_counter() - began) / len(group)
+    results = []
+    for number, cell in enumerate(group):
+        images, problem = reconstructed[number], problems[number]
+        order = assign(images, cell.images)
+        status = int(outcome.status[number])
+        rows, recs = [], []
+        for position, name in enumerate(cell.names):
+            image = jnp.asarray(images[order[position]])
+            scores = {
+                metric: function(image, cell.images[position], model, variables)
+                for metric, function in metrics.METRICS.items()
+            }
+            row = {
                 "image": name,
                 "batch": list(cell.names),
-                "label_true": int(cell.labels[position]),
-                # Sorted labels of the batch: an update does not tell the images' order.
-                "label_inferred": int(inferred[order[position]]),
-                "label_accuracy": metrics.label_accuracy(inferred, cell.labels),
+                "label_true": cell.labels[position],
+                "label_inferred": problem.labels[order[position]],
+                # Of the whole batch, as multisets: an update does not tell the images' order.
+                "label_accuracy": metrics.label_accuracy(problem.labels, cell.labels),
                 "defense": defense.name,
-                "defense_true": client_defenses.summary(record),
-                "defense_estimated": client_defenses.summary(estimated),
-                "estimation_error": estimation.compare(record, estimated),
+                "defense_true": client_defenses.summary(records[number]),
+                "defense_estimated": client_defenses.summary(problem.estimated),
+                "estimation_error": estimation.compare(records[number], problem.estimated),
                 "attack": settings.attack,
                 "optimizer": settings.optimizer,
                 "fidelity": settings.fidelity,
@@ -433,13 +478,14 @@ def _run_cell(
                 "search_seconds": search_seconds,
                 "status": STATUS_MESSAGES[status],
                 "ok": status == OK,
-                "loss": outcome.losses[0],
+                "loss": outcome.losses[number],
                 **scores,
-                **control.scores,
+                **controls[name].scores,
             }
-        )
-        recs.append(np.asarray(image))
-    return [_jsonable(row) for row in rows], recs
+            rows.append(_jsonable(row))
+            recs.append(np.asarray(image))
+        results.append((rows, recs))
+    return results
 
 
 class _Store:
