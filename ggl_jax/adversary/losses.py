@@ -1,9 +1,8 @@
 """Distances between updates, and regularisers of a candidate.
 
-A distance comes in two forms that agree: ``direct`` takes two updates, ``from_statistics`` takes
-each layer's inner product and squared norms, which the fused matching loss knows without forming
-a candidate's gradient. New distances and regularisers go into :data:`DISTANCES` and
-:data:`REGULARIZERS`.
+A distance is a function of each layer's inner product and squared norms, which the fused matching
+loss knows without forming a candidate's gradient. New distances and regularisers go into
+:data:`DISTANCES` and :data:`REGULARIZERS`.
 """
 
 import math
@@ -19,6 +18,9 @@ from ggl_jax.images import to_signed
 from ggl_jax.types import PyTree
 
 FIDELITIES = ("paper", "code")
+#: Share of the distance at g = 0 below which a distance is computed from squares.
+EXACT_BELOW = 1e-3
+
 # Squared norms below this count as zero, so that a vanishing gradient gives a finite cosine.
 _TINY = 1e-30
 
@@ -40,22 +42,42 @@ class Statistics(NamedTuple):
 
 
 class Distance(NamedTuple):
-    """How far a candidate's update lies from the observed one; 0 when they agree.
+    """How far a candidate's update g lies from the observed one y; 0 when they agree.
+
+    It has two forms. From statistics it needs no gradient, but near 0 it is a small difference of
+    large numbers (in float32 its error is some 1e-7 of the distance to a candidate with g = 0).
+    From squares, the norms of scaled differences |b y - a g|^2, it is exact there.
 
     Attributes:
-        direct: ``direct(update, observed) -> scalar``, exact also when the two nearly agree.
-        from_statistics: ``from_statistics(statistics) -> scalar``. For a squared distance it is
-            the expanded square, whose rounding error is some 1e-7 of |y|^2 in float32.
-        from_squares: ``from_squares(squares) -> scalar`` where ``squares`` holds each tensor's
-            exact |y - g|^2 (a pytree with scalar leaves), or None if the distance is no function
-            of those.
+        from_statistics: ``from_statistics(statistics) -> scalar``.
+        scales: ``scales(statistics) -> (a, b)``, pytrees of scalars, or None where both are 1.
+        from_squares: ``from_squares(squares) -> scalar`` of each tensor's |b y - a g|^2.
         name: its registered name.
     """
 
-    direct: Callable
     from_statistics: Callable
-    from_squares: Callable | None
+    scales: Callable | None
+    from_squares: Callable
     name: str
+
+    def between(self, update: PyTree, observed: PyTree) -> jax.Array:
+        """The distance of two updates that are both at hand (pytrees of equal structure)."""
+        if self.scales is None:
+            squares = jax.tree.map(lambda g, y: jnp.sum((y - g) ** 2), update, observed)
+            return self.from_squares(squares)
+        statistics = tree_statistics(update, observed)
+        a, b = self.scales(statistics)
+        squares = jax.tree.map(
+            lambda g, y, a, b: jnp.sum((b * y - a * g) ** 2), update, observed, a, b
+        )
+        expanded = self.from_statistics(statistics)
+        near = expanded < EXACT_BELOW * self.at_zero(statistics)
+        return jnp.where(near, self.from_squares(squares), expanded)
+
+    def at_zero(self, statistics: Statistics) -> jax.Array:
+        """The distance of a candidate whose update is 0: the scale of the rounding error."""
+        zeros = jax.tree.map(jnp.zeros_like, statistics.candidate)
+        return self.from_statistics(Statistics(zeros, zeros, statistics.observed))
 
 
 def tree_statistics(update: PyTree, observed: PyTree) -> Statistics:
@@ -85,10 +107,6 @@ def squared_l2(*, fidelity: str = "paper", weights: PyTree | None = None) -> Dis
     Returns:
         A :class:`Distance`.
 
-    Edge cases:
-        Near the optimum ``from_statistics`` loses accuracy (it may even be slightly negative); the
-        matching loss then uses ``direct`` or ``from_squares``.
-
     Reference:
         Paper, section 3 (gradient matching loss).
     """
@@ -97,9 +115,6 @@ def squared_l2(*, fidelity: str = "paper", weights: PyTree | None = None) -> Dis
     def reduce(squares):
         total = _weighted_sum(squares, weights)
         return total / len(jax.tree.leaves(squares)) if fidelity == "code" else total
-
-    def direct(update, observed):
-        return reduce(jax.tree.map(lambda g, y: jnp.sum((y - g) ** 2), update, observed))
 
     def from_statistics(statistics):
         return reduce(
@@ -111,7 +126,7 @@ def squared_l2(*, fidelity: str = "paper", weights: PyTree | None = None) -> Dis
             )
         )
 
-    return Distance(direct, from_statistics, reduce, "squared_l2")
+    return Distance(from_statistics, None, reduce, "squared_l2")
 
 
 def cosine(*, fidelity: str = "paper", weights: PyTree | None = None) -> Distance:
@@ -125,7 +140,7 @@ def cosine(*, fidelity: str = "paper", weights: PyTree | None = None) -> Distanc
         A :class:`Distance`.
 
     Edge cases:
-        1 where either update vanishes. In float32 values below about 1e-6 are rounding.
+        1 where either update vanishes.
 
     Reference:
         Geiping et al. (2020), "Inverting Gradients"; the paper's D2.
@@ -135,13 +150,23 @@ def cosine(*, fidelity: str = "paper", weights: PyTree | None = None) -> Distanc
     def from_statistics(statistics):
         inner, candidate, observed = (_weighted_sum(tree, weights) for tree in statistics)
         # Two factors: the product of two small squared norms would underflow.
-        scale = jax.lax.rsqrt(jnp.maximum(candidate, _TINY))
-        return 1.0 - inner * scale * jax.lax.rsqrt(jnp.maximum(observed, _TINY))
+        return 1.0 - inner * _inverse_norm(candidate) * _inverse_norm(observed)
 
-    def direct(update, observed):
-        return from_statistics(tree_statistics(update, observed))
+    def scales(statistics):
+        a = _inverse_norm(_weighted_sum(statistics.candidate, weights))
+        b = _inverse_norm(_weighted_sum(statistics.observed, weights))
+        same = statistics.candidate
+        return jax.tree.map(lambda _: a, same), jax.tree.map(lambda _: b, same)
 
-    return Distance(direct, from_statistics, None, "cosine")
+    def from_squares(squares):
+        # |y/|y| - g/|g||^2 = 2 - 2 cos
+        return 0.5 * _weighted_sum(squares, weights)
+
+    return Distance(from_statistics, scales, from_squares, "cosine")
+
+
+def _inverse_norm(square):
+    return jax.lax.rsqrt(jnp.maximum(square, _TINY))
 
 
 #: Distance factories by name; each takes ``fidelity`` and ``weights``.

@@ -5,12 +5,14 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from ggl_jax.adversary.losses import Distance, resolve_distance
+from ggl_jax.adversary.losses import EXACT_BELOW, Distance, resolve_distance
 from ggl_jax.adversary.matching.direct import direct_losses, in_chunks
+from ggl_jax.adversary.matching.fused import fused_losses
+from ggl_jax.adversary.matching.trace import trace
 from ggl_jax.errors import GGLError
-from ggl_jax.types import Defense, Model, PyTree
+from ggl_jax.types import Defense, Factored, Model, PyTree
 
-METHODS = ("auto", "direct")
+METHODS = ("auto", "fused", "direct")
 
 __all__ = ["matching_loss"]
 
@@ -29,6 +31,7 @@ def matching_loss(
     local_steps: int = 1,
     learning_rate: float = 0.01,
     precision: str | None = None,
+    exact_below: float = EXACT_BELOW,
 ) -> Callable:
     """The loss that every attack minimises."""
     if method not in METHODS:
@@ -36,16 +39,39 @@ def matching_loss(
     if chunk_size is not None and chunk_size < 1:
         raise GGLError(f"chunk_size: got {chunk_size!r}, allowed: whole numbers of at least 1")
     distance = resolve_distance(distance, fidelity=fidelity)
-    simulate = None if defense is None else lambda update: defense.simulate(estimated, update)
-    losses_of = direct_losses(
-        model,
-        variables,
-        observed,
-        simulate=simulate,
-        distance=distance,
-        local_steps=local_steps,
-        learning_rate=learning_rate,
-    )
+
+    def simulate(update):
+        return update if defense is None else defense.simulate(estimated, update)
+
+    factored = None
+    if defense is None:
+        factored = Factored()
+    elif defense.factor is not None:
+        factored = defense.factor(estimated)
+
+    def losses_for(shape, dtype):
+        program = trace(model, variables, jax.ShapeDtypeStruct(shape, dtype))
+        if method != "direct" and local_steps == 1:
+            fused = fused_losses(
+                program,
+                variables,
+                observed,
+                simulate=simulate,
+                factored=factored,
+                distance=distance,
+                exact_below=exact_below,
+            )
+            if fused is not None:
+                return fused
+        return direct_losses(
+            model,
+            variables,
+            observed,
+            simulate=simulate,
+            distance=distance,
+            local_steps=local_steps,
+            learning_rate=learning_rate,
+        )
 
     def loss(images: jax.Array, labels: jax.Array) -> jax.Array:
         labels = jnp.asarray(labels)
@@ -56,6 +82,6 @@ def matching_loss(
             labels = jnp.broadcast_to(labels, (images.shape[0], *labels.shape))
         size = images.shape[0] if chunk_size is None else chunk_size
         with jax.default_matmul_precision(precision):
-            return in_chunks(losses_of, size, images, labels)
+            return in_chunks(losses_for(images.shape[1:], images.dtype), size, images, labels)
 
     return loss

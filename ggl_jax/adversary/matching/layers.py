@@ -1,0 +1,231 @@
+"""One linear layer's share of every candidate's gradient, from its input and output cotangent.
+
+With the layer's patches P [T, K] and cotangents D [T, C] of one candidate (T output positions,
+K = kernel positions x input channels), its gradient is g = P^T D. What the distances need of it
+can be had in two ways:
+
+- *formed*: compute g, T K C multiplications and K C entries per candidate;
+- *Gram*: ``<y, g> = sum(D * conv(a, y))``, one convolution with a kernel that all candidates share,
+  and ``|g|^2 = sum((P P^T) * (D D^T))``, which needs T^2 entries in place of K C.
+
+``P P^T`` needs no patches: it is the sum, over the kernel's positions, of shifted copies of the
+input's own Gram matrix ``A A^T``, K / cin times cheaper.
+"""
+
+import itertools
+import math
+
+import jax
+import jax.numpy as jnp
+
+from ggl_jax.adversary.matching.trace import Layer
+
+# Multiplications that take as long as writing and reading one entry of a formed gradient.
+_WORK_PER_ENTRY = 64
+
+
+def input_in_order(layer: Layer, a: jax.Array) -> jax.Array:
+    """A layer's inputs [n, ...] as [n, batch, *in_spatial, in_channels]."""
+    a = jnp.transpose(a, (0, *(axis + 1 for axis in layer.in_order)))
+    return a.reshape(a.shape[0], layer.batch, *layer.in_spatial, layer.in_channels)
+
+
+def cotangent_in_order(layer: Layer, d: jax.Array) -> jax.Array:
+    """Output cotangents [n, ...] as [n, batch, *out_spatial, out_channels]."""
+    d = jnp.transpose(d, (0, *(axis + 1 for axis in layer.out_order)))
+    return d.reshape(d.shape[0], layer.batch, *layer.out_spatial, layer.out_channels)
+
+
+def kernel_in_order(layer: Layer, kernel: jax.Array) -> jax.Array:
+    """An array like the kernel as [*kernel_spatial, in_channels / groups, out_channels]."""
+    kernel = jnp.transpose(kernel, layer.kernel_order)
+    inner = layer.in_channels // layer.groups
+    return kernel.reshape(*layer.kernel_spatial, inner, layer.out_channels)
+
+
+def kernel_as_stored(layer: Layer, gradient: jax.Array) -> jax.Array:
+    """The inverse of :func:`kernel_in_order` for [n, *kernel_spatial, in / groups, out]."""
+    shape = [layer.kernel_shape[axis] for axis in layer.kernel_order]
+    gradient = gradient.reshape(gradient.shape[0], *shape)
+    inverse = sorted(range(len(shape)), key=lambda axis: layer.kernel_order[axis])
+    return jnp.transpose(gradient, (0, *(axis + 1 for axis in inverse)))
+
+
+def _shifted(layer: Layer, a: jax.Array) -> list[jax.Array]:
+    """The input under each kernel position: [n, batch, *out_spatial, in_channels] each."""
+    spatial = zip(layer.padding, layer.in_dilation, strict=True)
+    config = [(0, 0, 0)] * 2
+    config += [(low, high, dilation - 1) for (low, high), dilation in spatial]
+    config += [(0, 0, 0)]
+    a = jax.lax.pad(a, jnp.zeros((), a.dtype), config)
+    views = []
+    for offset in itertools.product(*(range(size) for size in layer.kernel_spatial)):
+        starts = [o * d for o, d in zip(offset, layer.kernel_dilation, strict=True)]
+        limits = [
+            start + (size - 1) * stride + 1
+            for start, size, stride in zip(starts, layer.out_spatial, layer.strides, strict=True)
+        ]
+        views.append(
+            jax.lax.slice(
+                a,
+                (0, 0, *starts, 0),
+                (*a.shape[:2], *limits, a.shape[-1]),
+                (1, 1, *layer.strides, 1),
+            )
+        )
+    return views
+
+
+def _rows(layer: Layer, x: jax.Array) -> jax.Array:
+    """[n, batch, *spatial, channels] as [n, positions, groups, channels / groups]."""
+    channels = x.shape[-1] // layer.groups
+    return x.reshape(x.shape[0], -1, layer.groups, channels)
+
+
+def form(layer: Layer, a: jax.Array, d: jax.Array) -> jax.Array:
+    """Every candidate's kernel gradient.
+
+    Args:
+        layer: the layer.
+        a: its inputs [n, batch, *in_spatial, in_channels].
+        d: its output cotangents [n, batch, *out_spatial, out_channels].
+
+    Returns:
+        [n, *kernel_spatial, in_channels / groups, out_channels].
+    """
+    cotangents = _rows(layer, d)
+    # One product per kernel position: patches would be `offsets` times the input's size.
+    blocks = [
+        jnp.einsum("ntgi,ntgo->nigo", _rows(layer, view), cotangents) for view in _shifted(layer, a)
+    ]
+    inner = layer.in_channels // layer.groups
+    shape = (a.shape[0], *layer.kernel_spatial, inner, layer.out_channels)
+    return jnp.stack(blocks, axis=1).reshape(shape)
+
+
+def inner_product(layer: Layer, a: jax.Array, d: jax.Array, y: jax.Array) -> jax.Array:
+    """<y, g> for every candidate, without g.
+
+    Args:
+        layer: the layer.
+        a: its inputs, as for :func:`form`.
+        d: its output cotangents, as for :func:`form`.
+        y: [*kernel_spatial, in_channels / groups, out_channels].
+
+    Returns:
+        [n].
+    """
+    num = a.shape[0]
+    if layer.kernel_spatial:
+        rank = len(layer.kernel_spatial)
+        numbers = jax.lax.ConvDimensionNumbers(
+            lhs_spec=(0, rank + 1, *range(1, rank + 1)),
+            rhs_spec=(rank + 1, rank, *range(rank)),
+            out_spec=(0, rank + 1, *range(1, rank + 1)),
+        )
+        output = jax.lax.conv_general_dilated(
+            a.reshape(-1, *a.shape[2:]),
+            y,
+            window_strides=layer.strides,
+            padding=layer.padding,
+            lhs_dilation=layer.in_dilation,
+            rhs_dilation=layer.kernel_dilation,
+            dimension_numbers=numbers,
+            feature_group_count=layer.groups,
+        )
+    else:
+        output = a.reshape(-1, a.shape[-1]) @ y
+    return jnp.sum((output.reshape(d.shape) * d).reshape(num, -1), axis=1)
+
+
+def sq_norm(layer: Layer, a: jax.Array, d: jax.Array) -> jax.Array:
+    """|g|^2 for every candidate, without g, from Gram matrices [T, T].
+
+    Args:
+        layer: the layer.
+        a: its inputs, as for :func:`form`.
+        d: its output cotangents, as for :func:`form`.
+
+    Returns:
+        [n].
+    """
+    cotangents = _rows(layer, d)
+    outer = jnp.einsum("ntgc,nsgc->ngts", cotangents, cotangents)
+    if _shifts_grams(layer):
+        inner = _shifted_gram(layer, a)
+    else:
+        patches = jnp.concatenate([_rows(layer, view) for view in _shifted(layer, a)], axis=-1)
+        inner = jnp.einsum("ntgk,nsgk->ngts", patches, patches)
+    return jnp.sum((inner * outer).reshape(a.shape[0], -1), axis=1)
+
+
+def _shifted_gram(layer: Layer, a: jax.Array) -> jax.Array:
+    """P P^T [n, groups, T, T] as the sum of shifted copies of the input's Gram matrix."""
+    num = a.shape[0]
+    rows = _rows(layer, a)
+    gram = jnp.einsum("ntgi,nsgi->ngts", rows, rows)
+    sides = (layer.batch, *layer.in_spatial)
+    gram = gram.reshape(num, layer.groups, *sides, *sides)
+    spatial = [
+        (low, high, dilation - 1)
+        for (low, high), dilation in zip(layer.padding, layer.in_dilation, strict=True)
+    ]
+    config = [(0, 0, 0)] * 2 + 2 * [(0, 0, 0), *spatial]
+    gram = jax.lax.pad(gram, jnp.zeros((), gram.dtype), config)
+    total = None
+    for offset in itertools.product(*(range(size) for size in layer.kernel_spatial)):
+        starts = [o * d for o, d in zip(offset, layer.kernel_dilation, strict=True)]
+        limits = [
+            start + (size - 1) * stride + 1
+            for start, size, stride in zip(starts, layer.out_spatial, layer.strides, strict=True)
+        ]
+        part = jax.lax.slice(
+            gram,
+            (0, 0, *(2 * [0, *starts])),
+            (num, layer.groups, *(2 * [layer.batch, *limits])),
+            (1, 1, *(2 * [1, *layer.strides])),
+        )
+        total = part if total is None else total + part
+    assert total is not None
+    return total.reshape(num, layer.groups, layer.positions, layer.positions)
+
+
+def _input_positions(layer: Layer) -> int:
+    return layer.batch * math.prod(layer.in_spatial)
+
+
+def _shifts_grams(layer: Layer) -> bool:
+    """Whether P P^T is cheaper from the input's Gram matrix than from patches."""
+    channels = layer.in_channels
+    shifted = _input_positions(layer) ** 2 * channels
+    shifted += layer.positions**2 * layer.offsets * layer.groups
+    return shifted <= layer.positions**2 * layer.offsets * channels
+
+
+def gram_work(layer: Layer) -> float:
+    """Multiplications of :func:`sq_norm` for one candidate."""
+    square = layer.positions**2
+    patches = square * layer.offsets * layer.in_channels
+    shifted = _input_positions(layer) ** 2 * layer.in_channels
+    shifted += square * layer.offsets * layer.groups
+    return min(patches, shifted) + square * layer.out_channels
+
+
+def kernel_size(layer: Layer) -> int:
+    """Entries of the layer's kernel."""
+    return math.prod(layer.kernel_shape)
+
+
+def form_bytes(layer: Layer, like: jax.Array) -> int:
+    """Memory that :func:`form` takes for one candidate, shifted inputs included."""
+    entries = kernel_size(layer) + layer.positions * (layer.offsets + 1) * layer.in_channels
+    return entries * like.dtype.itemsize
+
+
+def prefers_gram(layer: Layer) -> bool:
+    """Whether the Gram form is expected to be faster than forming the gradient.
+
+    Both multiply T K C times; the Gram form adds :func:`gram_work`, the other writes and reads
+    K C entries per candidate.
+    """
+    return gram_work(layer) < _WORK_PER_ENTRY * kernel_size(layer)
