@@ -1,0 +1,62 @@
+"""Public knowledge of what images look like: generators, their training, and their reach."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from ggl_jax import checkpoint
+from ggl_jax.errors import GGLError
+from ggl_jax.priors.ceiling import fit_latents
+from ggl_jax.priors.dcgan import Critic, Generator, dcgan
+from ggl_jax.priors.pixels import pixels
+from ggl_jax.priors.samples import image_grid, samples, save_grid
+from ggl_jax.types import Prior
+
+#: Priors by the name that a checkpoint's card gives as its `kind`.
+PRIORS: dict[str, Callable[..., Prior]] = {"dcgan": dcgan, "pixels": pixels}
+
+
+def load_prior(path_or_name) -> tuple[Prior, Any, dict[str, Any]]:
+    """Loads a trained prior.
+
+    Args:
+      path_or_name: a checkpoint's folder, or the name of one shipped with the project.
+
+    Returns:
+      `(prior, params, card)`. The card's `trained_on` lists the public data sets behind the
+      weights: private images from one of those were seen in training and prove nothing.
+
+    Raises:
+      GGLError: no such checkpoint, a damaged one, one that does not match its card (see
+        `ggl_jax.checkpoint.load`), or a card of an unknown kind of prior.
+    """
+    path = checkpoint.find(path_or_name)
+    tree, card = checkpoint.load(path)
+    kind = card.get("kind")
+    if kind not in PRIORS:
+        raise GGLError(f"checkpoint {path}: kind={kind!r} is none of {', '.join(PRIORS)}")
+    try:
+        prior = PRIORS[kind](**card["arguments"])
+    except (KeyError, TypeError) as error:
+        raise GGLError(f"checkpoint {path}: its card's arguments do not fit {kind}") from error
+    expected = jax.eval_shape(prior.init, jax.random.key(0))
+    if jax.tree.map(jnp.shape, tree) != jax.tree.map(jnp.shape, expected):
+        raise GGLError(f"checkpoint {path}: its arrays are not those of {kind} {card['arguments']}")
+    return prior, jax.tree.map(jnp.asarray, tree), card
+
+
+__all__ = [
+    "PRIORS",
+    "Critic",
+    "Generator",
+    "Prior",
+    "dcgan",
+    "fit_latents",
+    "image_grid",
+    "load_prior",
+    "pixels",
+    "samples",
+    "save_grid",
+]

@@ -1,0 +1,42 @@
+"""The prior that knows nothing: an image is its own latent."""
+
+import math
+
+import jax
+
+from ggl_jax.errors import GGLError
+from ggl_jax.types import Prior
+
+
+def pixels(image_shape: tuple[int, int, int]) -> Prior:
+    """The identity prior, with which latent-space attacks become pixel-space attacks (DLG, IG).
+
+    Args:
+      image_shape: (h, w, c), each at least 1.
+
+    Returns:
+      A `Prior` without parameters (`init` gives an empty dict). A latent [h * w * c] is the
+      image flattened row by row, channels last. `apply` only reshapes: values outside [0, 1]
+      pass through, so that gradients do too; keeping the box is the attack's business.
+      `sample_latent` draws from U[0, 1].
+
+    Raises:
+      GGLError: not three sizes of at least 1.
+    """
+    shape = tuple(int(size) for size in image_shape)
+    if len(shape) != 3 or min(shape) < 1:
+        raise GGLError(f"pixels: image_shape={image_shape} must be (h, w, c), each at least 1")
+    latent_dim = math.prod(shape)
+
+    def init(key):
+        del key
+        return {}
+
+    def apply(params, latents, labels=None):
+        del params, labels
+        return latents.reshape(-1, *shape)
+
+    def sample_latent(key, num):
+        return jax.random.uniform(key, (num, latent_dim))
+
+    return Prior(init, apply, sample_latent, latent_dim, shape, "pixels")
