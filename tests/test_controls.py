@@ -15,11 +15,14 @@ CHEAP = {"ceiling_steps": 20, "ceiling_restarts": 2}
 
 
 def grey_prior():
-    """A grey picture as bright as its latent in [0, 1]; class 1 shows the negative."""
+    """A grey picture as bright as its latent; class 1 shows the negative, without red."""
 
     def apply(params, latents, labels):
         level = jnp.where(labels[:, None] == 1, 1.0 - latents, latents) * params
-        return jnp.broadcast_to(level[:, :, None, None], (len(latents), *SHAPE))
+        red = jnp.where(labels == 1, 0.0, 1.0)
+        tint = jnp.stack([red, jnp.ones_like(red), jnp.ones_like(red)], axis=-1)
+        picture = jnp.broadcast_to(level[:, :, None, None], (len(latents), *SHAPE))
+        return picture * tint[:, None, None]
 
     def sample_latent(key, num):
         # Beta(1, 3), of mean 1/4, by inverting its distribution function
@@ -64,11 +67,12 @@ def test_random_samples(grey):
 def test_mean_image_is_the_mean_of_the_class(grey):
     image, controls = grey
     error = np.sqrt(3 / 80 / 2048)  # of the mean of 2,048 draws from Beta(1, 3)
-    for label, mean in ((0, 0.25), (1, 0.75)):
+    for label, mean, red in ((0, 0.25, 0.25), (1, 0.75, 0.0)):
         found = controls[label].mean_image
         assert found.shape == SHAPE
-        assert np.ptp(found) < 1e-6
-        assert abs(found.mean() - mean) < 4 * error
+        assert np.ptp(found[..., 1:]) < 1e-6
+        assert abs(found[..., 1:].mean() - mean) < 4 * error
+        assert np.abs(found[..., 0] - red).max() < 4 * error
         np.testing.assert_allclose(
             controls[label].scores["psnr_mean_image"], metrics.psnr(found, image), rtol=1e-5
         )
@@ -79,9 +83,12 @@ def test_mean_image_is_the_mean_of_the_class(grey):
 
 def test_ceiling_is_the_priors_reach(grey):
     image, controls = grey
-    for found in controls.values():
-        np.testing.assert_allclose(found.ceiling, 0.6, atol=0.01)
-        np.testing.assert_allclose(found.scores["psnr_ceiling"], -20 * np.log10(0.2), atol=0.01)
+    # class 0 comes to 0.6 everywhere; class 1 has no red, which costs (0.4**2 + 0.8**2) / 2
+    for label, red, mse in ((0, 0.6, 0.04), (1, 0.0, (2 * 0.04 + 0.4) / 3)):
+        found = controls[label]
+        np.testing.assert_allclose(found.ceiling[..., 1:], 0.6, atol=0.01)
+        np.testing.assert_allclose(found.ceiling[..., 0], red, atol=0.01)
+        np.testing.assert_allclose(found.scores["psnr_ceiling"], -10 * np.log10(mse), atol=0.01)
         np.testing.assert_allclose(
             found.scores["ssim_ceiling"], metrics.ssim(found.ceiling, image), atol=1e-6
         )
@@ -147,6 +154,35 @@ def test_chunks_that_do_not_divide_and_single_samples():
     np.testing.assert_allclose(7 * means[1] - 6 * means[0], psnr_added, rtol=1e-3)
 
 
+def test_no_sample_is_drawn_twice():
+    found = prior_controls(
+        GREY,
+        jnp.ones(()),
+        np.zeros(SHAPE, np.float32),
+        0,
+        jax.random.key(0),
+        num_samples=6,
+        num_mean_samples=6,
+        chunk_size=3,
+        **CHEAP,
+    )
+    # against black, a grey's PSNR tells its level: were both chunks the same, the mean of six
+    # levels would be the mean of the first three
+    first = prior_controls(
+        GREY,
+        jnp.ones(()),
+        np.zeros(SHAPE, np.float32),
+        0,
+        jax.random.key(0),
+        num_samples=3,
+        num_mean_samples=3,
+        chunk_size=3,
+        **CHEAP,
+    )
+    assert abs(found.mean_image.mean() - first.mean_image.mean()) > 1e-3
+    assert abs(found.scores["psnr_control_mean"] - first.scores["psnr_control_mean"]) > 1e-3
+
+
 def test_the_key_decides(grey):
     image = grey[0]
     again, other = (
@@ -170,7 +206,9 @@ def test_samples_are_clipped_as_reconstructions_are():
     )
     assert bright.best_sample.max() == 1
     assert bright.mean_image.max() <= 1
+    # an exact match is infinite, and so is the range's upper end, not NaN
     assert bright.scores["psnr_control_best"] == np.inf
+    assert bright.scores["psnr_control_high"] == np.inf
 
 
 def test_nan_is_not_hidden():
