@@ -71,6 +71,13 @@ def total(tree: PyTree) -> jax.Array:
     return jnp.sum(jnp.stack(jax.tree.leaves(tree)))
 
 
+def map_flat(function: Callable, tree: PyTree, *scalars: PyTree) -> PyTree:
+    """Map ``function(flat_leaf[n], *scalars)`` over the leaves; the result has their shapes."""
+    return jax.tree.map(
+        lambda leaf, *own: function(leaf.reshape(-1), *own).reshape(leaf.shape), tree, *scalars
+    )
+
+
 def safe_sqrt(x: jax.Array) -> jax.Array:
     """Square root with value and derivative 0 at 0 (and below)."""
     positive = x > 0

@@ -200,7 +200,21 @@ def chain(*defenses: Defense) -> Defense:
         masks |= _traits.has(defense.factor, "masks", True)
         scales |= _traits.has(defense.factor, "scales", True)
     _traits.mark(factor, masks=masks, scales=scales)
-    return Defense(name, apply, record, estimate, simulate, factor if factored else None)
+
+    def rewire(estimated, variables, head):
+        stage, defense = stages[0]
+        return defense.rewire(estimated[stage], variables, head)
+
+    return Defense(
+        name,
+        apply,
+        record,
+        estimate,
+        simulate,
+        factor if factored else None,
+        # Only a first stage can have changed the forward pass.
+        rewire if defenses[0].rewire is not None else None,
+    )
 
 
 def _compose(first: Factored, second: Factored) -> Factored:

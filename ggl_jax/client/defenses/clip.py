@@ -132,11 +132,16 @@ def pooled_bound(
 ) -> tuple[jax.Array, jax.Array]:
     """One clipping bound from the noisy norms of many layers.
 
-    ``q_l = |y_l|^2 - size_l sigma^2`` is an unbiased estimate of layer l's energy, with variance
-    ``2 size_l sigma^4 + 4 sigma^2 S^2``; a clipped layer's energy is S^2, any other's lies below.
-    The bound is the maximum of the likelihood of that mixture (even odds of clipped or not,
-    unclipped energies uniform below S^2): a mean weighted by inverse variances which leaves out
-    the layers that were not clipped.
+    ``q_l = |y_l|^2 - size_l sigma^2`` is an unbiased estimate of layer l's energy with variance
+    ``v_l = 2 size_l sigma^4 + 4 sigma^2 S^2``. A clipped layer's energy is S^2, every other's lies
+    below. So start from the layer whose energy is largest for certain (largest
+    ``q_l - 3 sqrt(v_l)``), then average, by inverse variances, over the layers that agree with it
+    to two standard deviations. Layers that could not tell half the energy from the whole
+    (``sqrt(v_l) > S^2 / 4``) are left out, for they agree with anything and would pull the mean
+    down.
+
+    Even a layer whose direction were known gives S only to sigma, so the relative error is at
+    best ``sigma / S / sqrt(number of clipped layers)``: 2.5 % for one layer at sigma 0.1, S = 4.
 
     Args:
         squares: [l] squared norms of the observed layers.
@@ -144,37 +149,38 @@ def pooled_bound(
         noise: standard deviation of the noise.
 
     Returns:
-        ``(bound, stderr)``. The standard error is that of the layers taken for clipped; infinite
-        where none is. Where no layer was clipped, the estimate is near the largest norm among
-        those that are measured well.
+        ``(bound, stderr)``. Where no layer was clipped, the bound is near the largest norm among
+        those that can be measured. Where none can, it is the upper end of the smallest 3-sigma
+        interval, and so is its standard error.
     """
     noise = jnp.asarray(noise, jnp.float32)
     sizes = jnp.asarray(sizes, jnp.float32)
     energy = squares - sizes * noise**2
 
-    def variance(bound):
-        own = 2 * sizes * noise**4 + 4 * noise**2 * bound**2
-        return own + jnp.square(2 * sizes * noise**2 * _NOISE_UNCERTAINTY) + 1e-12 * bound**4
+    def variance(bound_energy):
+        own = 2 * sizes * noise**4 + 4 * noise**2 * bound_energy
+        return own + jnp.square(2 * sizes * noise**2 * _NOISE_UNCERTAINTY)
 
-    def densities(bound):
-        """Per layer, the densities of being clipped and of being below the bound."""
-        std = jnp.sqrt(variance(bound))
-        clipped = jnp.exp(-0.5 * jnp.square((energy - bound**2) / std)) / std / np.sqrt(2 * np.pi)
-        cdf = jax.scipy.stats.norm.cdf
-        below = (cdf(energy / std) - cdf((energy - bound**2) / std)) / bound**2
-        return clipped, jnp.maximum(below, 0)
+    std = jnp.sqrt(variance(jnp.maximum(energy, 0)))
+    certain = energy - 3 * std
+    first = jnp.argmax(certain)
+    start, start_variance = energy[first], jnp.square(std[first])
 
-    def likelihood(bound):
-        clipped, below = densities(bound)
-        return jnp.sum(jnp.log(clipped + below + 1e-30))
+    def pool(_, state):
+        pooled, _ = state
+        variances = variance(pooled) + 1e-30
+        agrees = jnp.abs(energy - pooled) < 2 * jnp.sqrt(variances)
+        agrees &= jnp.sqrt(variances) < pooled / 4
+        weights = jnp.where(agrees, 1 / variances, 0)
+        weight = jnp.sum(weights)
+        safe = jnp.where(weight > 0, weight, 1)
+        mean = jnp.sum(weights * energy) / safe
+        some = weight > 0
+        return jnp.where(some, mean, pooled), jnp.where(some, 1 / safe, start_variance)
 
-    # Norms that the data can distinguish from 0, up to the largest that any layer allows.
-    high = jnp.sqrt(jnp.max(squares)) * 1.01 + 1e-12
-    coarse = high * jnp.logspace(-4, 0, 1024)
-    ratio = float(10 ** (4 / 1023))
-    best = coarse[jnp.argmax(jax.vmap(likelihood)(coarse))]
-    fine = best * jnp.linspace(1 / ratio, ratio, 257)
-    bound = fine[jnp.argmax(jax.vmap(likelihood)(fine))]
-    clipped, below = densities(bound)
-    information = jnp.sum(clipped / (clipped + below + 1e-30) / variance(bound))
-    return bound, _to_norm(1 / jnp.sqrt(information), bound)
+    pooled, pooled_variance = jax.lax.fori_loop(0, 8, pool, (start, start_variance))
+    bound = trees.safe_sqrt(pooled)
+    nothing = jnp.sqrt(jnp.min(jnp.maximum(energy, 0) + 3 * std))
+    measurable = certain[first] > 0
+    stderr = _to_norm(jnp.sqrt(pooled_variance), bound)
+    return jnp.where(measurable, bound, nothing), jnp.where(measurable, stderr, nothing)

@@ -10,7 +10,9 @@ from ggl_jax.client.gradients import cross_entropy
 from ggl_jax.types import Defense, Factored, Model, Path, PyTree
 
 
-def soteria(*, rate: float = 0.8, fidelity: str = "paper", chunk_size: int = 16) -> Defense:
+def soteria(
+    *, rate: float = 0.8, fidelity: str = "paper", chunk_size: int | None = None
+) -> Defense:
     """Prune the entries of the representation r (the input of the last Dense layer) that tell most.
 
     What the adversary learns: which features were pruned, since their rows of the last layer's
@@ -27,25 +29,28 @@ def soteria(*, rate: float = 0.8, fidelity: str = "paper", chunk_size: int = 16)
             ``"code"``: ``score_i = |dr_i/dx| / (r_i + 1e-10)``, averaged over the batch; zero the
             rows of the last layer's weight gradient whose absolute score is below the p-th
             percentile. All other tensors keep the plain gradient. It masks any update.
-        chunk_size: features whose derivatives are computed together. Memory grows with it.
+        chunk_size: features whose derivatives are computed together; memory grows with it. None
+            takes 16 at 224x224 and as many more as the images are smaller.
 
     Returns:
-        A Defense. Record: ``rate`` and ``mask``, a pytree like the update with [d 1] at the last
-        kernel and 1.0 elsewhere. Estimate: the same, where ``rate`` is the share of masked rows.
+        A Defense. Record: ``rate``, the share of features that were pruned (of each image), and
+        ``mask``, a pytree like the update with [d 1] at the last kernel and 1.0 elsewhere: 0 where
+        the feature is zero after pruning in all images, be it by itself. Estimate: the same
+        mask, as seen, and ``rate``, its share of zeros, which is too high by the features that are
+        zero by themselves.
 
     The simulation multiplies the last kernel's gradient by the mask, which is exact for the
-    ``"code"`` form. For the ``"paper"`` form it is an approximation: pruning also changed the
-    probabilities, and so every tensor, by a changed forward pass that no map of the plain
-    gradient gives. It becomes exact, for one image or one mask for all, when the candidate's
-    gradient is taken at :func:`pruned_variables`.
+    ``"code"`` form. In the ``"paper"`` form pruning also changed the probabilities, and so every
+    tensor, by a changed forward pass that no map of the plain gradient gives; ``rewire`` takes
+    candidates' gradients at :func:`pruned_variables`, which is exact for one image, or where all
+    images of a batch have one mask.
 
     Edge cases: batches: in the ``"paper"`` form each image has its own mask, and a row is zero only
-    where all images pruned it (the record's mask says where). Features that do not depend on the
+    where all images pruned it. Features that do not depend on the
     image: r_i = 0 is kept, another value is pruned first. ``"code"`` gives silent features
     (r_i = 0) huge scores, unless their derivative is 0 too; then their score, 0, is the
     lowest. Ties: the first in order are pruned (``"paper"``), those at the percentile are kept
-    (``"code"``). A feature that is exactly 0 in all images is masked in the estimate, and it makes
-    no difference that it is. With train-mode BatchNorm, images of a batch depend on each other, and
+    (``"code"``). With train-mode BatchNorm, images of a batch depend on each other, and
     the derivative of the batch's sum stands for that of the image, as in the published code.
 
     Reference: Sun et al. 2021 (Soteria), section 4 and equation 8, rate of pruning 80 % in the
@@ -53,22 +58,23 @@ def soteria(*, rate: float = 0.8, fidelity: str = "paper", chunk_size: int = 16)
     """
     _checks.fidelity("soteria", fidelity)
     rate = _checks.number("soteria", "rate", rate, low=0, high=1, default=0.8)
-    chunk_size = _checks.positive_integer("soteria", "chunk_size", chunk_size)
+    if chunk_size is not None:
+        chunk_size = _checks.positive_integer("soteria", "chunk_size", chunk_size)
     on_representation = fidelity == "paper"
 
     def masks(context):
-        """[b d] in the paper's form, [1 d] in the code's."""
+        """Masks, [b d] in the paper's form, [1 d] in the code's; and the features [b d]."""
         features, norms = jacobian_norms(
             context.model, context.variables, context.images, chunk_size=chunk_size
         )
         if on_representation:
-            return jax.vmap(lambda r, n: _largest_pruned(r, n, rate))(features, norms)
+            return jax.vmap(lambda r, n: _largest_pruned(r, n, rate))(features, norms), features
         scores = jnp.abs(jnp.mean(norms / (features + 1e-10), axis=0))
-        return (scores >= percentile(scores, rate)).astype(features.dtype)[None]
+        return (scores >= percentile(scores, rate)).astype(features.dtype)[None], features
 
     def apply(key, update, context):
         del key
-        kept = masks(context)
+        kept, _ = masks(context)
         if on_representation:
             return pruned_gradient(
                 context.model, context.variables, context.images, context.labels, kept
@@ -77,13 +83,20 @@ def soteria(*, rate: float = 0.8, fidelity: str = "paper", chunk_size: int = 16)
 
     def record(key, update, context):
         del key
-        # A row is zero only where every image's mask is.
-        kept = jnp.max(masks(context), axis=0)
-        return _parameters(mask_tree(update, context.model.head, kept), kept)
+        kept, features = masks(context)
+        # What the mask comes to: a row of the gradient is left where some image has a feature.
+        left = jnp.any((kept * features) != 0, axis=0)
+        return {
+            "rate": jnp.mean(1 - kept, dtype=jnp.float32),
+            "mask": mask_tree(update, context.model.head, left),
+        }
 
     def estimate(update, head, noise=0.0):
         kept = estimate_mask(update, head, noise, first_class_only=not on_representation)
-        return _parameters(mask_tree(update, head, kept), kept)
+        return {
+            "rate": jnp.mean(1 - kept, dtype=jnp.float32),
+            "mask": mask_tree(update, head, kept),
+        }
 
     def simulate(estimated, update):
         return _apply_mask(estimated["mask"], update)
@@ -94,11 +107,23 @@ def soteria(*, rate: float = 0.8, fidelity: str = "paper", chunk_size: int = 16)
     # chain() must know that earlier stages' work would be lost.
     _traits.mark(apply, replaces_update=on_representation)
     _traits.mark(factor, masks=True, scales=False)
-    return Defense(f"soteria:{rate:g}", apply, record, estimate, simulate, factor)
+
+    def rewire(estimated, variables, head):
+        return pruned_variables(variables, head, estimated)
+
+    return Defense(
+        f"soteria:{rate:g}",
+        apply,
+        record,
+        estimate,
+        simulate,
+        factor,
+        rewire if on_representation else None,
+    )
 
 
 def jacobian_norms(
-    model: Model, variables: PyTree, images: jax.Array, *, chunk_size: int = 16
+    model: Model, variables: PyTree, images: jax.Array, *, chunk_size: int | None = None
 ) -> tuple[jax.Array, jax.Array]:
     """Each feature and the l2 norm of its derivative with respect to the image.
 
@@ -109,7 +134,7 @@ def jacobian_norms(
         model: any model whose last layer is Dense.
         variables: its variables.
         images: [b h w c] in [0, 1].
-        chunk_size: features per pass, at least 1.
+        chunk_size: features per pass, at least 1; None as for :func:`soteria`.
 
     Returns:
         ``(features[b d], norms[b d])``.
@@ -122,9 +147,13 @@ def jacobian_norms(
         (derivative,) = pull_back(one_hot)
         return jnp.sqrt(jnp.sum(jnp.square(derivative), axis=(1, 2, 3)))
 
-    dim = features.shape[1]
-    norms = jax.lax.map(norms_of, jnp.arange(dim), batch_size=min(chunk_size, dim))
-    return features, norms.T
+    indices = jnp.arange(features.shape[1])
+    if chunk_size is None:
+        chunk_size = max(1, 16 * 224 * 224 * 3 // images.size)
+    if chunk_size >= indices.size:
+        # Not a loop of one turn: XLA runs convolutions inside loops on one thread on CPUs.
+        return features, jax.vmap(norms_of)(indices).T
+    return features, jax.lax.map(norms_of, indices, batch_size=chunk_size).T
 
 
 def _largest_pruned(features: jax.Array, norms: jax.Array, rate: float) -> jax.Array:
@@ -186,10 +215,6 @@ def mask_tree(update: PyTree, head: Path, kept: jax.Array) -> PyTree:
 
 def _apply_mask(mask, update):
     return jax.tree.map(jnp.multiply, mask, update)
-
-
-def _parameters(mask, kept):
-    return {"rate": jnp.mean(1 - kept, dtype=jnp.float32), "mask": mask}
 
 
 def estimate_mask(

@@ -51,8 +51,8 @@ def sparsify(*, rate: float = 0.9, fidelity: str = "paper") -> Defense:
         # Positions are computed here in double precision: in float32 rate * n is off by an entry
         # for n of some millions.
         if by_count:
-            return jax.tree.map(lambda g: zero_smallest(g, zero_count(rate, g.size)), update)
-        return jax.tree.map(lambda g: zero_below_percentile(g, rate), update)
+            return trees.map_flat(lambda g: zero_smallest(g, zero_count(rate, g.size)), update)
+        return trees.map_flat(lambda g: zero_below_percentile(g, rate), update)
 
     def record(key, update, context):
         del key, update, context
@@ -71,12 +71,13 @@ def sparsify(*, rate: float = 0.9, fidelity: str = "paper") -> Defense:
 
     def simulate(estimated, update):
         if by_count:
-            return jax.tree.map(
+            return trees.map_flat(
                 lambda g, r: zero_smallest(g, jnp.round(r * g.size).astype(jnp.int32)),
                 update,
                 estimated["layer_rates"],
             )
-        return jax.tree.map(lambda g: zero_below_percentile(g, estimated["rate"]), update)
+        found = estimated["rate"]
+        return trees.map_flat(lambda g: zero_below_percentile(g, found), update)
 
     return Defense(f"sparsify:{rate:g}", apply, record, estimate, simulate, None)
 
@@ -90,32 +91,32 @@ def zero_smallest(g: jax.Array, count: jax.Array | int) -> jax.Array:
     """Zero exactly ``count`` entries of smallest magnitude, the first among equals.
 
     Args:
-        g: a tensor of any shape.
-        count: 0 to g.size, may be traced.
+        g: [n], a flattened tensor.
+        count: 0 to n, may be traced.
 
     Returns:
         Like g. Its derivative is one at the kept entries and zero at the others.
     """
-    flat = g.reshape(-1)
-    magnitudes = jnp.abs(flat)
+    magnitudes = jnp.abs(g)
     threshold = trees.kth_smallest(magnitudes, count)
     below = magnitudes < threshold
     tied = magnitudes == threshold
     excess = count - jnp.sum(below)
     # A count of 0 has no threshold; its excess is 0 or less, since nothing is below the smallest.
     zeroed = below | (tied & (jnp.cumsum(tied) <= excess))
-    return jnp.where(zeroed, 0, flat).reshape(g.shape)
+    return jnp.where(zeroed, 0, g)
 
 
 def zero_below_percentile(g: jax.Array, rate: jax.Array | float) -> jax.Array:
     """Zero the entries whose magnitude is below the ``rate`` quantile, linearly interpolated.
 
     Args:
-        g: a tensor of any shape.
+        g: [n], a flattened tensor.
         rate: 0 to 1, may be traced (then in float32: the position may be off by one entry in
             tensors of millions).
     """
-    return jnp.where(jnp.abs(g) < percentile(jnp.abs(g).reshape(-1), rate), 0, g)
+    magnitudes = jnp.abs(g)
+    return jnp.where(magnitudes < percentile(magnitudes, rate), 0, g)
 
 
 def percentile(magnitudes: jax.Array, rate: jax.Array | float) -> jax.Array:
