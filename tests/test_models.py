@@ -18,7 +18,7 @@ GOLDEN = Path(__file__).parent / "golden"
 CASES = {  # golden file -> resnet18(...) that must reproduce it
     "cifar_b1": {"num_classes": 2},
     "cifar_b3": {"num_classes": 2},
-    "cifar_b3_train": {"num_classes": 2, "batch_norm": "train"},
+    "cifar_b2_train": {"num_classes": 2, "batch_norm": "train"},
     "imagenet_b1": {"num_classes": 1000, "image_shape": (224, 224, 3)},
 }
 TOLERANCE = 1e-4
@@ -111,16 +111,20 @@ def test_resnet18_matches_the_golden_arrays_of_torch(case):
 @pytest.mark.slow
 @pytest.mark.parametrize(("stem", "side"), [("cifar", 32), ("imagenet", 64)])
 def test_resnet18_matches_live_torch(stem, side):
+    """In float64: images not chosen for it may have a ReLU that float32 switches the other way."""
     pytest.importorskip("torch")
     images = some_images((2, side, side, 3))
     labels = np.array([3, 0])
     expected = evaluate(images, labels, stem, 5, train=False, dtype="float64")
-    model = models.resnet18(5, (side, side, 3), stem=stem)
-    logits, features, grads = ours(model, torch_variables(stem, 5), images, labels)
-    assert relative_error(logits, expected[0]) < TOLERANCE
-    assert relative_error(features, expected[1]) < TOLERANCE
+    with jax.enable_x64(True):
+        model = models.resnet18(5, (side, side, 3), stem=stem)
+        variables = jax.tree.map(lambda w: jnp.asarray(w, jnp.float64), torch_variables(stem, 5))
+        logits, features, grads = ours(model, variables, images.astype(np.float64), labels)
+    assert logits.dtype == np.float64
+    assert relative_error(logits, expected[0]) < 1e-10
+    assert relative_error(features, expected[1]) < 1e-10
     for name, g in in_torch_layout(grads, stem, 5).items():
-        assert relative_error(g, expected[2][name]) < TOLERANCE, name
+        assert relative_error(g, expected[2][name]) < 1e-10, name
 
 
 def test_the_golden_file_is_what_the_rule_gives():
@@ -161,7 +165,7 @@ def initial(pick, **options):
     return jax.jit(lambda key: pick(model.init(key)))(jax.random.key(0))
 
 
-def test_torch_initialisation():
+def test_torchs_initialisation():
     """Uniform within 1/sqrt(fan_in), Dense bias as well; BatchNorm is the identity in eval mode."""
     kernels, fc_bias, scale, bias, stats = initial(
         lambda v: (
@@ -174,7 +178,8 @@ def test_torch_initialisation():
             v["params"]["layer4_1"]["bn2"]["scale"],
             v["params"]["layer4_1"]["bn2"]["bias"],
             v["batch_stats"],
-        )
+        ),
+        weight_init="torch",
     )
     for kernel, fan_in in zip(kernels, (9 * 128, 64, 512), strict=True):
         bound = fan_in**-0.5
@@ -190,22 +195,15 @@ def test_torch_initialisation():
         assert (layer["var"] == 1).all()
 
 
-def test_torchvision_initialisation():
-    kernel = initial(
-        lambda v: v["params"]["layer3_0"]["conv1"]["kernel"], weight_init="torchvision"
+@pytest.mark.parametrize("stem", ["cifar", "imagenet"])
+def test_torchvisions_initialisation_is_the_default(stem):
+    kernel, fc = initial(
+        lambda v: (v["params"]["layer3_0"]["conv1"]["kernel"], v["params"]["fc"]["kernel"]),
+        stem=stem,
     )
     assert np.std(kernel) == pytest.approx((2 / (9 * 256)) ** 0.5, rel=0.01)
     assert np.abs(kernel).max() > 4 * np.std(kernel)  # a normal, not a uniform distribution
-
-
-def test_torchvision_initialisation_is_the_default_of_the_large_stem():
-    def draw(weight_init):
-        return initial(
-            lambda v: v["params"]["conv1"]["kernel"], stem="imagenet", weight_init=weight_init
-        )
-
-    np.testing.assert_array_equal(draw(None), draw("torchvision"))
-    assert not np.array_equal(draw(None), draw("torch"))
+    assert np.abs(fc).max() <= 512**-0.5
 
 
 # --- LeNet, ConvNet ------------------------------------------------------------------------------

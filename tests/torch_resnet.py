@@ -66,8 +66,10 @@ def state_dict(stem: str, num_classes: int) -> dict[str, np.ndarray]:
         u = hashed_uniform(name, int(np.prod(shape))).reshape(shape)
         entry = name.rsplit(".", 1)[1]
         if len(shape) > 1:
-            # Variance 2 / fan_in for convolutions, so that activations neither vanish nor explode.
-            value = u * np.sqrt((6 if len(shape) == 4 else 3) / np.prod(shape[1:]))
+            # Variance 2 / fan_in for convolutions, so that activations neither vanish nor explode;
+            # far less in the classifier, so that the softmax does not saturate.
+            gain = 6 if len(shape) == 4 else 0.03
+            value = u * np.sqrt(gain / np.prod(shape[1:]))
         elif entry in ("weight", "running_var"):
             value = 1 + 0.3 * u
         else:
@@ -80,11 +82,30 @@ def is_parameter(name: str) -> bool:
     return not name.endswith(("running_mean", "running_var"))
 
 
-def forward(state, images, stem: str, train: bool):
-    """Logits and features of images [b 3 h w] in [-1, 1]; ``state`` maps names to tensors."""
+def forward(state, images, stem: str, train: bool, margins: list | None = None):
+    """Logits and features of images [b 3 h w] in [-1, 1]; ``state`` maps names to tensors.
+
+    ``margins`` collects, for every ReLU and the max-pooling, each image's [b] smallest distance to
+    a kink, in units of the layer's root mean square.
+    """
+    import torch
     import torch.nn.functional as F
 
     naming = NAMINGS[stem]
+
+    def relu(x):
+        if margins is not None:
+            margins.append(x.abs().flatten(1).amin(1) / x.square().mean().sqrt())
+        return F.relu(x)
+
+    def max_pool(x):
+        if margins is not None:
+            windows = F.unfold(x.flatten(0, 1)[:, None], 3, padding=1, stride=2)
+            first, second = windows.topk(2, dim=1).values.unbind(1)
+            # A window of zeros has no gradient, whichever of them wins.
+            gap = torch.where(first > 0, first - second, torch.inf)
+            margins.append(gap.reshape(len(x), -1).amin(1) / x.square().mean().sqrt())
+        return F.max_pool2d(x, kernel_size=3, stride=2, padding=1)
 
     def bn(name, x):
         # Cloned, because torch updates the running statistics in place in training.
@@ -101,27 +122,39 @@ def forward(state, images, stem: str, train: bool):
 
     if stem == "cifar":
         x = F.conv2d(images, state["conv1.weight"], stride=1, padding=1)
-        x = F.relu(bn("bn1", x))
+        x = relu(bn("bn1", x))
     else:
         x = F.conv2d(images, state["conv1.weight"], stride=2, padding=3)
-        x = F.max_pool2d(F.relu(bn("bn1", x)), kernel_size=3, stride=2, padding=1)
+        x = max_pool(relu(bn("bn1", x)))
     for stage in range(1, 5):
         for block in range(2):
             name = f"layer{stage}.{block}"
             stride = 2 if stage > 1 and block == 0 else 1
             y = F.conv2d(x, state[f"{name}.conv1.weight"], stride=stride, padding=1)
-            y = F.relu(bn(f"{name}.bn1", y))
+            y = relu(bn(f"{name}.bn1", y))
             y = F.conv2d(y, state[f"{name}.conv2.weight"], stride=1, padding=1)
             y = bn(f"{name}.bn2", y)
             shortcut = f"{name}.{naming['shortcut']}"
             if f"{shortcut}.0.weight" in state:
                 x = F.conv2d(x, state[f"{shortcut}.0.weight"], stride=stride)
                 x = bn(f"{shortcut}.1", x)
-            x = F.relu(y + x)
+            x = relu(y + x)
     features = F.adaptive_avg_pool2d(x, 1).flatten(1)
     classifier = naming["classifier"]
     logits = F.linear(features, state[f"{classifier}.weight"], state[f"{classifier}.bias"])
     return logits, features
+
+
+def as_tensors(images, stem: str, num_classes: int, dtype: str):
+    """The weights, and images [b h w 3] in [0, 1] as the network takes them."""
+    import torch
+
+    kind = getattr(torch, dtype)
+    state = {
+        name: torch.tensor(value, dtype=kind, requires_grad=is_parameter(name))
+        for name, value in state_dict(stem, num_classes).items()
+    }
+    return state, 2 * torch.tensor(np.asarray(images), dtype=kind).permute(0, 3, 1, 2) - 1
 
 
 def evaluate(images, labels, stem: str, num_classes: int, train: bool, dtype: str):
@@ -129,12 +162,7 @@ def evaluate(images, labels, stem: str, num_classes: int, train: bool, dtype: st
     import torch
     import torch.nn.functional as F
 
-    kind = getattr(torch, dtype)
-    state = {
-        name: torch.tensor(value, dtype=kind, requires_grad=is_parameter(name))
-        for name, value in state_dict(stem, num_classes).items()
-    }
-    x = 2 * torch.tensor(np.asarray(images), dtype=kind).permute(0, 3, 1, 2) - 1
+    state, x = as_tensors(images, stem, num_classes, dtype)
     logits, features = forward(state, x, stem, train)
     loss = F.cross_entropy(logits, torch.tensor(np.asarray(labels), dtype=torch.long))
     names = [name for name in state if is_parameter(name)]

@@ -77,7 +77,7 @@ def gradient(model: Model, variables: PyTree, images: jax.Array, labels: jax.Arr
     Raises:
         GGLError: images or labels do not fit the model.
 
-    Reference: paper, section 3, the gradient of the private batch.
+    Reference: paper, the gradient that the client shares before its defense.
     """
 
     def loss(params):
@@ -122,7 +122,7 @@ def local_update(
         GGLError: an argument is out of range, or images or labels do not fit the model.
 
     Reference: McMahan et al. 2017 (FedAvg); local steps in the attacker's simulation as in
-    Geiping et al. 2020, section 6.
+    Geiping et al. 2020 ("Inverting Gradients").
     """
     _check_local(local_steps, learning_rate, batch_size)
     num_images = images.shape[0]

@@ -527,7 +527,7 @@ def resnet18(
     stem: str | None = None,
     weight_init: str = "torchvision",
 ) -> Model:
-    """ResNet-18, the federated model of the paper (section 5.1).
+    """ResNet-18, the federated model of the paper's experiments.
 
     Args:
         num_classes: at least 2. The paper: 2 (CelebA gender), 1000 (ImageNet).
