@@ -453,6 +453,28 @@ def test_init_computes_no_forward_pass():
     assert "convolution" not in compiled.as_text()
 
 
+class HoldsAnArray(nn.Module):
+    offset: jax.Array
+
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(2)(x.reshape(x.shape[0], -1) + self.offset)
+
+
+def test_a_module_that_cannot_be_hashed():
+    model = models.from_flax(HoldsAnArray(jnp.ones(())), SHAPE)
+    variables = model.init(jax.random.key(0))
+    _, features = model.apply(variables, jnp.full((1, *SHAPE), 0.5))
+    np.testing.assert_array_equal(features, np.ones((1, 32)))
+
+
+def test_equal_modules_share_the_compiled_init():
+    before = models._compiled_init._cache_size()
+    for _ in range(2):
+        models.lenet(3, (9, 9, 1)).init(jax.random.key(0))
+    assert models._compiled_init._cache_size() == before + 1
+
+
 def test_init_is_a_function_of_the_key():
     model = models.lenet(3, (8, 8, 3))
     a, b, c = (model.init(jax.random.key(i)) for i in (0, 0, 1))

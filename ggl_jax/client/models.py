@@ -345,10 +345,12 @@ def _find_head(module, apply_kwargs, variables, x) -> Path:
     )
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
-def _compiled_init(module, preprocess, image_shape, init_kwargs, key):
+def _init(module, preprocess, image_shape, init_kwargs, key):
     dummy = preprocess(jnp.zeros((1, *image_shape)))
     return module.init(key, dummy, **dict(init_kwargs))
+
+
+_compiled_init = jax.jit(_init, static_argnums=(0, 1, 2, 3))
 
 
 def _init_fn(module, preprocess, image_shape, init_kwargs) -> Callable[[jax.Array], PyTree]:
@@ -359,7 +361,7 @@ def _init_fn(module, preprocess, image_shape, init_kwargs) -> Callable[[jax.Arra
     try:
         hash(static)
     except TypeError:  # a module or option that holds an array
-        return jax.jit(functools.partial(_compiled_init.__wrapped__, *static))
+        return jax.jit(functools.partial(_init, *static))
     return functools.partial(_compiled_init, *static)
 
 
