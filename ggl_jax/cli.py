@@ -9,6 +9,7 @@ import dataclasses
 import datetime
 import hashlib
 import json
+import os
 import platform
 import shlex
 import sys
@@ -236,7 +237,6 @@ def _fingerprint(*parts) -> str:
 def environment() -> dict[str, str]:
     """Versions and hardware that numbers depend on."""
     import importlib.metadata as metadata
-    import os
 
     import jax
 
@@ -491,16 +491,21 @@ def run_info(command: InfoCommand, argv: list[str]) -> int:
     del command, argv
     from rich.table import Table
 
-    from ggl_jax.audit.data import available
-    from ggl_jax.checkpoint import shipped
+    from ggl_jax.audit.data import load
+    from ggl_jax.checkpoint import load_card, shipped
 
     table = Table("", "", show_header=False)
     for name, value in environment().items():
         table.add_row(name, value)
-    for name, value in shipped().items():
-        table.add_row(f"prior {name}", value)
-    for name, value in available().items():
-        table.add_row(f"data {name}", value)
+    for name, folder in shipped().items():
+        card = load_card(folder)
+        trained = ", ".join(card.get("trained_on", ())) or "unknown data"
+        table.add_row(f"prior {name}", f"{folder} (trained on {trained})")
+    for name in ("embedded", "embedded:faces", "embedded:nonfaces"):
+        table.add_row(f"data {name}", f"{load(name, max_images=1).size} images")
+    folder = Path(os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")).expanduser()
+    prepared = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else []
+    table.add_row("data tfds", f"{folder}: {', '.join(prepared) or 'nothing prepared'}")
     console.print(table)
     return 0
 
@@ -534,8 +539,6 @@ def _parse(argv: list[str]):
 
 def _use_compilation_cache() -> None:
     """Keep compiled programs in the user's cache folder, so that later runs start at once."""
-    import os
-
     import jax
     import platformdirs
 

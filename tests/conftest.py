@@ -1,11 +1,24 @@
 """Fixtures shared by the tests: tiny models and priors that compile in a second."""
+# ruff: noqa: E402, I001  (the environment comes before JAX)
 
+import os
+import tempfile
+
+# Most of the tests' time is compilation of small programs: let XLA optimise them less, and keep
+# what was compiled, since each audit builds its programs anew.
+os.environ.setdefault(
+    "XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+)
+_cache = tempfile.TemporaryDirectory(prefix="ggl_jax-tests-")
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", _cache.name)
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
+
+import ggl_jax  # noqa: F401
 import jax
 import jax.numpy as jnp
 import pytest
 from flax import linen as nn
 
-import ggl_jax  # noqa: F401  (first: it sets the environment that JAX reads when it is imported)
 from ggl_jax.client.models import from_flax
 from ggl_jax.types import Prior
 

@@ -174,7 +174,7 @@ def test_bad_files(audit, tmp_path, capsys):
     files = [
         (str(corrupt), "corrupt.npz"),
         (write_npz(tmp_path / "float.npz", images=good.astype(float)), "float64"),
-        (write_npz(tmp_path / "flat.npz", images=good.reshape(2, -1)), "(2, 3072)"),
+        (write_npz(tmp_path / "flat.npz", images=good.reshape(2, -1)), "[2, 3072]"),
         (write_npz(tmp_path / "labels.npz", images=good, labels=np.zeros(3, np.int32)), "labels"),
     ]
     for path, word in files:

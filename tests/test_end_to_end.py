@@ -38,7 +38,7 @@ def test_recovers_an_image_in_the_priors_range(
         tiny_prior_params,
         tiny_images[:1],
         [1],
-        ["none", "clip:0.5", "soteria:0.5", "sparsify:0.5"],
+        ["none", "clip:0.5", "soteria:0.3", "sparsify:0.5"],
     )
     assert [row["label_inferred"] for row in result.rows] == [1] * 4
     for row in result.rows:
