@@ -164,6 +164,6 @@ def estimate_rates(update: PyTree, noise: jax.Array | float = 0.0) -> tuple[jax.
     telling = sizes >= min(_MIN_ENTRIES, sizes.max())
     # As for the noise level: an upper bound from every layer, the tightest with its scatter
     # allowed for.
-    penalised = jnp.where(telling, share + 2 * stderr / _WITHIN_ONE, jnp.inf)
+    penalised = jnp.where(telling, share + 3 * stderr / _WITHIN_ONE, jnp.inf)
     overall = share[jnp.argmin(penalised)]
     return overall, jax.tree.unflatten(treedef, list(jnp.where(noisy, overall, share)))
