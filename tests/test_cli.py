@@ -110,7 +110,8 @@ def test_config_json_reproduces_the_run(audit, tmp_path, capsys):
     rows = [
         json.loads((folder / "results.jsonl").read_text()) for folder in (tmp_path / "out", again)
     ]
-    for name in ("loss", "psnr", "seed", "defense"):
+    assert rows[0]["defense"] == rows[1]["defense"]
+    for name in ("loss", "psnr", "seed"):
         assert rows[0][name] == pytest.approx(rows[1][name], rel=1e-5)
 
 
