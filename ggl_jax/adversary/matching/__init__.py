@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from ggl_jax.adversary.losses import EXACT_BELOW, Distance, resolve_distance
 from ggl_jax.adversary.matching.direct import direct_losses, in_chunks
 from ggl_jax.adversary.matching.fused import fused_losses
-from ggl_jax.adversary.matching.trace import trace
+from ggl_jax.adversary.matching.program import trace
 from ggl_jax.errors import GGLError
 from ggl_jax.types import Defense, Factored, Model, PyTree
 

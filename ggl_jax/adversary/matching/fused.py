@@ -1,14 +1,16 @@
 """The fused matching loss: one forward and one backward pass for the whole population.
 
 The passes run over all candidates with shared weights only (plain batched convolutions). Each
-tappable layer (see :mod:`.trace`) leaves its input and output cotangent, from which :mod:`.layers`
-computes what the distance needs. The other parameters (biases, normalisation scales, kernels that
-the tracer cannot tap) get one gradient per candidate from ``vmap``; they are usually tiny.
+tappable layer (see :mod:`.program`) leaves its input and output cotangent, from which
+:mod:`.layers` computes what the distance needs. The other parameters (biases, normalisation scales,
+kernels that the tracer cannot tap) get one gradient per candidate from ``vmap``; they are usually
+tiny.
 
 ``vmap`` keeps candidates apart, so models whose images influence each other (batch normalisation in
 training mode) are exact, too.
 """
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -16,10 +18,10 @@ import jax
 import jax.numpy as jnp
 
 from ggl_jax.adversary.losses import Distance, Statistics
-from ggl_jax.adversary.matching import layers
+from ggl_jax.adversary.matching import convolve, layers
 from ggl_jax.adversary.matching.direct import in_chunks
+from ggl_jax.adversary.matching.program import Program, run, split_variables
 from ggl_jax.adversary.matching.separate import separate
-from ggl_jax.adversary.matching.trace import Program, run, split_variables
 from ggl_jax.client.gradients import cross_entropy
 from ggl_jax.types import Factored, PyTree
 
@@ -27,12 +29,27 @@ from ggl_jax.types import Factored, PyTree
 FORMED_BYTES = 2**28
 
 
-def passes(program: Program, variables: PyTree, images: jax.Array, labels: jax.Array) -> list:
+def prepare_convolutions(program: Program, variables: PyTree) -> dict:
+    """The kernels of those sites whose convolutions are spelled out (on the CPU), by number."""
+    if jax.default_backend() != "cpu":
+        return {}  # GPU libraries know a convolution's derivative as such
+    leaves = jax.tree.leaves(variables["params"])
+    return {
+        number: convolve.prepare(site.layer, leaves[site.leaf])
+        for number, site in enumerate(program.sites)
+        if convolve.supported(site.layer)
+    }
+
+
+def passes(
+    program: Program, variables: PyTree, prepared: dict, images: jax.Array, labels: jax.Array
+) -> list:
     """Forward and backward passes for all candidates.
 
     Args:
         program: the traced model.
         variables: its variables.
+        prepared: from :func:`prepare_convolutions`.
         images: [n b h w c].
         labels: [n b] class indices or [n b k] soft labels.
 
@@ -45,10 +62,15 @@ def passes(program: Program, variables: PyTree, images: jax.Array, labels: jax.A
     tapped = {site.leaf for site in program.sites}
     own = {leaf: value for leaf, value in enumerate(leaves) if leaf not in tapped}
 
+    replace = {
+        number: functools.partial(convolve.convolve, program.sites[number].layer, prepared=kernels)
+        for number, kernels in prepared.items()
+    }
+
     def one(images, labels):
         def loss(taps, own):
             merged = [own.get(leaf, value) for leaf, value in enumerate(leaves)]
-            logits, inputs = run(program, merged, others, images, taps)
+            logits, inputs = run(program, merged, others, images, taps, replace)
             return cross_entropy(logits, labels), inputs
 
         taps = [jnp.zeros(site.output.shape, site.output.dtype) for site in program.sites]
@@ -119,6 +141,7 @@ def fused_losses(
         rescale = factored.scale
         tensors = _factored(program, observed, factored.mask)
     treedef = jax.tree.structure(observed)
+    prepared = prepare_convolutions(program, variables)
     target_norms = [jnp.sum(tensor.target**2) for tensor in tensors]
     # Without any scale a tensor's squared distance stands for itself, and where its gradients are
     # formed it is exact at no extra cost.
@@ -150,7 +173,7 @@ def fused_losses(
         return jax.tree.leaves(jax.tree.map(jnp.multiply, a, scales)), jax.tree.leaves(b)
 
     def losses_of(images, labels):
-        arrays = passes(program, variables, images, labels)
+        arrays = passes(program, variables, prepared, images, labels)
         inner, sq_norms, squares = {}, {}, {}
         for leaf, tensor in enumerate(tensors):
             if plain and tensor.gram is None:

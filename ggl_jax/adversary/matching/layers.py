@@ -18,7 +18,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from ggl_jax.adversary.matching.trace import Layer
+from ggl_jax.adversary.matching.program import Layer
 
 # Multiplications that take as long as writing and reading one entry of a formed gradient.
 _WORK_PER_ENTRY = 64
@@ -51,35 +51,55 @@ def kernel_as_stored(layer: Layer, gradient: jax.Array) -> jax.Array:
     return jnp.transpose(gradient, (0, *(axis + 1 for axis in inverse)))
 
 
-def _shifted(layer: Layer, a: jax.Array) -> list[jax.Array]:
-    """The input under each kernel position: [n, batch, *out_spatial, in_channels] each."""
-    spatial = zip(layer.padding, layer.in_dilation, strict=True)
-    config = [(0, 0, 0)] * 2
-    config += [(low, high, dilation - 1) for (low, high), dilation in spatial]
-    config += [(0, 0, 0)]
-    a = jax.lax.pad(a, jnp.zeros((), a.dtype), config)
-    views = []
+def _windows(layer: Layer, shape: tuple[int, ...], axes: tuple[int, ...]):
+    """Slices of a padded array, one per kernel position, that lie under the outputs.
+
+    Args:
+        layer: the layer.
+        shape: of the padded array.
+        axes: its spatial axes, once or several times over (then all are sliced alike).
+    """
+    rank = len(layer.kernel_spatial)
     for offset in itertools.product(*(range(size) for size in layer.kernel_spatial)):
-        starts = [o * d for o, d in zip(offset, layer.kernel_dilation, strict=True)]
-        limits = [
-            start + (size - 1) * stride + 1
-            for start, size, stride in zip(starts, layer.out_spatial, layer.strides, strict=True)
-        ]
-        views.append(
-            jax.lax.slice(
-                a,
-                (0, 0, *starts, 0),
-                (*a.shape[:2], *limits, a.shape[-1]),
-                (1, 1, *layer.strides, 1),
-            )
-        )
-    return views
+        window = [slice(None)] * len(shape)
+        for number, axis in enumerate(axes):
+            dim = number % rank
+            start, stride = offset[dim] * layer.kernel_dilation[dim], layer.strides[dim]
+            window[axis] = slice(start, start + (layer.out_spatial[dim] - 1) * stride + 1, stride)
+        yield tuple(window)
+
+
+def _padded(layer: Layer, x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+    """Pad and dilate an array's spatial axes as the layer does its input's."""
+    config = [(0, 0, 0)] * x.ndim
+    for number, axis in enumerate(axes):
+        dim = number % len(layer.kernel_spatial)
+        config[axis] = (*layer.padding[dim], layer.in_dilation[dim] - 1)
+    return jax.lax.pad(x, jnp.zeros((), x.dtype), config)
 
 
 def _rows(layer: Layer, x: jax.Array) -> jax.Array:
     """[n, batch, *spatial, channels] as [n, positions, groups, channels / groups]."""
-    channels = x.shape[-1] // layer.groups
-    return x.reshape(x.shape[0], -1, layer.groups, channels)
+    return x.reshape(x.shape[0], -1, layer.groups, x.shape[-1] // layer.groups)
+
+
+def _patches(layer: Layer, a: jax.Array) -> jax.Array:
+    """P^T: [n, groups, kernel positions x in_channels / groups, positions].
+
+    Positions come last, so that the copies run along memory and the product with the cotangents
+    needs no transposition.
+    """
+    num, inner = a.shape[0], layer.in_channels // layer.groups
+    a = a.reshape(*a.shape[:-1], layer.groups, inner)
+    rank = len(layer.kernel_spatial)
+    a = jnp.transpose(a, (0, rank + 2, rank + 3, *range(1, rank + 2)))
+    axes = tuple(range(4, 4 + rank))
+    a = _padded(layer, a, axes)
+    views = [
+        a[window].reshape(num, layer.groups, inner, layer.positions)
+        for window in _windows(layer, a.shape, axes)
+    ]
+    return views[0] if len(views) == 1 else jnp.concatenate(views, axis=2)
 
 
 def form(layer: Layer, a: jax.Array, d: jax.Array) -> jax.Array:
@@ -93,14 +113,13 @@ def form(layer: Layer, a: jax.Array, d: jax.Array) -> jax.Array:
     Returns:
         [n, *kernel_spatial, in_channels / groups, out_channels].
     """
-    cotangents = _rows(layer, d)
-    # One product per kernel position: patches would be `offsets` times the input's size.
-    blocks = [
-        jnp.einsum("ntgi,ntgo->nigo", _rows(layer, view), cotangents) for view in _shifted(layer, a)
-    ]
+    if layer.groups == 1:
+        patches = _patches(layer, a)[:, 0]
+        g = jnp.einsum("nkt,nto->nko", patches, d.reshape(d.shape[0], -1, d.shape[-1]))
+    else:
+        g = jnp.einsum("ngkt,ntgo->nkgo", _patches(layer, a), _rows(layer, d))
     inner = layer.in_channels // layer.groups
-    shape = (a.shape[0], *layer.kernel_spatial, inner, layer.out_channels)
-    return jnp.stack(blocks, axis=1).reshape(shape)
+    return g.reshape(a.shape[0], *layer.kernel_spatial, inner, layer.out_channels)
 
 
 def inner_product(layer: Layer, a: jax.Array, d: jax.Array, y: jax.Array) -> jax.Array:
@@ -154,39 +173,21 @@ def sq_norm(layer: Layer, a: jax.Array, d: jax.Array) -> jax.Array:
     if _shifts_grams(layer):
         inner = _shifted_gram(layer, a)
     else:
-        patches = jnp.concatenate([_rows(layer, view) for view in _shifted(layer, a)], axis=-1)
-        inner = jnp.einsum("ntgk,nsgk->ngts", patches, patches)
+        patches = _patches(layer, a)
+        inner = jnp.einsum("ngkt,ngks->ngts", patches, patches)
     return jnp.sum((inner * outer).reshape(a.shape[0], -1), axis=1)
 
 
 def _shifted_gram(layer: Layer, a: jax.Array) -> jax.Array:
     """P P^T [n, groups, T, T] as the sum of shifted copies of the input's Gram matrix."""
-    num = a.shape[0]
+    num, rank = a.shape[0], len(layer.kernel_spatial)
     rows = _rows(layer, a)
     gram = jnp.einsum("ntgi,nsgi->ngts", rows, rows)
     sides = (layer.batch, *layer.in_spatial)
     gram = gram.reshape(num, layer.groups, *sides, *sides)
-    spatial = [
-        (low, high, dilation - 1)
-        for (low, high), dilation in zip(layer.padding, layer.in_dilation, strict=True)
-    ]
-    config = [(0, 0, 0)] * 2 + 2 * [(0, 0, 0), *spatial]
-    gram = jax.lax.pad(gram, jnp.zeros((), gram.dtype), config)
-    total = None
-    for offset in itertools.product(*(range(size) for size in layer.kernel_spatial)):
-        starts = [o * d for o, d in zip(offset, layer.kernel_dilation, strict=True)]
-        limits = [
-            start + (size - 1) * stride + 1
-            for start, size, stride in zip(starts, layer.out_spatial, layer.strides, strict=True)
-        ]
-        part = jax.lax.slice(
-            gram,
-            (0, 0, *(2 * [0, *starts])),
-            (num, layer.groups, *(2 * [layer.batch, *limits])),
-            (1, 1, *(2 * [1, *layer.strides])),
-        )
-        total = part if total is None else total + part
-    assert total is not None
+    axes = (*range(3, 3 + rank), *range(4 + rank, 4 + 2 * rank))
+    gram = _padded(layer, gram, axes)
+    total = sum(gram[window] for window in _windows(layer, gram.shape, axes))
     return total.reshape(num, layer.groups, layer.positions, layer.positions)
 
 

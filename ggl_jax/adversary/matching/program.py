@@ -154,7 +154,7 @@ def split_variables(variables: PyTree) -> tuple[PyTree, PyTree]:
     return variables["params"], others
 
 
-def run(program: Program, params, others, images, taps):
+def run(program: Program, params, others, images, taps, replace=None):
     """Run the program with each site's tap added to its output.
 
     Args:
@@ -163,6 +163,7 @@ def run(program: Program, params, others, images, taps):
         others: the other variables, a pytree.
         images: [b h w c].
         taps: one array per site, shaped like its output.
+        replace: ``{site number: f(input) -> output}`` in place of the site's own equation.
 
     Returns:
         The logits, and each site's input.
@@ -173,13 +174,16 @@ def run(program: Program, params, others, images, taps):
 
     def visit(eqn, values):
         nonlocal count
-        outputs = evaluate(eqn, values)
         number = by_equation.get(count)
-        if number is not None:
-            inputs[number] = values[0]
-            outputs = [outputs[0] + taps[number]]
         count += 1
-        return outputs
+        if number is None:
+            return evaluate(eqn, values)
+        inputs[number] = values[0]
+        if replace and number in replace:
+            output = replace[number](values[0])
+        else:
+            (output,) = evaluate(eqn, values)
+        return [output + taps[number]]
 
     arguments = [*params, *jax.tree.leaves(others), images]
     closed = program.jaxpr
