@@ -48,21 +48,23 @@ def infer_labels(
         GGLError: batch_size or num_steps is not a positive integer, fidelity is unknown, the
             update has no such layer, or ``"code"`` is asked for more labels than classes.
 
-    Accuracy: one image: right unless noise exceeds the signal by far (``dW`` alone sums d entries;
-    at d = 512 sigma 0.1 is some 100 times too weak). Batches: counts are real numbers
-    ``b (q_c - db_c)`` rounded to sum to b, with q the mean probability of class c; they are right
-    when q is known to better than 1/(2b), which the untrained models here meet for 1/k up to a few
-    images, and with ``probabilities`` well beyond. Clipping of the whole update scales ``db``
-    unknown to the server; the scale is then read from classes that do not occur, which
-    needs more classes than images.
+    Accuracy: one image: right unless the noise exceeds the signal by far, since ``dW`` sums d
+    entries (ResNet-18, 2 classes: sigma 0.1 is some 60 times too weak, sigma 1 still right nine
+    times in ten or more). Batches: counts are real numbers ``b (q_c - db_c)``, with q the mean
+    probability of class c, rounded so that they sum to b; they are right when q is known to better
+    than 1/(2b). Measured on untrained ResNet-18s with 2 classes, all b labels right: without noise
+    every batch of 1 to 4, and of 8 images 45 % with 1/k, all with ``probabilities``; at sigma 0.1
+    95 % of batches of 4, and of 8 images 45 %, 65 % with ``probabilities``, 85 % with ``features``
+    too. Clipping of the whole update scales ``db`` unknown to the server; the scale is then read
+    from classes that do not occur, which needs more classes than images.
 
     Edge cases: entries that are exactly zero in a row or bias that is not zero as a whole
     (sparsification) are filled so that classes sum to zero, as they do in the true gradient. NaN
     gives arbitrary labels; check with ``estimation.check_finite``. Ties go to the lower class.
 
-    Reference: paper, section 4.1 ("index of the negative row"). The published code takes argmin of
-    the row sums, and the n smallest for batches. Counting is as in Geng et al. 2021 and
-    Ma et al. 2022 (Instance-wise Batch Label Restoration), in a simpler form.
+    Reference: paper, label inference ("index of the negative row"). The published code takes argmin
+    of the row sums, and the n smallest for batches. Counting repeated labels is akin to Ma et al.
+    2023 (Instance-wise Batch Label Restoration), in a simpler form.
     """
     for name, value in (("batch_size", batch_size), ("num_steps", num_steps)):
         if isinstance(value, bool) or not hasattr(value, "__index__") or value < 1:
@@ -86,7 +88,7 @@ def infer_labels(
     noise = jnp.asarray(noise, kernel.dtype)
     if probabilities is None:
         probabilities = jnp.full((num_classes,), 1 / num_classes, kernel.dtype)
-    residual = class_residuals(kernel, bias, features, noise)
+    residual = class_residuals(kernel, bias, features, noise, batch_size)
     if batch_size == 1:
         return jnp.argmin(residual)[None].astype(jnp.int32)
     residual = residual / num_steps
@@ -99,6 +101,7 @@ def class_residuals(
     bias: jax.Array | None,
     features: jax.Array | None,
     noise: jax.Array | float,
+    batch_size: int,
 ) -> jax.Array:
     """Estimate ``mean_b (p_b - y_b)`` [k] from the last layer's gradient, noise allowed for.
 
@@ -107,10 +110,12 @@ def class_residuals(
         bias: [k], or None.
         features: [d] public mean representation, or None.
         noise: standard deviation of the noise.
+        batch_size: number of images b. For one, the scale does not matter, and ``dW`` serves even
+            where it has none.
 
     Returns:
-        [k], summing to zero. Without ``features``, and without a bias gradient that stands out of
-        the noise, the scale is not known; the negative entries are then made to sum to -1/2.
+        [k], summing to zero. Without a bias gradient and ``features`` the scale is not known; the
+        negative entries are then made to sum to -1/2.
     """
     kernel = _fill_pruned(kernel)
     # Noise breaks the zero sum over the classes, signal does not.
@@ -138,11 +143,22 @@ def class_residuals(
         stderr = noise * own / jnp.sqrt(jnp.where(trusted, bias_energy, 1))
         rescaled = trusted & (scale + 2 * stderr < 0.8 * own)
         scale = jnp.where(rescaled, scale, own)
-    # Average of the two, weighted by inverse variances 1 and scale^2 (both have noise sigma).
-    scale = jnp.maximum(scale, 0)
-    both = (bias + scale * projected) / (1 + jnp.square(scale))
-    # A bias lost in noise gives no scale, and d sums of features still say more than it does.
-    return both if own is not None else jnp.where(trusted, both, _normalised(projected))
+    # Average of the two, weighted by inverse variances: noise, and for dW the spread of features
+    # among images, which makes it proportional to the residual only on average.
+    usable = scale > 0
+    from_kernel = projected / jnp.where(usable, scale, 1)
+    spread = _FEATURE_SPREAD**2 * (1 - 1 / bias.size) / bias.size / batch_size
+    kernel_variance = jnp.square(noise) / jnp.where(usable, jnp.square(scale), 1) + spread
+    bias_share = kernel_variance / (kernel_variance + jnp.square(noise) + 1e-30)
+    both = bias_share * bias + (1 - bias_share) * from_kernel
+    if batch_size == 1 and own is None:
+        # Where the bias is lost in noise, d sums of features still say more than it does.
+        return jnp.where(usable, both, _normalised(projected))
+    return jnp.where(usable, both, bias)
+
+
+#: Relative spread of the features' projections among images: 20 to 26 % in untrained ResNet-18s.
+_FEATURE_SPREAD = 0.25
 
 
 def _normalised(residual: jax.Array) -> jax.Array:

@@ -187,23 +187,24 @@ def chain(*defenses: Defense) -> Defense:
 
     def factor(estimated):
         result = Factored()
-        for stage, defense in stages:
-            result = _compose(result, defense.factor(estimated[stage]))
+        for stage, factor_of in factors:
+            result = _compose(result, factor_of(estimated[stage]))
         return result
 
     _traits.mark(apply, replaces_update=replaces_update(defenses[0]))
-    masks, scales, factored = False, False, True
-    for defense in defenses:
-        if defense.factor is None or (scales and _traits.has(defense.factor, "masks", True)):
-            factored = False
-            break
-        masks |= _traits.has(defense.factor, "masks", True)
-        scales |= _traits.has(defense.factor, "scales", True)
+    factors = [(stage, d.factor) for stage, d in stages if d.factor is not None]
+    factored = len(factors) == len(stages)
+    masks = scales = False
+    for _, factor_of in factors:
+        factored &= not (scales and _traits.has(factor_of, "masks", True))
+        masks |= _traits.has(factor_of, "masks", True)
+        scales |= _traits.has(factor_of, "scales", True)
     _traits.mark(factor, masks=masks, scales=scales)
+    first, rewire_first = stages[0][0], defenses[0].rewire
 
     def rewire(estimated, variables, head):
-        stage, defense = stages[0]
-        return defense.rewire(estimated[stage], variables, head)
+        assert rewire_first is not None
+        return rewire_first(estimated[first], variables, head)
 
     return Defense(
         name,
@@ -213,7 +214,7 @@ def chain(*defenses: Defense) -> Defense:
         simulate,
         factor if factored else None,
         # Only a first stage can have changed the forward pass.
-        rewire if defenses[0].rewire is not None else None,
+        None if rewire_first is None else rewire,
     )
 
 

@@ -41,7 +41,7 @@ def noise(*, sigma: float | None = None, fidelity: str = "paper") -> Defense:
     chain rescales (clip) or zeroes (sparsify) is not identifiable; the estimate is then the level
     seen in the final update.
 
-    Reference: paper, section 4.2, Gaussian noise with sigma 0.1.
+    Reference: paper, Gaussian noise with sigma 0.1.
     """
     _checks.fidelity("noise", fidelity)
     if sigma is None:
@@ -136,10 +136,10 @@ def estimate_sigma(update: PyTree, head: Path) -> tuple[jax.Array, jax.Array]:
         found.append(_core_spreads(large, cut=2.0))
         errors.append([_STDERR[2.0] / np.sqrt(values.size) for values in large])
     spreads = jnp.concatenate(found)
-    errors = jnp.asarray(np.concatenate(errors), spreads.dtype)
-    best = jnp.argmin(spreads * (1 + 3 * errors))
+    relative = jnp.asarray(np.concatenate(errors), spreads.dtype)
+    best = jnp.argmin(spreads * (1 + 3 * relative))
     # argmin returns the place of a NaN, so that a broken update does not pass for a clean one.
-    return spreads[best].astype(jnp.float32), (spreads * errors)[best].astype(jnp.float32)
+    return spreads[best].astype(jnp.float32), (spreads * relative)[best].astype(jnp.float32)
 
 
 #: Variance of a standard normal that is cut off at +-c.

@@ -53,8 +53,9 @@ def soteria(
     (``"code"``). With train-mode BatchNorm, images of a batch depend on each other, and
     the derivative of the batch's sum stands for that of the image, as in the published code.
 
-    Reference: Sun et al. 2021 (Soteria), section 4 and equation 8, rate of pruning 80 % in the
-    paper, section 4.2. The published code leaves the forward pass unperturbed.
+    Reference: Sun et al. 2021, "Soteria: Provable Defense Against Privacy Leakage in Federated
+    Learning From Representation Perspective" (its l0 form); the paper prunes 80 %. The paper's
+    published code leaves the forward pass unperturbed.
     """
     _checks.fidelity("soteria", fidelity)
     rate = _checks.number("soteria", "rate", rate, low=0, high=1, default=0.8)

@@ -40,7 +40,7 @@ def sparsify(*, rate: float = 0.9, fidelity: str = "paper") -> Defense:
     NaN counts as the largest magnitude and stays. The simulation is differentiable in the entries
     that it keeps.
 
-    Reference: paper, section 4.2, gradient sparsification with 90 %.
+    Reference: paper, gradient sparsification with 90 %.
     """
     _checks.fidelity("sparsify", fidelity)
     rate = _checks.number("sparsify", "rate", rate, low=0, high=1, default=0.9)
@@ -121,17 +121,17 @@ def zero_below_percentile(g: jax.Array, rate: jax.Array | float) -> jax.Array:
 
 def percentile(magnitudes: jax.Array, rate: jax.Array | float) -> jax.Array:
     """Linearly interpolated quantile of non-negative values, as numpy's and torch's default."""
-    size = magnitudes.size
     if isinstance(rate, float):
-        position = rate * (size - 1)
-        low, share = math.floor(position), position - math.floor(position)
+        # In double precision, as numpy.
+        exact = rate * (magnitudes.size - 1)
+        low, share = jnp.asarray(math.floor(exact)), jnp.asarray(exact - math.floor(exact))
     else:
-        position = jnp.asarray(rate, jnp.float32) * (size - 1)
+        position = rate * (magnitudes.size - 1)
         low = jnp.floor(position).astype(jnp.int32)
         share = position - low
     first = trees.kth_smallest(magnitudes, low + 1)
     second = trees.kth_smallest(magnitudes, low + 2)
-    return first + (second - first) * jnp.asarray(share, magnitudes.dtype)
+    return first + (second - first) * share.astype(magnitudes.dtype)
 
 
 def estimate_rates(update: PyTree, noise: jax.Array | float = 0.0) -> tuple[jax.Array, PyTree]:
