@@ -58,9 +58,10 @@ def infer_labels(
     too. Clipping of the whole update scales ``db`` unknown to the server; the scale is then read
     from classes that do not occur, which needs more classes than images.
 
-    Edge cases: entries that are exactly zero in a row or bias that is not zero as a whole
-    (sparsification) are filled so that classes sum to zero, as they do in the true gradient. NaN
-    gives arbitrary labels; check with ``estimation.check_finite``. Ties go to the lower class.
+    Edge cases: entries that are exactly zero in a row of ``dW`` that is not zero as a whole
+    (sparsification) are filled so that classes sum to zero, as they do in the true gradient; such
+    entries of ``db`` are taken from ``dW``. Where all of one is zero, the other serves. NaN gives
+    arbitrary labels; check with ``estimation.check_finite``. Ties go to the lower class.
 
     Reference: paper, label inference ("index of the negative row"). The published code takes argmin
     of the row sums, and the n smallest for batches. Counting repeated labels is akin to Ma et al.
@@ -131,13 +132,18 @@ def class_residuals(
             return projected / jnp.maximum(own, 1e-30)
         return _normalised(projected)
 
+    pruned = (bias == 0) & jnp.any(bias != 0)
     bias = _fill_pruned(bias[None])[0]
     bias = bias - jnp.mean(bias)
     # s by regression of the one on the other, the noise's own energy taken off.
     degrees = max(bias.size - 1, 1)
-    bias_energy = jnp.sum(jnp.square(bias)) - degrees * jnp.square(noise)
+    bias_energy = jnp.sum(jnp.where(pruned, 0, jnp.square(bias))) - degrees * jnp.square(noise)
     trusted = bias_energy > 4 * degrees**0.5 * jnp.square(noise)
-    scale = jnp.where(trusted, jnp.sum(bias * projected) / jnp.where(trusted, bias_energy, 1), 0.0)
+    scale = jnp.where(
+        trusted,
+        jnp.sum(jnp.where(pruned, 0, bias * projected)) / jnp.where(trusted, bias_energy, 1),
+        0.0,
+    )
     if own is not None:
         # Only clipping changes the public scale, and only downwards; believe it where it shows.
         stderr = noise * own / jnp.sqrt(jnp.where(trusted, bias_energy, 1))
@@ -151,10 +157,16 @@ def class_residuals(
     kernel_variance = jnp.square(noise) / jnp.where(usable, jnp.square(scale), 1) + spread
     bias_share = kernel_variance / (kernel_variance + jnp.square(noise) + 1e-30)
     both = bias_share * bias + (1 - bias_share) * from_kernel
+    # Of a pruned entry the bias says only that it was small. What dW says is shifted so that the
+    # classes sum to zero.
+    both = jnp.where(pruned, from_kernel, both)
+    both -= jnp.where(pruned, jnp.sum(both) / jnp.maximum(jnp.sum(pruned), 1), 0)
+    both = jnp.where(usable, both, bias)
     if batch_size == 1 and own is None:
         # Where the bias is lost in noise, d sums of features still say more than it does.
-        return jnp.where(usable, both, _normalised(projected))
-    return jnp.where(usable, both, bias)
+        lost = ~trusted & jnp.any(kernel != 0)
+        return jnp.where(lost, _normalised(projected), both)
+    return both
 
 
 #: Relative spread of the features' projections among images: 20 to 26 % in untrained ResNet-18s.

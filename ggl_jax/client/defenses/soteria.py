@@ -46,12 +46,13 @@ def soteria(
     images of a batch have one mask.
 
     Edge cases: batches: in the ``"paper"`` form each image has its own mask, and a row is zero only
-    where all images pruned it. Features that do not depend on the
-    image: r_i = 0 is kept, another value is pruned first. ``"code"`` gives silent features
-    (r_i = 0) huge scores, unless their derivative is 0 too; then their score, 0, is the
-    lowest. Ties: the first in order are pruned (``"paper"``), those at the percentile are kept
-    (``"code"``). With train-mode BatchNorm, images of a batch depend on each other, and
-    the derivative of the batch's sum stands for that of the image, as in the published code.
+    where all images pruned it. Features that do not depend on the image: r_i = 0 is kept, another
+    value is pruned first; where a share of 1 - p or more is silent (r_i = 0), all others are
+    pruned and nothing of the last kernel's gradient is left. ``"code"`` gives silent features huge
+    scores, unless their derivative is 0 too; then their score, 0, is the lowest. Ties: the first in
+    order are pruned (``"paper"``), those at the percentile are kept (``"code"``). With train-mode
+    BatchNorm, images of a batch depend on each other, and the derivative of the batch's sum stands
+    for that of the image, as in the published code.
 
     Reference: Sun et al. 2021, "Soteria: Provable Defense Against Privacy Leakage in Federated
     Learning From Representation Perspective" (its l0 form); the paper prunes 80 %. The paper's
