@@ -101,6 +101,11 @@ class AuditCommand:
     """tanh keeps every latent entry within (-1, 1)."""
     learning_rate: float | None = None
     """Step size of adam (default 0.1)."""
+    schedule: Literal["step", "ramp"] | None = None
+    """Step sizes of adam: step (x 0.1 at 3/8, 5/8, 7/8; the default) or ramp (warm-up and cosine
+    ramp-down)."""
+    signed: bool | None = None
+    """Whether adam sees only the gradient's sign (default True, as published at 32x32)."""
     sigma0: float | None = None
     """Initial step size of cma_es (default 1.0)."""
     distance: Literal["squared_l2", "cosine"] = "squared_l2"

@@ -54,6 +54,8 @@ class AttackSettings:
     start: str = "zeros"
     bound: str = "none"
     learning_rate: float | None = None
+    schedule: str | None = None
+    signed: bool | None = None
     sigma0: float | None = None
     distance: str = "squared_l2"
     regularizer: str = "kld:0.1"
@@ -184,6 +186,8 @@ def _build_programs(
         steps=settings.steps,
         sigma0=settings.sigma0,
         learning_rate=settings.learning_rate,
+        schedule=settings.schedule,
+        signed=settings.signed,
     )
     attack = ATTACKS[settings.attack](
         model,
