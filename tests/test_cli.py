@@ -228,7 +228,7 @@ def test_a_folder_with_other_things_is_left_alone(audit, tmp_path, capsys):
 
 
 def test_help_explains_every_option():
-    for name in ("audit", "train-prior", "sample-prior", "info"):
+    for name in ("audit", "train-prior", "sample-prior", "score-prior", "info"):
         done = subprocess.run(
             [sys.executable, "-m", "ggl_jax", name, "--help"],
             capture_output=True,
@@ -282,5 +282,15 @@ def test_train_prior_and_export(tmp_path, capsys):
     card = json.loads((tmp_path / "mine" / "card.json").read_text())
     assert card["trained_on"] == ["noise"]
     assert "train-prior" in card["command"]
+    capsys.readouterr()
+    mine = ["--prior", str(tmp_path / "mine"), "--steps", "3", "--restarts", "1"]
+    assert run(["score-prior", "--data", data, *mine]) == 0
+    assert "8 images" in capsys.readouterr().out  # the held-out ones
+    # An audit takes the held-out images, and refuses those that the prior was trained on.
+    other = write_npz(tmp_path / "other.npz", images=images[:9])
+    assert run(["score-prior", "--data", other, *mine]) == 2
+    one_error_line(capsys, "held-out", "faces.npz")
+    assert run(["audit", "--data", data, "--label", "0", "--indices", "0:40", *mine]) == 2
+    one_error_line(capsys, "held-out")
     assert run(["train-prior", "--data", str(tmp_path / "none.npz"), *options]) == 2
     one_error_line(capsys, "none.npz")

@@ -140,6 +140,31 @@ def holdout_split(num: int, holdout: int, seed: int) -> tuple[np.ndarray, np.nda
     return np.sort(order[holdout:]), order[:holdout]
 
 
+def held_out_indices(card: dict[str, Any], path: Path) -> list[int]:
+    """Indices of the images in a prior's first training file that it was not trained on.
+
+    Args:
+      card: the prior's card.
+      path: the file, which must be the very one that the card names (by its sha256).
+
+    Raises:
+      GGLError: the file is missing or another one, or the card names no held-out images.
+    """
+    try:
+        first, seed = card["data"][0], card["config"]["seed"]
+        if hashlib.sha256(path.read_bytes()).hexdigest() != first["sha256"]:
+            raise GGLError(
+                f"indices: held-out needs the prior's first training file, {first['file']} with "
+                f"sha256 {first['sha256'][:12]}..., but {path} is another; give --indices numbers"
+            )
+        held_out = holdout_split(first["num_images"], first["num_held_out"], seed)[1]
+    except FileNotFoundError:
+        raise GGLError(f"data: {path} does not exist") from None
+    except (KeyError, IndexError, TypeError):
+        raise GGLError("indices: the prior's card names no held-out images") from None
+    return held_out.tolist()
+
+
 def read_images(path) -> np.ndarray:
     """Reads `images` (uint8 [n 32 32 3]) from an .npz file.
 
