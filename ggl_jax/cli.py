@@ -14,6 +14,7 @@ import platform
 import shlex
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -229,7 +230,7 @@ def _preset_defaults(argv: list[str]) -> AuditCommand:
     if found.config is not None:
         return _read_config(found.config)
     preset = found.preset if found.preset in PRESETS else "quick"
-    return AuditCommand(preset=preset, **PRESETS[preset])
+    return AuditCommand(**{"preset": preset, **PRESETS[preset]})
 
 
 def _read_config(path: Path) -> AuditCommand:
@@ -329,7 +330,7 @@ class _Bar:
     def __init__(self, evaluations_note: str):
         self.live = console.is_terminal
         self.note = evaluations_note
-        self.last = None
+        self.last = ""
         self.bar = Progress(
             TextColumn("{task.description}", markup=False),
             BarColumn(),
@@ -518,6 +519,7 @@ def run_score_prior(command: ScorePriorCommand, argv: list[str]) -> int:
     """``ggl-jax score-prior``."""
     del argv
     import jax
+    import jax.numpy as jnp
     import numpy as np
 
     from ggl_jax.audit import metrics
@@ -532,9 +534,9 @@ def run_score_prior(command: ScorePriorCommand, argv: list[str]) -> int:
         dataset = load(command.data, image_size=size, indices=indices)
     else:
         dataset = load(command.data, image_size=size, indices=command.indices)
-    images = np.asarray(dataset.images)
+    images = jnp.asarray(dataset.images)
     key_fit, key_samples = jax.random.split(jax.random.key(command.seed))
-    drawn = np.asarray(samples(prior, params, key_samples, 2048))
+    drawn = samples(prior, params, key_samples, 2048)
     mean_image = drawn.mean(axis=0)
     ceilings = []
     part = 64  # bounds memory; all parts but the last have one shape
@@ -553,7 +555,7 @@ def run_score_prior(command: ScorePriorCommand, argv: list[str]) -> int:
         "ceiling": ceilings,
         "mean image": [float(metrics.psnr(mean_image, image)) for image in images],
         "random sample": [
-            float(np.mean(metrics.psnr(drawn[:64], image[None]))) for image in images
+            float(jnp.mean(metrics.psnr(drawn[:64], image[None]))) for image in images
         ],
     }
     for name, values in scores.items():
@@ -590,7 +592,7 @@ def run_info(command: InfoCommand, argv: list[str]) -> int:
     return 0
 
 
-COMMANDS = {
+COMMANDS: dict[type, Callable[..., int]] = {
     AuditCommand: run_audit,
     TrainPriorCommand: run_train_prior,
     SamplePriorCommand: run_sample_prior,

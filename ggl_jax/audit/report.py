@@ -149,7 +149,8 @@ def markdown_table(summaries: Sequence[DefenseSummary]) -> str:
 def in_words(summaries: Sequence[DefenseSummary]) -> list[str]:
     """Two to four sentences that say what leaked, for readers who never saw the paper."""
     num = summaries[0].num_images
-    leaking, silent = [], []
+    leaking: list[DefenseSummary] = []
+    silent: list[DefenseSummary] = []
     for s in summaries:
         certain = s.gain > MARGIN and (s.interval is None or s.interval[0] > 0)
         (leaking if certain else silent).append(s)

@@ -77,7 +77,7 @@ class ClientSettings:
 class Cell(NamedTuple):
     """One unit of work: a batch of private images under one defense."""
 
-    index: int
+    first: int
     images: jax.Array
     labels: jax.Array
     names: tuple[str, ...]
@@ -233,7 +233,7 @@ def groups_of(
     def cell(start: int, defense: Defense) -> Cell:
         part = slice(start, start + batch_size)
         return Cell(
-            index=start,
+            first=start,
             images=jnp.asarray(images[part], jnp.float32),
             labels=jnp.asarray(labels[part], jnp.int32),
             names=tuple(names[part]),
@@ -355,7 +355,7 @@ def audit(
                     work = fraction * len(group)
                     progress(f"{group[0].defense.name}: {phase}", done, num_cells, work, loss)
 
-            instances = [jax.random.fold_in(key, ids[cell.index]) for cell in group]
+            instances = [jax.random.fold_in(key, ids[cell.first]) for cell in group]
             for cell, instance in zip(group, instances, strict=True):
                 for position, name in enumerate(cell.names):
                     if name not in result.controls:
@@ -526,9 +526,10 @@ class _Store:
             os.replace(partial, self.path)
 
     def finished(self, cell: Cell):
-        rows = [self.rows.get((name, cell.defense.name)) for name in cell.names]
-        if any(row is None for row in rows):
+        keys = [(name, cell.defense.name) for name in cell.names]
+        if not all(key in self.rows for key in keys):
             return None
+        rows = [self.rows[key] for key in keys]
         recs = []
         for row in rows:
             path = self.folder / row["reconstruction"]
@@ -542,7 +543,7 @@ class _Store:
         lines = []
         for position, (row, image) in enumerate(zip(rows, recs, strict=True)):
             defense = "".join(c if c.isalnum() or c in ".-+" else "_" for c in row["defense"])
-            name = f"reconstructions/{cell.index + position:04d}_{defense}.png"
+            name = f"reconstructions/{cell.first + position:04d}_{defense}.png"
             save_png(self.folder / name, image)
             row["reconstruction"] = name
             lines.append(json.dumps(row) + "\n")

@@ -6,6 +6,7 @@ A new optimiser is one file that returns an :class:`ggl_jax.types.Optimizer` and
 
 import difflib
 import inspect
+from collections.abc import Callable
 
 from ggl_jax.adversary.optimizers.adam import adam
 from ggl_jax.adversary.optimizers.base import BestState, best_so_far
@@ -13,7 +14,7 @@ from ggl_jax.adversary.optimizers.cma_es import cma_es
 from ggl_jax.errors import GGLError
 from ggl_jax.types import Optimizer
 
-OPTIMIZERS = {
+OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
     "adam": adam,
     "cma_es": cma_es,
 }
