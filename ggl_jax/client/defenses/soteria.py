@@ -227,7 +227,9 @@ def estimate_mask(
     Without noise a row of zeros was pruned. Under noise, each row is projected on the direction
     over the classes that explains the most energy (for one image the gradient has rank one, so
     nothing is lost), and rows within 2.5 standard deviations of zero are taken for pruned: one
-    pruned row in 80 is missed, and kept features below that size look pruned.
+    pruned row in 80 is missed, and kept features below that size look pruned. Soteria keeps small
+    features: of an untrained ResNet-18's at rate 0.8, 93 % of the mask is right at sigma 0.01, and
+    at sigma 0.1 hardly a row stands out (the rate then reads 0.97).
 
     Args:
         update: the observed update.
