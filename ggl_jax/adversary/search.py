@@ -12,7 +12,7 @@ from ggl_jax.types import OK, STALLED, Attack, Problem, PyTree
 
 #: Which parts of a problem differ between the instances of one batch: each client has its own
 #: update and labels, while the global model and the prior are shared.
-_INSTANCE_AXES = Problem(observed=0, variables=None, prior_params=None, labels=0, estimated=0)
+_INSTANCE_AXES = Problem(0, None, None, 0, 0)  # type: ignore[arg-type]
 
 
 class SearchResult(NamedTuple):
