@@ -33,7 +33,7 @@ def estimate(defense: Defense, update: PyTree, head: Path) -> dict:
         GGLError: the update holds NaN or infinity, or has no such layer. For use inside compiled
             programs call ``defense.estimate``.
 
-    Reference: paper, section 4.3 (estimated clipping bound, sparsification rate, Soteria mask).
+    Reference: paper (estimated clipping bound, sparsification rate, Soteria mask).
     """
     head_parts(update, head)
     check_finite(update)
