@@ -112,6 +112,51 @@ def kth_smallest(magnitudes: jax.Array, k: jax.Array | int) -> jax.Array:
     return jax.lax.bitcast_convert_type(prefix, magnitudes.dtype)
 
 
+def threshold_for_count(magnitudes: jax.Array, count: jax.Array | int) -> jax.Array:
+    """A threshold with exactly ``count`` of the non-negative floats below it, if there is one.
+
+    Searches the bit pattern like :func:`kth_smallest`, but guesses by interpolating the counts and
+    stops as soon as the count is met: about 12 passes instead of 31.
+
+    Args:
+        magnitudes: [n] floats >= 0.
+        count: 0 to n, may be traced.
+
+    Returns:
+        Scalar of the same dtype. Where ties make the count impossible, the largest threshold with
+        fewer below it (the tied value itself). Not differentiable.
+    """
+    bits = {2: jnp.int16, 4: jnp.int32, 8: jnp.int64}[magnitudes.dtype.itemsize]
+    pattern = jax.lax.bitcast_convert_type(jax.lax.stop_gradient(magnitudes), bits)
+    count = jnp.asarray(count, jnp.int32)
+
+    def unmet(state):
+        low, high, at_low, _, _ = state
+        return (high - low > 1) & (at_low != count)
+
+    def narrow(state):
+        low, high, at_low, at_high, turn = state
+        share = (count - at_low) / jnp.maximum(at_high - at_low, 1)
+        # Every third step halves the interval, which bounds the number of steps.
+        share = jnp.where(turn % 3 == 2, 0.5, jnp.clip(share, 0.02, 0.98))
+        trial = low + ((high - low) * share).astype(bits)
+        trial = jnp.clip(trial, low + 1, high - 1)
+        below = jnp.sum(pattern < trial, dtype=jnp.int32)
+        under = below <= count
+        return (
+            jnp.where(under, trial, low),
+            jnp.where(under, high, trial),
+            jnp.where(under, below, at_low),
+            jnp.where(under, at_high, below),
+            turn + 1,
+        )
+
+    zero = jnp.zeros((), jnp.int32)
+    start = (jnp.zeros((), bits), jnp.max(pattern) + 2, zero, zero + magnitudes.size, zero)
+    low, _, _, _, _ = jax.lax.while_loop(unmet, narrow, start)
+    return jax.lax.bitcast_convert_type(low, magnitudes.dtype)
+
+
 def check_finite(tree: PyTree, what: str = "the observed update") -> None:
     """Raise :class:`GGLError` naming the first tensor that holds NaN or infinity. Host side."""
     for name, leaf in zip(names(tree), jax.tree.leaves(tree), strict=True):

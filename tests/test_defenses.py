@@ -547,3 +547,17 @@ def test_pruned_gradient_with_a_full_mask_is_the_gradient(client):
     ones = jnp.ones((1, update["Dense_0"]["kernel"].shape[0]))
     actual = pruned_gradient(context.model, context.variables, context.images, context.labels, ones)
     assert_trees(actual, update)
+
+
+@pytest.mark.parametrize("size", [1, 2, 7, 5000])
+def test_threshold_for_count(size):
+    rng = np.random.default_rng(size)
+    values = np.abs(rng.standard_normal(size) * np.exp(3 * rng.standard_normal(size)))
+    values = values.astype(np.float32)
+    search = jax.jit(trees.threshold_for_count)
+    for count in {0, 1, size // 2, int(0.9 * size), size - 1, size}:
+        assert np.sum(values < float(search(values, count))) == count
+    # Ties that make the count impossible: the largest possible count below it.
+    tied = jnp.asarray([0, 0, 0, 1, 1, 1, 2], jnp.float32)
+    below = [int(jnp.sum(tied < search(tied, count))) for count in range(8)]
+    assert below == [0, 0, 0, 3, 3, 3, 6, 7]

@@ -72,7 +72,7 @@ def sparsify(*, rate: float = 0.9, fidelity: str = "paper") -> Defense:
     def simulate(estimated, update):
         if by_count:
             return trees.map_flat(
-                lambda g, r: zero_smallest(g, jnp.round(r * g.size).astype(jnp.int32)),
+                lambda g, r: _zero_smallest_untied(g, jnp.round(r * g.size).astype(jnp.int32)),
                 update,
                 estimated["layer_rates"],
             )
@@ -105,6 +105,12 @@ def zero_smallest(g: jax.Array, count: jax.Array | int) -> jax.Array:
     # A count of 0 has no threshold; its excess is 0 or less, since nothing is below the smallest.
     zeroed = below | (tied & (jnp.cumsum(tied) <= excess))
     return jnp.where(zeroed, 0, g)
+
+
+def _zero_smallest_untied(g: jax.Array, count: jax.Array) -> jax.Array:
+    """:func:`zero_smallest` for candidates, faster; equals at the threshold are all kept."""
+    magnitudes = jnp.abs(g)
+    return jnp.where(magnitudes < trees.threshold_for_count(magnitudes, count), 0, g)
 
 
 def zero_below_percentile(g: jax.Array, rate: jax.Array | float) -> jax.Array:
