@@ -189,14 +189,14 @@ def test_global_bound_under_noise_reports_its_error(resnet_update, add_noise):
 # --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("fidelity", ["paper", "code"])
-@pytest.mark.parametrize("rate", [0.5, 0.99])
+@pytest.mark.parametrize(("fidelity", "rate"), [("paper", 0.99), ("code", 0.5)])
 def test_rate_within_one_per_cent(run_defense, fidelity, rate):
     assert run_defense(f"sparsify:{rate}", fidelity)[0]["rate_error"] < 0.01
 
 
 def test_rate_is_not_fooled_by_layers_that_were_silent(resnet_update):
-    silent = {**resnet_update, "conv1": jax.tree.map(jnp.zeros_like, resnet_update["conv1"])}
+    silent = {name: resnet_update[name] for name in ("conv1", "fc", "layer1_0")}
+    silent["conv1"] = jax.tree.map(jnp.zeros_like, silent["conv1"])
     defense = parse("sparsify:0.6")
     observed = jax.jit(lambda g: defense.apply(None, g, None))(silent)
     found = estimate(defense, observed, HEAD)
