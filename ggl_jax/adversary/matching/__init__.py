@@ -1,20 +1,38 @@
-"""Gradient matching: how far each candidate's own update lies from the observed one."""
+"""Gradient matching: how far each candidate's own update lies from the observed one.
+
+The whole cost of an attack is here. Two methods agree:
+
+- *direct* forms every candidate's gradient by differentiating the model, then defends and compares
+  it;
+- *fused* runs one forward and one backward pass for the whole population and gets from the layers'
+  inputs and output cotangents what the distance needs (:mod:`.fused`, :mod:`.layers`).
+"""
 
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from ggl_jax import trees
 from ggl_jax.adversary.losses import EXACT_BELOW, Distance, resolve_distance
+from ggl_jax.adversary.matching import layers
 from ggl_jax.adversary.matching.direct import direct_losses, in_chunks
 from ggl_jax.adversary.matching.fused import fused_losses
-from ggl_jax.adversary.matching.program import trace
+from ggl_jax.adversary.matching.program import Program, trace
 from ggl_jax.errors import GGLError
 from ggl_jax.types import Defense, Factored, Model, PyTree
 
 METHODS = ("auto", "fused", "direct")
+PRECISIONS = (None, "default", "high", "highest", "bfloat16", "tensorfloat32", "float32")
 
-__all__ = ["matching_loss"]
+#: Memory for one chunk of candidates on the CPU: as much as stays near the caches. Larger chunks
+#: are slower there, since their pages have to be mapped anew in every call.
+CPU_CHUNK_BYTES = 2**28
+#: The same where the backend does not tell how much memory it has.
+OTHER_CHUNK_BYTES = 2**32
+
+__all__ = ["METHODS", "PRECISIONS", "matching_loss", "plan"]
 
 
 def matching_loss(
@@ -33,36 +51,104 @@ def matching_loss(
     precision: str | None = None,
     exact_below: float = EXACT_BELOW,
 ) -> Callable:
-    """The loss that every attack minimises."""
-    if method not in METHODS:
-        raise GGLError(f"method: got {method!r}, allowed: {', '.join(METHODS)}")
-    if chunk_size is not None and chunk_size < 1:
-        raise GGLError(f"chunk_size: got {chunk_size!r}, allowed: whole numbers of at least 1")
+    """The loss that every attack minimises: distance of a candidate's update to the observed one.
+
+    A candidate is a batch of images with labels. Its update is computed as a client would, goes
+    through what the adversary knows of the defense, and is compared. Make the function inside your
+    own ``jax.jit``, with ``variables``, ``observed`` and ``estimated`` among the jitted function's
+    arguments; nothing is baked into the program then.
+
+    Args:
+        model: the federated model: any JAX function of images, of Flax or not.
+        variables: the variables that the update was computed at.
+        observed: the shared update, a pytree like ``variables["params"]``.
+        defense: how candidates' updates are transformed; None leaves them alone.
+        estimated: the defense's estimated parameters.
+        distance: "squared_l2" (D1), "cosine" (D2) or a :class:`ggl_jax.adversary.losses.Distance`.
+        fidelity: "paper", or "code" (squared l2 divided by the number of tensors).
+        method: "direct", "fused", or "auto": fused wherever it can be.
+        chunk_size: candidates at once, at least 1; None chooses from the model's activations and
+            the memory (256 MiB on the CPU, where larger chunks are slower; half of what is free on
+            an accelerator). Chunks run one after the other inside the compiled program.
+        local_steps: SGD steps in the client's update, at least 1; 1 for a plain gradient.
+        learning_rate: step size of those steps.
+        precision: of matrix products and convolutions on accelerators: None for JAX's default
+            (TF32 on recent NVIDIA GPUs, enough for the early search), "bfloat16", "tensorfloat32",
+            or "float32" / "highest" for the last part of a search. The CPU always computes in
+            float32.
+        exact_below: candidates with a distance below this share of the distance at g = 0 (|y|^2 for
+            squared l2) are computed again from differences of single entries. 0 for never.
+
+    Returns:
+        ``loss(images, labels) -> losses[n]`` for images [n b h w c] in [0, 1] and labels: class
+        indices [n b] or [b], or soft labels [n b k] or [b k]. Candidates do not influence each
+        other (nor does the chunk size influence them, but for rounding). It can be differentiated
+        in reverse mode with respect to images and soft labels, and those alone: derivatives with
+        respect to ``variables`` or ``observed`` are not supported (parts of them would be zero).
+        ``jax.vmap`` over ``observed``, ``estimated``, images and labels gives many instances at
+        once; count their number into ``chunk_size``.
+
+    Rule:
+        Fused serves every model in which some convolution or matrix product has a kernel that is a
+        parameter and that is used once. Those layers are *tapped*; padding modes, strides,
+        dilation, groups, and batch normalisation in either mode make no difference. All other
+        parameters (biases, scales, kernels that are shared, masked, cast, or hidden in a scan) get
+        one gradient per candidate from ``vmap``, which is slow only for large ones; :func:`plan`
+        lists them. A defense with a factored form (noise, clipping, Soteria and their chains) is
+        applied to norms and inner products. Any other defense gets every candidate's gradient: one
+        tensor at a time where its program treats tensors apart (sparsification), else all together.
+        Direct is left for ``local_steps`` > 1 and for models without any such layer.
+
+    Accuracy:
+        Where gradients are not formed, a tensor's squared distance is |y|^2 - 2 <y, g> + |g|^2. In
+        float32 that is off by some 1e-7 of |y|^2 (its derivative, by 1e-7 of |y| |dg|): harmless
+        until the loss falls under a thousandth of |y|^2, where ``exact_below`` takes over with
+        differences of entries, accurate down to the private image itself. Recomputing adds at most
+        a half to the time of the chunks that need it.
+
+    Raises:
+        GGLError: an argument is outside its range, ``observed`` does not fit ``variables``, images
+            have the wrong shape, or ``method="fused"`` is impossible (see the rule).
+
+    Reference:
+        Paper, section 3. Per-candidate norms from inputs and cotangents: Goodfellow (2015),
+        "Efficient per-example gradient computations"; for convolutions Rochette et al. (2019).
+    """
     distance = resolve_distance(distance, fidelity=fidelity)
+    _check_choice("method", method, METHODS)
+    _check_choice("precision", precision, PRECISIONS)
+    _check_count("chunk_size", 1 if chunk_size is None else chunk_size)
+    _check_count("local_steps", local_steps)
+    if not exact_below >= 0:
+        raise GGLError(f"exact_below: got {exact_below!r}, allowed: numbers >= 0")
+    _check_update(observed, variables["params"])
+    if method == "fused" and local_steps > 1:
+        raise GGLError(f"method: 'fused' needs local_steps=1, got {local_steps}; use 'auto'")
 
     def simulate(update):
         return update if defense is None else defense.simulate(estimated, update)
 
-    factored = None
-    if defense is None:
-        factored = Factored()
-    elif defense.factor is not None:
-        factored = defense.factor(estimated)
+    def factored():
+        if defense is None:
+            return Factored()
+        return None if defense.factor is None else defense.factor(estimated)
 
-    def losses_for(shape, dtype):
-        program = trace(model, variables, jax.ShapeDtypeStruct(shape, dtype))
-        if method != "direct" and local_steps == 1:
-            fused = fused_losses(
+    def losses_for(program: Program):
+        if method != "direct" and local_steps == 1 and program.sites:
+            return fused_losses(
                 program,
                 variables,
                 observed,
                 simulate=simulate,
-                factored=factored,
+                factored=factored(),
                 distance=distance,
                 exact_below=exact_below,
             )
-            if fused is not None:
-                return fused
+        if method == "fused":
+            raise GGLError(
+                f"method: 'fused' finds no layer to tap in {model.name}: no convolution or matrix "
+                f"product has a parameter as its kernel that is used only there; use 'auto'"
+            )
         return direct_losses(
             model,
             variables,
@@ -75,13 +161,79 @@ def matching_loss(
 
     def loss(images: jax.Array, labels: jax.Array) -> jax.Array:
         labels = jnp.asarray(labels)
-        if images.ndim != 5:
-            raise GGLError(f"images: got shape {images.shape}, allowed: [n b h w c]")
+        if images.ndim != 5 or images.shape[2:] != tuple(model.image_shape):
+            raise GGLError(
+                f"images: got shape {images.shape}, allowed: [n b h w c] with "
+                f"(h, w, c) = {tuple(model.image_shape)}"
+            )
         shared = 1 if jnp.issubdtype(labels.dtype, jnp.integer) else 2
         if labels.ndim == shared:
             labels = jnp.broadcast_to(labels, (images.shape[0], *labels.shape))
-        size = images.shape[0] if chunk_size is None else chunk_size
         with jax.default_matmul_precision(precision):
-            return in_chunks(losses_for(images.shape[1:], images.dtype), size, images, labels)
+            program = trace(model, variables, jax.ShapeDtypeStruct(images.shape[1:], images.dtype))
+            size = chunk_size or _chunk_size(program, images.dtype.itemsize)
+            losses_of = losses_for(program)
+            if images.shape[0] > size:
+                # Or the residuals of all chunks would be kept for the backward pass.
+                losses_of = jax.checkpoint(losses_of)
+            return in_chunks(losses_of, size, images, labels)
 
     return loss
+
+
+def plan(model: Model, variables: PyTree, *, batch_size: int = 1) -> dict[str, str]:
+    """How the fused method gets each tensor's share of the distance.
+
+    Args:
+        model: the model.
+        variables: its variables (or their shapes).
+        batch_size: images per candidate.
+
+    Returns:
+        For each tensor's name one of "gram" (inner product and norm without the gradient),
+        "formed" (from the layer's input and output cotangent) and "autodiff" (one gradient per
+        candidate from ``vmap``: a parameter that is no tapped layer's kernel).
+    """
+    images = jax.ShapeDtypeStruct((batch_size, *model.image_shape), jnp.float32)
+    program = trace(model, variables, images)
+    kinds = {
+        site.leaf: "gram" if layers.prefers_gram(site.layer) else "formed" for site in program.sites
+    }
+    names = trees.names(variables["params"])
+    return {name: kinds.get(leaf, "autodiff") for leaf, name in enumerate(names)}
+
+
+def _chunk_size(program: Program, itemsize: int) -> int:
+    """Candidates that fit into the memory set aside for a chunk, at least 1."""
+    budget = OTHER_CHUNK_BYTES
+    device = jax.local_devices()[0]
+    if jax.default_backend() == "cpu":
+        budget = CPU_CHUNK_BYTES
+    else:
+        stats = device.memory_stats() or {}
+        if "bytes_limit" in stats:
+            budget = (stats["bytes_limit"] - stats.get("bytes_in_use", 0)) // 2
+    # Activations, and their cotangents.
+    return max(1, budget // (2 * program.activations * itemsize))
+
+
+def _check_choice(name, value, allowed):
+    if value not in allowed:
+        raise GGLError(f"{name}: got {value!r}, allowed: {', '.join(map(str, allowed))}")
+
+
+def _check_count(name, value):
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
+        raise GGLError(f"{name}: got {value!r}, allowed: whole numbers of at least 1")
+
+
+def _check_update(observed, params):
+    same = jax.tree.structure(observed) == jax.tree.structure(params)
+    if not same or any(
+        jnp.shape(y) != jnp.shape(w)
+        for y, w in zip(jax.tree.leaves(observed), jax.tree.leaves(params), strict=True)
+    ):
+        raise GGLError(
+            "observed: its tensors differ from the model's parameters in name or shape; give the "
+            "update that was computed at these variables"
+        )

@@ -1,12 +1,11 @@
-"""A convolution whose backward pass is spelled out as plain convolutions.
+"""Convolutions and their derivatives spelled out for XLA's CPU backend.
 
-XLA's CPU backend has fast code for convolutions with channels last and a kernel in the order
-spatial, in, out. The derivative that JAX gives a convolution has its kernel reversed and with in
-and out exchanged, and dilates the cotangent where the convolution is strided. XLA brings the
-exchanged kernel in order, but only outside of loops and conditionals, and dilated inputs not at
-all; what is left runs some three times slower. Here both are written as plain convolutions of
-plain kernels: the kernel is reordered once, outside of the loop over chunks, and a strided
-convolution's cotangent is handled as one convolution for each residue of the positions.
+Its fast code wants channels last, a kernel in the order spatial, in, out, no dilated input and an
+output no larger than the input. JAX's own derivatives of a convolution are not like that: the one
+for the input has a kernel with in and out exchanged (which XLA mends, but outside of loops and
+conditionals only) and, behind a stride, a dilated input; the one for the kernel under ``vmap`` is a
+grouped convolution. Such programs run three to five times slower. Here every derivative is written
+as plain convolutions of that form, which take no longer than the layer itself.
 """
 
 import functools
@@ -20,79 +19,147 @@ from ggl_jax.adversary.matching.program import Layer
 
 
 def supported(layer: Layer) -> bool:
-    """Whether :func:`convolve` handles the layer (else JAX's own rules do)."""
+    """Whether this module handles the layer (else JAX's own rules do)."""
     rank = len(layer.kernel_spatial)
+    plain = tuple(range(rank + 2))
     return (
         rank > 0
         and layer.groups == 1
         and all(d == 1 for d in (*layer.in_dilation, *layer.kernel_dilation))
         and all(low >= 0 and high >= 0 for low, high in layer.padding)
-        and layer.in_order == layer.out_order == tuple(range(rank + 2))
-        and layer.kernel_order == tuple(range(rank + 2))
+        and layer.in_order == layer.out_order == layer.kernel_order == plain
     )
 
 
 def prepare(layer: Layer, kernel: jax.Array) -> tuple:
-    """The kernel, and its reversed and exchanged parts for the backward pass.
+    """A kernel, and its reversed and exchanged parts for the backward pass.
 
     There is one part for each residue of the input's positions modulo the strides.
+
+    Args:
+        layer: a layer that is :func:`supported`.
+        kernel: [*kernel_spatial, in_channels, out_channels].
     """
-    rank = len(layer.kernel_spatial)
     backward = []
     for residue in itertools.product(*(range(stride) for stride in layer.strides)):
-        window = tuple(
-            slice((position + low) % stride, None, stride)
-            for position, (low, _), stride in zip(
-                residue, layer.padding, layer.strides, strict=True
+        kept = [
+            range((position + low) % stride, size, stride)
+            for position, (low, _), stride, size in zip(
+                residue, layer.padding, layer.strides, layer.kernel_spatial, strict=True
             )
-        )
-        part = jnp.flip(kernel[window], axis=tuple(range(rank)))
-        backward.append(jnp.swapaxes(part, -1, -2))
+        ]
+        shape = (*map(len, kept), *kernel.shape[-2:])
+        blocks = [kernel[at] for at in itertools.product(*(reversed(k) for k in kept))]
+        part = jnp.stack(blocks).reshape(shape) if blocks else jnp.zeros(shape, kernel.dtype)
+        # Apart, copying blocks and transposing them are fast; XLA's one loop for both is not.
+        backward.append(jnp.swapaxes(jax.lax.optimization_barrier(part), -1, -2))
     return kernel, tuple(backward)
 
 
 def convolve(layer: Layer, inputs: jax.Array, prepared: tuple) -> jax.Array:
-    """The layer's output for inputs [batch *in_spatial in_channels].
+    """The layer's output.
 
     Args:
         layer: a layer that is :func:`supported`.
-        inputs: its inputs.
+        inputs: [batch *in_spatial in_channels].
         prepared: from :func:`prepare`.
 
     Returns:
         [batch *out_spatial out_channels]. It can be differentiated in reverse mode, any number of
         times, with respect to ``inputs`` alone.
     """
-    return _apply(layer, False, inputs, prepared)
+    return _linear(layer, False, inputs, prepared)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _apply(layer, transposed, x, prepared):
+def _linear(layer, transposed, x, prepared):
     kernel, backward = prepared
     if transposed:
         return _transposed(layer, x, backward)
-    return _plain(x, kernel, layer.strides, layer.padding)
+    return _plain(layer.strides, layer.padding, None, x, kernel)
 
 
-def _apply_fwd(layer, transposed, x, prepared):
-    return _apply(layer, transposed, x, prepared), prepared
+def _linear_fwd(layer, transposed, x, prepared):
+    return _linear(layer, transposed, x, prepared), prepared
 
 
-def _apply_bwd(layer, transposed, prepared, cotangent):
-    return _apply(layer, not transposed, cotangent, prepared), None
+def _linear_bwd(layer, transposed, prepared, cotangent):
+    return _linear(layer, not transposed, cotangent, prepared), None
 
 
-_apply.defvjp(_apply_fwd, _apply_bwd)
+_linear.defvjp(_linear_fwd, _linear_bwd)
 
 
-def _plain(x, kernel, strides, padding):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def kernel_gradient(layer: Layer, a: jax.Array, d: jax.Array) -> jax.Array:
+    """One candidate's gradient with respect to the kernel.
+
+    It is a convolution whose batch is the layer's input channels, whose input channels are the
+    layer's batch, and whose kernel is the cotangent.
+
+    Args:
+        layer: a layer that is :func:`supported`.
+        a: its input [batch *in_spatial in_channels].
+        d: the cotangent of its output [batch *out_spatial out_channels].
+
+    Returns:
+        [in_channels *kernel_spatial out_channels]. It can be differentiated once in reverse mode.
+    """
+    rank = len(layer.strides)
+    a = jnp.transpose(a, (rank + 1, *range(1, rank + 1), 0))
+    d = jnp.transpose(d, (*range(1, rank + 1), 0, rank + 1))
+    g = _plain((1,) * rank, layer.padding, layer.strides, a, d)
+    # A stride that does not divide leaves rows that belong to no kernel position.
+    window = (slice(None), *(slice(0, size) for size in layer.kernel_spatial))
+    return g[window]
+
+
+def _kernel_gradient_fwd(layer, a, d):
+    return kernel_gradient(layer, a, d), (a, d)
+
+
+def _kernel_gradient_bwd(layer, saved, cotangent):
+    a, d = saved
+    kernel = jnp.moveaxis(cotangent, 0, -2)
+    _, backward = prepare(layer, kernel)
+    return _transposed(layer, d, backward), _plain(layer.strides, layer.padding, None, a, kernel)
+
+
+kernel_gradient.defvjp(_kernel_gradient_fwd, _kernel_gradient_bwd)
+
+
+def _plain(strides, padding, kernel_dilation, x, kernel):
+    """A convolution in the order that XLA likes, also under ``vmap``."""
     rank = len(strides)
     numbers = jax.lax.ConvDimensionNumbers(
         lhs_spec=(0, rank + 1, *range(1, rank + 1)),
         rhs_spec=(rank + 1, rank, *range(rank)),
         out_spec=(0, rank + 1, *range(1, rank + 1)),
     )
-    return jax.lax.conv_general_dilated(x, kernel, strides, padding, dimension_numbers=numbers)
+
+    @jax.custom_batching.custom_vmap
+    def apply(x, kernel):
+        return jax.lax.conv_general_dilated(
+            x,
+            kernel,
+            strides,
+            padding,
+            rhs_dilation=kernel_dilation,
+            dimension_numbers=numbers,
+        )
+
+    @apply.def_vmap
+    def _(axis_size, in_batched, x, kernel):
+        x_batched, kernel_batched = in_batched
+        if not kernel_batched:
+            merged = apply(x.reshape(-1, *x.shape[2:]), kernel)
+            return merged.reshape(axis_size, -1, *merged.shape[1:]), True
+        # A kernel for each would become a grouped convolution.
+        if x_batched:
+            return jax.lax.map(lambda pair: apply(*pair), (x, kernel)), True
+        return jax.lax.map(lambda k: apply(x, k), kernel), True
+
+    return apply(x, kernel)
 
 
 def _transposed(layer, d, backward):
@@ -101,7 +168,7 @@ def _transposed(layer, d, backward):
     Input position x meets output position o at the kernel's position x + low - stride * o. So the
     positions x of one residue modulo the stride meet every stride-th position of the kernel, and
     a plain convolution of d with those gives their cotangents. Where the stride divides the input's
-    size, its output is no larger than d, which XLA's fast code requires.
+    size, its output is no larger than d.
     """
     batch, rank = d.shape[0], len(layer.strides)
     counts = [
@@ -121,9 +188,9 @@ def _transposed(layer, d, backward):
             padding.append((low, counts[axis] + shift - d.shape[axis + 1]))
         start = (0, *(max(0, -low) for low, _ in padding), 0)
         stop = [size - max(0, -high) for size, (_, high) in zip(d.shape[1:], padding, strict=False)]
-        padding = [(max(0, low), max(0, high)) for low, high in padding]
+        padding = tuple((max(0, low), max(0, high)) for low, high in padding)
         trimmed = jax.lax.slice(d, start, (batch, *stop, d.shape[-1]))
-        parts.append(_plain(trimmed, part, (1,) * rank, padding))
+        parts.append(_plain((1,) * rank, padding, None, trimmed, part))
     if len(parts) == 1:
         return parts[0]
     # Interleave: [*strides, batch, *counts, channels] -> [batch, *(count x stride), channels].

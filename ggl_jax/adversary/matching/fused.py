@@ -23,6 +23,7 @@ from ggl_jax.adversary.matching.direct import in_chunks
 from ggl_jax.adversary.matching.program import Program, run, split_variables
 from ggl_jax.adversary.matching.separate import separate
 from ggl_jax.client.gradients import cross_entropy
+from ggl_jax.selection import any_of
 from ggl_jax.types import Factored, PyTree
 
 #: Memory for formed gradients (and their patches) that are alive at once.
@@ -31,14 +32,17 @@ FORMED_BYTES = 2**28
 
 def prepare_convolutions(program: Program, variables: PyTree) -> dict:
     """The kernels of those sites whose convolutions are spelled out (on the CPU), by number."""
-    if jax.default_backend() != "cpu":
-        return {}  # GPU libraries know a convolution's derivative as such
     leaves = jax.tree.leaves(variables["params"])
     return {
         number: convolve.prepare(site.layer, leaves[site.leaf])
         for number, site in enumerate(program.sites)
-        if convolve.supported(site.layer)
+        if _spelled_out(site.layer)
     }
+
+
+def _spelled_out(layer: layers.Layer) -> bool:
+    """Whether :mod:`.convolve` serves the layer: GPU libraries know the derivatives as such."""
+    return jax.default_backend() == "cpu" and convolve.supported(layer)
 
 
 def passes(
@@ -98,13 +102,13 @@ class Tensor(NamedTuple):
             for this tensor, [n, ...] each.
         gram: ``gram(arrays) -> (inner[n], sq_norms[n])`` without forming the gradients, or None
             where forming them is faster.
-        work_bytes: memory that one candidate's ``gradients`` takes.
+        at_once: candidates whose gradients are formed at once.
     """
 
     target: jax.Array
     gradients: Callable
     gram: Callable | None
-    work_bytes: int
+    at_once: int
 
 
 def fused_losses(
@@ -116,32 +120,31 @@ def fused_losses(
     factored: Factored | None,
     distance: Distance,
     exact_below: float,
-) -> Callable | None:
-    """``losses_of(images[n b h w c], labels) -> [n]`` without one gradient per candidate.
+) -> Callable:
+    """``losses_of(images[n b h w c], labels) -> [n]`` without one backward pass per candidate.
 
     Args:
         program: the traced model.
         variables: its variables.
         observed: the observed update.
         simulate: what is done to a candidate's update before it is compared.
-        factored: the same in factored form; None where there is none, and then every tensor's
-            gradients are formed, simulated, compared and discarded in turn.
+        factored: the same in factored form; None where there is none. Then each tensor's gradients
+            are formed, simulated, compared and discarded in turn or, where ``simulate`` mixes
+            tensors, each candidate's whole gradient is.
         distance: the distance.
         exact_below: see :func:`ggl_jax.adversary.matching.matching_loss`.
-
-    Returns:
-        The function, or None: there is no factored form, and ``simulate`` mixes tensors.
     """
+    treedef = jax.tree.structure(observed)
+    prepared = prepare_convolutions(program, variables)
     if factored is None:
+        separated = separate(simulate, observed)
         rescale = None
-        tensors = _simulated(program, observed, simulate)
-        if tensors is None:
-            return None
+        if separated is None:
+            return _whole_losses(program, variables, prepared, observed, simulate, distance)
+        tensors = _simulated(program, observed, separated)
     else:
         rescale = factored.scale
         tensors = _factored(program, observed, factored.mask)
-    treedef = jax.tree.structure(observed)
-    prepared = prepare_convolutions(program, variables)
     target_norms = [jnp.sum(tensor.target**2) for tensor in tensors]
     # Without any scale a tensor's squared distance stands for itself, and where its gradients are
     # formed it is exact at no extra cost.
@@ -213,22 +216,9 @@ def fused_losses(
             sure = jax.vmap(lambda x: distance.from_squares(treedef.unflatten(x)))(every)
             return jnp.where(near, sure, losses)
 
-        return jax.lax.cond(_any(near), exact, lambda _: losses, None)
+        return jax.lax.cond(any_of(near), exact, lambda _: losses, None)
 
     return losses_of
-
-
-@jax.custom_batching.custom_vmap
-def _any(flags):
-    return jnp.any(flags)
-
-
-@_any.def_vmap
-def _any_of_all(axis_size, in_batched, flags):
-    # One answer for all instances under vmap: with one answer each, `cond` would become a select
-    # and always compute both branches.
-    del axis_size, in_batched
-    return _any(flags), False
 
 
 def _factored(program: Program, observed: PyTree, mask: PyTree | None) -> list[Tensor]:
@@ -248,7 +238,7 @@ def _factored_own(target, mask) -> Tensor:
     def gradients(arrays):
         return arrays[0] if mask is None else arrays[0] * mask
 
-    return Tensor(target, gradients, None, target.nbytes)
+    return Tensor(target, gradients, None, _at_once(target.nbytes))
 
 
 def _factored_layer(layer: layers.Layer, target, mask) -> Tensor:
@@ -276,39 +266,88 @@ def _factored_layer(layer: layers.Layer, target, mask) -> Tensor:
             d if on_output is None else d * on_output,
         )
 
+    form, at_once = _former(layer, target)
+    comparand = target
+    if _spelled_out(layer):
+        comparand = jnp.moveaxis(target, -2, 0)
+        on_kernel = None if on_kernel is None else jnp.moveaxis(on_kernel, -2, 0)
+
     def gradients(arrays):
-        g = layers.form(layer, *masked(arrays))
+        g = form(*masked(arrays))
         return g if on_kernel is None else g * on_kernel
+
+    known = convolve.prepare(layer, target) if _spelled_out(layer) else target
 
     def gram(arrays):
         a, d = masked(arrays)
-        return layers.inner_product(layer, a, d, target), layers.sq_norm(layer, a, d)
+        return layers.inner_product(layer, a, d, known), layers.sq_norm(layer, a, d)
 
     use_gram = on_kernel is None and layers.prefers_gram(layer)
-    return Tensor(target, gradients, gram if use_gram else None, layers.form_bytes(layer, target))
+    return Tensor(comparand, gradients, gram if use_gram else None, at_once)
 
 
-def _simulated(program: Program, observed: PyTree, simulate: Callable) -> list[Tensor] | None:
-    """The tensors under a defense that treats each by itself; None if it does not."""
-    simulate_one = separate(simulate, observed)
-    if simulate_one is None:
-        return None
+def _former(layer: layers.Layer, like: jax.Array) -> tuple[Callable, int]:
+    """How a layer's gradients are formed, ``form(a, d)``, and for how many candidates at once.
+
+    Where :mod:`.convolve` serves the layer, one at a time and with the input channels in front;
+    else in the order of :func:`layers.form`.
+    """
+    if not _spelled_out(layer):
+        return functools.partial(layers.form, layer), _at_once(layers.form_bytes(layer, like))
+    return lambda a, d: convolve.kernel_gradient(layer, a[0], d[0])[None], 1
+
+
+def _at_once(size: int) -> int:
+    return max(1, FORMED_BYTES // size)
+
+
+def _whole_losses(program, variables, prepared, observed, simulate, distance):
+    """Losses by forming every candidate's whole gradient, but still not one pass for each."""
+    treedef = jax.tree.structure(observed)
+    keep = [lambda leaf: leaf] * len(jax.tree.leaves(observed))
+    tensors = _simulated(program, observed, keep)
+
+    def losses_of(images, labels):
+        arrays = passes(program, variables, prepared, images, labels)
+        gradients = [
+            in_chunks(tensor.gradients, tensor.at_once, own)
+            for tensor, own in zip(tensors, arrays, strict=True)
+        ]
+        return jax.vmap(lambda g: distance.between(simulate(treedef.unflatten(g)), observed))(
+            gradients
+        )
+
+    return losses_of
+
+
+def _simulated(program: Program, observed: PyTree, simulate_one: list[Callable]) -> list[Tensor]:
+    """The tensors under a defense that treats each by itself."""
     layer_of = {site.leaf: site.layer for site in program.sites}
 
-    def tensor(leaf, target):
-        layer = layer_of.get(leaf)
+    def own(leaf, target):
+        def gradients(arrays):
+            return jax.vmap(simulate_one[leaf])(arrays[0])
+
+        return Tensor(target, gradients, None, _at_once(target.nbytes))
+
+    def tapped(leaf, target, layer):
+        form, at_once = _former(layer, target)
 
         def gradients(arrays):
-            if layer is None:
-                formed = arrays[0]
-            else:
-                formed = layers.kernel_as_stored(layer, layers.form(layer, *arrays))
-            return jax.vmap(simulate_one[leaf])(formed)
+            g = form(*arrays)
+            if _spelled_out(layer):
+                g = jnp.moveaxis(g, 1, -2)
+            g = layers.kernel_as_stored(layer, g)
+            if at_once == 1:  # spares the simulation `vmap`, which turns branches into selects
+                return simulate_one[leaf](g[0])[None]
+            return jax.vmap(simulate_one[leaf])(g)
 
-        size = target.nbytes if layer is None else layers.form_bytes(layer, target)
-        return Tensor(target, gradients, None, size)
+        return Tensor(target, gradients, None, at_once)
 
-    return [tensor(leaf, target) for leaf, target in enumerate(jax.tree.leaves(observed))]
+    return [
+        tapped(leaf, target, layer_of[leaf]) if leaf in layer_of else own(leaf, target)
+        for leaf, target in enumerate(jax.tree.leaves(observed))
+    ]
 
 
 def _statistics(tensor: Tensor, arrays):
@@ -341,5 +380,4 @@ def _squares(tensor: Tensor, arrays, a=None, b=None):
 def _stream(tensor: Tensor, reduce: Callable, *arrays):
     """Reduce formed gradients, no more of them alive at once than the budget allows."""
     # Recomputed in the backward pass, or every layer's gradients would be kept for it.
-    size = max(1, FORMED_BYTES // tensor.work_bytes)
-    return in_chunks(jax.checkpoint(reduce), size, *arrays)
+    return in_chunks(jax.checkpoint(reduce), tensor.at_once, *arrays)

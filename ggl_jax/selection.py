@@ -1,0 +1,176 @@
+"""Exact selection by magnitude in large tensors, in a few counting passes.
+
+Sorting millions of entries takes a hundred times as long as reading them. A threshold that has
+exactly k entries below it is found by counting: a subsample says where to look, and the secant
+method on the count of entries below a trial threshold needs some six passes from there.
+"""
+
+import jax
+import jax.numpy as jnp
+
+#: Entries of the subsample that the search starts from.
+_SAMPLE = 2**15
+
+#: Of so many secant steps in a row, one is a bisection, which bounds their total number.
+_PERIOD = 8
+
+
+def split(magnitudes: jax.Array, count: jax.Array | int) -> tuple[jax.Array, jax.Array]:
+    """A threshold with ``count`` entries below it.
+
+    Args:
+        magnitudes: [n] floats >= 0, n at least 1. NaN counts as larger than any number.
+        count: 0 to n, may be traced; outside, the nearest end is taken.
+
+    Returns:
+        ``(threshold, below)`` with ``below`` the number of entries smaller than the threshold,
+        int32. It equals ``count`` unless equal entries stand in the way; then it is the largest
+        possible number under ``count``, and the threshold is the value of those equal entries.
+        Neither is differentiable.
+    """
+    magnitudes = jax.lax.stop_gradient(magnitudes)
+    dtype, size = magnitudes.dtype, magnitudes.size
+    count = jnp.clip(jnp.asarray(count), 0, size).astype(jnp.int32)
+    if size <= _SAMPLE:
+        last = jnp.where(count < size, _bisect(magnitudes, count + 1), jnp.inf)
+        return last, _count_below(magnitudes, last)
+    first, slope = _first_guess(magnitudes, count)
+
+    def refine(state):
+        step, trial, low, below_low, high, last, below_last, slope, _ = state
+        below = _count_below(magnitudes, trial)
+        fits = below <= count
+        low, below_low = jnp.where(fits, trial, low), jnp.where(fits, below, below_low)
+        high = jnp.where(fits, high, trial)
+        moved = below != below_last
+        rise = jnp.where(moved, below - below_last, 1).astype(dtype)
+        slope = jnp.where((step > 0) & moved, (trial - last) / rise, slope)
+        # Half an entry further: between the last entry that belongs below and the next.
+        secant = trial + ((count - below).astype(dtype) + 0.5) * slope
+        usable = (secant > low) & (secant < high) & (step % _PERIOD != _PERIOD - 1)
+        following = jnp.where(usable, secant, _between(low, high))
+        done = (below_low == count) | (following <= low) | (following >= high)
+        return step + 1, following, low, below_low, high, trial, below, slope, done
+
+    none = jnp.zeros((), jnp.int32)
+    start = (
+        none,
+        first,
+        jnp.zeros((), dtype),
+        none,
+        jnp.full((), jnp.inf, dtype),
+        first,
+        none,
+        slope,
+        count == 0,
+    )
+    final = jax.lax.while_loop(lambda state: ~state[-1], refine, start)
+    return final[2], final[3]
+
+
+def kth_smallest(magnitudes: jax.Array, k: jax.Array | int) -> jax.Array:
+    """The k-th smallest (from 1) of non-negative floats, exactly; ``k`` may be traced.
+
+    Args:
+        magnitudes: [n] floats >= 0. NaN counts as larger than any number.
+        k: 1 to n. Outside, the nearest end is taken.
+
+    Returns:
+        Scalar of the same dtype, not differentiable.
+    """
+    threshold, _ = split(magnitudes, jnp.clip(jnp.asarray(k), 1, magnitudes.size) - 1)
+    # The entries below number k - 1, or fewer and then those at the threshold are equal.
+    values = jax.lax.stop_gradient(magnitudes)
+    return jnp.min(jnp.where(values >= threshold, values, jnp.inf))
+
+
+def zero_smallest(values: jax.Array, count: jax.Array | int) -> jax.Array:
+    """Zero exactly ``count`` entries of smallest magnitude, the first among equals.
+
+    Args:
+        values: [n] floats.
+        count: 0 to n, may be traced.
+
+    Returns:
+        Like ``values``. Its derivative is one at the kept entries and zero at the others.
+    """
+    magnitudes = jax.lax.stop_gradient(jnp.abs(values))
+    threshold, below = split(magnitudes, count)
+    excess = count - below
+
+    def last_to_go(excess):
+        numbers = jnp.cumsum(magnitudes == threshold)
+        return jnp.sum(numbers < excess, dtype=jnp.int32)
+
+    # Numbering the equal entries takes longer than all the rest.
+    last = jax.lax.cond(any_of(excess > 0), last_to_go, lambda _: jnp.zeros((), jnp.int32), excess)
+    early = (excess > 0) & (jnp.arange(values.size, dtype=jnp.int32) <= last)
+    zeroed = (magnitudes < threshold) | ((magnitudes == threshold) & early)
+    return jnp.where(zeroed, 0, values)
+
+
+@jax.custom_batching.custom_vmap
+def any_of(flags: jax.Array) -> jax.Array:
+    """Whether any flag is set; under ``vmap``, in any of the batch (one answer for all).
+
+    For the predicate of a ``cond`` whose branches both give a right answer: with one predicate for
+    each of the batch, ``vmap`` would compute both branches always.
+    """
+    return jnp.any(flags)
+
+
+@any_of.def_vmap
+def _any_of_batch(axis_size, in_batched, flags):
+    del axis_size, in_batched
+    return any_of(flags), False
+
+
+def _count_below(magnitudes, threshold):
+    flags = magnitudes < threshold
+    # XLA's CPU code sums floats faster; they are exact up to 2^24.
+    if magnitudes.size <= 2**24:
+        return jnp.sum(jnp.where(flags, 1.0, 0.0), dtype=jnp.float32).astype(jnp.int32)
+    return jnp.sum(flags, dtype=jnp.int32)
+
+
+def _first_guess(magnitudes, count):
+    """A trial threshold and the change of threshold per entry, from a subsample."""
+    size, dtype = magnitudes.size, magnitudes.dtype
+    sample = magnitudes[:: size // _SAMPLE]
+    scale = sample.size / size
+    rank = jnp.round(count.astype(jnp.float32) * scale).astype(jnp.int32)
+    guess = _bisect(sample, rank, passes=20)
+    near = _count_below(sample, guess * 1.02) - _count_below(sample, guess * 0.98)
+    # 0 where the sample says nothing (equal entries, NaN): then the search bisects.
+    slope = jnp.where(near > 0, 0.04 * guess * scale / jnp.maximum(near, 1).astype(dtype), 0.0)
+    usable = jnp.isfinite(guess) & jnp.isfinite(slope)
+    return jnp.where(usable, guess, 0.0).astype(dtype), jnp.where(usable, slope, 0.0).astype(dtype)
+
+
+def _bisect(magnitudes, k, passes=None):
+    """The k-th smallest by bisection of the bit pattern, which is ordered as the floats are.
+
+    With fewer passes than bits, a little below it.
+    """
+    bits = _pattern(magnitudes.dtype)
+    patterns = jax.lax.bitcast_convert_type(magnitudes, bits)
+    k = jnp.clip(k, 1, magnitudes.size)
+    width = magnitudes.dtype.itemsize * 8 - 1
+
+    def build(step, prefix):
+        trial = prefix | jnp.left_shift(jnp.ones((), bits), (width - 1 - step).astype(bits))
+        return jnp.where(jnp.sum(patterns < trial) < k, trial, prefix)
+
+    prefix = jax.lax.fori_loop(0, passes or width, build, jnp.zeros((), bits))
+    return jax.lax.bitcast_convert_type(prefix, magnitudes.dtype)
+
+
+def _between(low, high):
+    """A float halfway between two in the order of bit patterns; ``low`` where there is none."""
+    bits = _pattern(low.dtype)
+    a, b = (jax.lax.bitcast_convert_type(x, bits) for x in (low, high))
+    return jax.lax.bitcast_convert_type(a + (b - a) // 2, low.dtype)
+
+
+def _pattern(dtype):
+    return {2: jnp.int16, 4: jnp.int32, 8: jnp.int64}[jnp.dtype(dtype).itemsize]
