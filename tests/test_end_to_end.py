@@ -88,6 +88,21 @@ def test_fedavg_update(tiny_model, tiny_prior, tiny_prior_params, tiny_images):
     assert rows[0]["psnr"] > 25
 
 
+def test_soteria_on_the_representation_defends_single_steps_only(
+    tiny_model, tiny_prior, tiny_prior_params, tiny_images
+):
+    with pytest.raises(gx.GGLError, match="local_steps"):
+        tiny_audit(
+            tiny_model,
+            tiny_prior,
+            tiny_prior_params,
+            tiny_images[:1],
+            [1],
+            ["soteria:0.3"],
+            client=gx.ClientSettings(local_steps=3),
+        )
+
+
 def test_a_users_own_model_defense_and_images(tiny_model, tiny_prior, tiny_prior_params):
     def halve_and_round(key, update):
         del key

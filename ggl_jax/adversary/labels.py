@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from ggl_jax import trees
 from ggl_jax.client.defenses.noise import estimate_sigma
 from ggl_jax.errors import GGLError
-from ggl_jax.types import Path, PyTree
+from ggl_jax.types import Model, Path, Prior, PyTree
 
 
 def infer_labels(
@@ -95,6 +95,24 @@ def infer_labels(
     residual = residual / num_steps
     residual = residual / _overall_scale(residual, probabilities, batch_size)
     return _round_counts(batch_size * (probabilities - residual), batch_size)
+
+
+def public_expectations(
+    model: Model, variables: PyTree, prior: Prior, prior_params: PyTree, key: jax.Array
+) -> dict[str, jax.Array]:
+    """The model's mean output probabilities and representation on samples of the prior.
+
+    What :func:`infer_labels` takes as ``probabilities`` [k] and ``features`` [d], from public
+    knowledge alone: 256 samples, of classes drawn uniformly.
+    """
+    key_latents, key_labels = jax.random.split(key)
+    latents = prior.sample_latent(key_latents, 256)
+    labels = jax.random.randint(key_labels, (256,), 0, model.num_classes)
+    logits, features = model.apply(variables, prior.apply(prior_params, latents, labels))
+    return {
+        "probabilities": jnp.mean(jax.nn.softmax(logits), axis=0),
+        "features": jnp.mean(features, axis=0),
+    }
 
 
 def class_residuals(

@@ -15,7 +15,7 @@ from PIL import Image
 
 from ggl_jax.adversary import estimation
 from ggl_jax.adversary.attacks import ATTACKS
-from ggl_jax.adversary.labels import infer_labels
+from ggl_jax.adversary.labels import infer_labels, public_expectations
 from ggl_jax.adversary.optimizers import make_optimizer
 from ggl_jax.adversary.search import run_search
 from ggl_jax.audit import metrics
@@ -37,9 +37,9 @@ from ggl_jax.types import (
 
 # Streams of an instance's key, so that defense noise and search never share random numbers.
 _STREAM_DEFENSE, _STREAM_SEARCH, _STREAM_CONTROLS = 0, 1, 2
-# The stream of the run's key that initialises the federated model; instances fold in their image
-# index, which is never negative.
-_MODEL_STREAM = 2**31 - 1
+# Streams of the run's key: the federated model's weights, and the adversary's public samples.
+# Instances fold in their image index, which never gets as large.
+_MODEL_STREAM, _PUBLIC_STREAM = 2**31 - 1, 2**31 - 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -336,9 +336,23 @@ def audit(
         client_defenses.parse(d, fidelity=settings.fidelity) if isinstance(d, str) else d
         for d in defenses
     ]
+    if client.local_steps > 1:
+        for defense in parsed:
+            if client_defenses.replaces_update(defense):
+                raise GGLError(
+                    f"local_steps: {defense.name} recomputes a single gradient step, so it cannot "
+                    f"defend {client.local_steps} local steps; use 1, or --fidelity code"
+                )
     key = jax.random.key(seed)
     if variables is None:
         variables = jax.jit(model.init)(jax.random.fold_in(key, _MODEL_STREAM))
+    # Only the labels of several images need them; one image's label is read off directly.
+    public: dict[str, jax.Array] = {}
+    if client.batch_size > 1:
+        public_key = jax.random.fold_in(key, _PUBLIC_STREAM)
+        public = jax.jit(public_expectations, static_argnums=(0, 2))(
+            model, variables, prior, prior_params, public_key
+        )
     groups = groups_of(
         images, labels, names, parsed, client.batch_size, settings.instances or default_instances()
     )
@@ -384,6 +398,7 @@ def audit(
                     settings,
                     seed,
                     result.controls,
+                    public,
                     report,
                 )
                 for i, (rows, recs) in zip(todo, fresh, strict=True):
@@ -416,6 +431,7 @@ def _run_group(
     settings: AttackSettings,
     seed: int,
     controls: dict[str, Controls],
+    public: dict[str, jax.Array],
     report: Callable,
 ) -> list[tuple[list[dict], list[np.ndarray]]]:
     """Share, estimate, search and judge the cells of one defense; rows and pictures of each."""
@@ -430,7 +446,12 @@ def _run_group(
         estimation.check_finite(observed)
         report("label and defense estimation")
         inferred = infer_labels(
-            observed, model.head, batch_size=client.batch_size, fidelity=settings.fidelity
+            observed,
+            model.head,
+            batch_size=client.batch_size,
+            num_steps=client.local_steps,
+            fidelity=settings.fidelity,
+            **public,
         )
         estimated = estimation.estimate(defense, observed, model.head)
         problems.append(Problem(observed, variables, prior_params, inferred, estimated))
