@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from ggl_jax import trees
+from ggl_jax import selection, trees
 from ggl_jax.client import defenses
 from ggl_jax.client.defenses import (
     chain,
@@ -532,7 +532,7 @@ def test_kth_smallest_is_exact(dtype):
     values = values.at[:9].set(0).at[9].set(jnp.inf)
     expected = np.sort(np.asarray(values, np.float32))
     ks = jnp.array([1, 5, 9, 10, 100, 256, 257])
-    actual = jax.jit(jax.vmap(lambda k: trees.kth_smallest(values, k)))(ks)
+    actual = jax.jit(jax.vmap(lambda k: selection.kth_smallest(values, k)))(ks)
     np.testing.assert_array_equal(np.asarray(actual, np.float32), expected[np.asarray(ks) - 1])
 
 
@@ -549,15 +549,29 @@ def test_pruned_gradient_with_a_full_mask_is_the_gradient(client):
     assert_trees(actual, update)
 
 
-@pytest.mark.parametrize("size", [1, 2, 7, 5000])
-def test_threshold_for_count(size):
+@pytest.mark.parametrize("size", [1, 2, 7, 5000, 100_000])
+def test_selection_meets_its_count(size):
     rng = np.random.default_rng(size)
     values = np.abs(rng.standard_normal(size) * np.exp(3 * rng.standard_normal(size)))
     values = values.astype(np.float32)
-    search = jax.jit(trees.threshold_for_count)
+    search = jax.jit(selection.split)
+    order = np.sort(values)
     for count in {0, 1, size // 2, int(0.9 * size), size - 1, size}:
-        assert np.sum(values < float(search(values, count))) == count
+        threshold, below = search(values, count)
+        assert np.sum(values < float(threshold)) == below == count
+        kept = jax.jit(selection.zero_smallest)(values, count)
+        np.testing.assert_array_equal(np.sort(kept)[count:], order[count:])
+        if count:
+            assert float(selection.kth_smallest(values, count)) == order[count - 1]
+
+
+@pytest.mark.parametrize("copies", [1, 20_000])
+def test_selection_among_equals(copies):
     # Ties that make the count impossible: the largest possible count below it.
-    tied = jnp.asarray([0, 0, 0, 1, 1, 1, 2], jnp.float32)
-    below = [int(jnp.sum(tied < search(tied, count))) for count in range(8)]
-    assert below == [0, 0, 0, 3, 3, 3, 6, 7]
+    tied = jnp.repeat(jnp.asarray([0, 0, 0, 1, 1, 1, 2], jnp.float32), copies)
+    below = [int(selection.split(tied, count * copies)[1]) for count in range(8)]
+    assert below == [copies * count for count in (0, 0, 0, 3, 3, 3, 6, 7)]
+    # The first among equals go.
+    zeroed = selection.zero_smallest(tied, 4 * copies)
+    assert bool(jnp.all(zeroed[: 4 * copies] == 0))
+    assert bool(jnp.all(zeroed[4 * copies :] > 0))

@@ -194,7 +194,8 @@ def plan(model: Model, variables: PyTree, *, batch_size: int = 1) -> dict[str, s
         "formed" (from the layer's input and output cotangent) and "autodiff" (one gradient per
         candidate from ``vmap``: a parameter that is no tapped layer's kernel).
     """
-    images = jax.ShapeDtypeStruct((batch_size, *model.image_shape), jnp.float32)
+    kind = jnp.result_type(*jax.tree.leaves(variables["params"]))
+    images = jax.ShapeDtypeStruct((batch_size, *model.image_shape), kind)
     program = trace(model, variables, images)
     kinds = {
         site.leaf: "gram" if layers.prefers_gram(site.layer) else "formed" for site in program.sites

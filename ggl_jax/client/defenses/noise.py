@@ -8,6 +8,7 @@ import numpy as np
 
 from ggl_jax import trees
 from ggl_jax.client.defenses import _checks, _traits
+from ggl_jax.selection import kth_smallest
 from ggl_jax.types import Defense, Factored, Path, PyTree
 
 #: Tensors with fewer entries are not used alone: their estimates scatter too much to take a
@@ -188,7 +189,7 @@ def _core_spreads(samples: list[jax.Array], *, cut: float) -> jax.Array:
 def _fit_core(magnitudes, tenth, cut):
     squares = jnp.square(magnitudes)
     # 0.1257 is the 10 % quantile of |N(0, 1)|; quantiles, too, are pushed upwards only.
-    start = 0.6 * trees.kth_smallest(magnitudes, tenth) / 0.1257
+    start = 0.6 * kth_smallest(magnitudes, tenth) / 0.1257
 
     def iterate(_, spread):
         inside = magnitudes < cut * spread

@@ -8,6 +8,7 @@ import numpy as np
 
 from ggl_jax import trees
 from ggl_jax.client.defenses import _checks
+from ggl_jax.selection import kth_smallest, zero_smallest
 from ggl_jax.types import Defense, PyTree
 
 #: Tensors with fewer entries say too little about the rate: floor(0.9 * 2) / 2 is 0.5.
@@ -72,7 +73,7 @@ def sparsify(*, rate: float = 0.9, fidelity: str = "paper") -> Defense:
     def simulate(estimated, update):
         if by_count:
             return trees.map_flat(
-                lambda g, r: _zero_smallest_untied(g, jnp.round(r * g.size).astype(jnp.int32)),
+                lambda g, r: zero_smallest(g, jnp.round(r * g.size).astype(jnp.int32)),
                 update,
                 estimated["layer_rates"],
             )
@@ -85,32 +86,6 @@ def sparsify(*, rate: float = 0.9, fidelity: str = "paper") -> Defense:
 def zero_count(rate: float, size: int) -> int:
     """``floor(rate * size)``, with 0.29 * 100 = 28.999999999999996 taken for 29."""
     return math.floor(rate * size * (1 + 1e-12) + 1e-9)
-
-
-def zero_smallest(g: jax.Array, count: jax.Array | int) -> jax.Array:
-    """Zero exactly ``count`` entries of smallest magnitude, the first among equals.
-
-    Args:
-        g: [n], a flattened tensor.
-        count: 0 to n, may be traced.
-
-    Returns:
-        Like g. Its derivative is one at the kept entries and zero at the others.
-    """
-    magnitudes = jnp.abs(g)
-    threshold = trees.kth_smallest(magnitudes, count)
-    below = magnitudes < threshold
-    tied = magnitudes == threshold
-    excess = count - jnp.sum(below)
-    # A count of 0 has no threshold; its excess is 0 or less, since nothing is below the smallest.
-    zeroed = below | (tied & (jnp.cumsum(tied) <= excess))
-    return jnp.where(zeroed, 0, g)
-
-
-def _zero_smallest_untied(g: jax.Array, count: jax.Array) -> jax.Array:
-    """:func:`zero_smallest` for candidates, faster; equals at the threshold are all kept."""
-    magnitudes = jnp.abs(g)
-    return jnp.where(magnitudes < trees.threshold_for_count(magnitudes, count), 0, g)
 
 
 def zero_below_percentile(g: jax.Array, rate: jax.Array | float) -> jax.Array:
@@ -135,8 +110,8 @@ def percentile(magnitudes: jax.Array, rate: jax.Array | float) -> jax.Array:
         position = rate * (magnitudes.size - 1)
         low = jnp.floor(position).astype(jnp.int32)
         share = position - low
-    first = trees.kth_smallest(magnitudes, low + 1)
-    second = trees.kth_smallest(magnitudes, low + 2)
+    first = kth_smallest(magnitudes, low + 1)
+    second = kth_smallest(magnitudes, low + 2)
     return first + (second - first) * share.astype(magnitudes.dtype)
 
 
