@@ -7,13 +7,22 @@ data), ``priors`` (public knowledge of images), ``adversary`` (sees only the sha
 
 from ggl_jax import _environment as _environment  # isort: skip (before JAX is imported)
 
-from ggl_jax.adversary.attacks import ATTACKS, ggl
+from ggl_jax.adversary.attacks import (
+    ATTACKS,
+    dlg,
+    ggl,
+    grad_inversion,
+    idlg,
+    inverting_gradients,
+    make_attack,
+    pixel_refinement,
+)
 from ggl_jax.adversary.estimation import estimate
 from ggl_jax.adversary.labels import infer_labels
 from ggl_jax.adversary.losses import DISTANCES, REGULARIZERS
 from ggl_jax.adversary.matching import matching_loss
 from ggl_jax.adversary.optimizers import OPTIMIZERS, adam, best_so_far, cma_es
-from ggl_jax.adversary.search import run_search
+from ggl_jax.adversary.search import Stage, run_search, run_stages
 from ggl_jax.audit.data import load
 from ggl_jax.audit.metrics import METRICS, psnr, ssim
 from ggl_jax.audit.runner import AttackSettings, AuditResult, ClientSettings, audit
@@ -57,6 +66,7 @@ __all__ = [
     "Optimizer",
     "Prior",
     "Problem",
+    "Stage",
     "adam",
     "audit",
     "best_so_far",
@@ -65,24 +75,31 @@ __all__ = [
     "cma_es",
     "convnet",
     "dcgan",
+    "dlg",
     "estimate",
     "fit_latents",
     "from_flax",
     "from_function",
     "ggl",
+    "grad_inversion",
     "gradient",
+    "idlg",
     "infer_labels",
+    "inverting_gradients",
     "lenet",
     "load",
     "load_prior",
     "local_update",
+    "make_attack",
     "matching_loss",
     "noise",
     "parse",
+    "pixel_refinement",
     "pixels",
     "psnr",
     "resnet18",
     "run_search",
+    "run_stages",
     "soteria",
     "sparsify",
     "ssim",

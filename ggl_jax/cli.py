@@ -87,38 +87,56 @@ class AuditCommand:
     local_learning_rate: float = 0.01
     """Step size of the local steps."""
     attack: str = "ggl"
-    """Attack: ggl (generative gradient leakage)."""
-    optimizer: str = "cma_es"
-    """Search: cma_es (gradient-free) or adam."""
-    population: int = 50
-    """CMA-ES candidates per step."""
-    steps: int = 16
+    """Attack: ggl (generative gradient leakage), or a baseline on pixels: dlg, idlg, ig (inverting
+    gradients), gi (GradInversion). Options below that are not set are as that attack's authors
+    published."""
+    adaptive: bool | None = None
+    """Whether candidates' gradients go through the estimated defense before they are compared
+    (published: True for ggl, False for the baselines)."""
+    optimizer: str | None = None
+    """Search: cma_es and turbo (gradient-free), adam, lbfgs, or hybrid (cma_es whose candidates are
+    refined by gradient steps)."""
+    population: int | None = None
+    """Candidates per step of cma_es and hybrid."""
+    steps: int | None = None
     """Search steps."""
-    restarts: int = 1
+    restarts: int | None = None
     """Independent searches in one batch; the lowest loss wins."""
-    start: Literal["zeros", "prior", "uniform"] = "zeros"
-    """Where a search starts: zeros, a sample of the prior, or uniform in [0, 1]."""
-    bound: Literal["none", "tanh"] = "none"
+    pool: int | None = None
+    """Random samples of the prior that are compared first; the best start the searches."""
+    start: Literal["zeros", "prior", "uniform", "normal"] | None = None
+    """Where searches start without a pool: zeros, a sample of the prior, uniform in [0, 1], or
+    normal."""
+    bound: Literal["none", "tanh"] | None = None
     """tanh keeps every latent entry within (-1, 1)."""
     learning_rate: float | None = None
     """Step size of adam (default 0.1)."""
     schedule: Literal["step", "ramp"] | None = None
-    """Step sizes of adam: step (x 0.1 at 3/8, 5/8, 7/8; the default) or ramp (warm-up and cosine
-    ramp-down)."""
+    """Step sizes of adam: step (x 0.1 at 3/8, 5/8, 7/8) or ramp (warm-up and cosine ramp-down)."""
     signed: bool | None = None
-    """Whether adam sees only the gradient's sign (default True, as published at 32x32)."""
+    """Whether adam sees only the gradient's sign."""
     sigma0: float | None = None
-    """Initial step size of cma_es (default 1.0)."""
-    distance: Literal["squared_l2", "cosine"] = "squared_l2"
+    """Initial step size of cma_es and hybrid (default 1.0)."""
+    compare: Literal["published", "support", "undefended", "likelihood"] = "published"
+    """What is compared: published; support (sparsified updates on the entries that were shared);
+    undefended (Soteria's layer left out); likelihood (of the estimated noise)."""
+    distance: Literal["squared_l2", "cosine"] | None = None
     """Distance between updates."""
-    regularizer: str = "kld:0.1"
+    regularizer: str | None = None
     """Penalties on the candidate, as name:weight joined by +, or none. Names: kld, norm,
-    total_variation, l2."""
+    gaussian, total_variation, l2, group (consistency of the restarts)."""
+    refine: Literal["none", "pixels", "auto"] = "none"
+    """Go on from the result in pixel space: none, pixels, or auto (pixels, unless the defense adds
+    noise, which pixels would fit)."""
+    refine_steps: int = 300
+    """Steps of the refinement."""
     fidelity: Literal["paper", "code"] = "paper"
     """Where the paper and its published code differ: follow the paper, or the code."""
     method: Literal["auto", "fused", "direct"] = "auto"
     """How matching losses are computed: fused (without each candidate's gradient), direct, or the
     cheaper of the two."""
+    precision: Literal["default", "bfloat16", "tensorfloat32", "float32"] | None = None
+    """Precision of matrix products on accelerators (default: JAX's own, TF32 on recent GPUs)."""
     chunk_size: int | None = None
     """Candidates evaluated at once; by default as many as memory allows."""
     instances: int | None = None
@@ -127,6 +145,9 @@ class AuditCommand:
     """Random samples of the prior for the controls."""
     ceiling_steps: int = 300
     """Steps of the prior's direct fit to the private image (the ceiling)."""
+    suspects: int = 99
+    """Other images of the same data, at most, among which the private one is to be told by its
+    reconstruction; 0 for none."""
     seed: int = 0
     """Seed of the model's weights, the noise and the search."""
     out: Path | None = None
@@ -412,8 +433,8 @@ def run_audit(command: AuditCommand, argv: list[str]) -> int:
     num = len(dataset.images)
     console.print(
         f"Auditing {len(command.defenses)} defenses on {num} image{'s' * (num != 1)} of "
-        f"{command.data}: {model.name}, prior {card['name']}, {command.optimizer}, "
-        f"{command.steps} steps. Results: {out}/",
+        f"{command.data}: {model.name}, prior {card['name']}, attack {command.attack}. "
+        f"Results: {out}/",
         markup=False,
         soft_wrap=True,
     )
@@ -429,6 +450,7 @@ def run_audit(command: AuditCommand, argv: list[str]) -> int:
                 defenses=command.defenses,
                 names=dataset.names,
                 instance_ids=dataset.indices,
+                others=_others(command, dataset, size),
                 client=client,
                 settings=settings,
                 num_controls=command.num_controls,
@@ -441,7 +463,7 @@ def run_audit(command: AuditCommand, argv: list[str]) -> int:
             result, interrupted = stop.result, True
     if result.rows:
         summaries = report.summarize(result.rows)
-        title = f"{model.name}, prior {card['name']}, {command.optimizer}, seed {command.seed}"
+        title = f"{model.name}, prior {card['name']}, {command.attack}, seed {command.seed}"
         figure.draw(result, out / "figure.png", title=title)
         date = datetime.date.today().isoformat()
         where = f"{date}; {env['device']}; {env['cpu']}; jax {env['jax']}; {num} images"
@@ -468,6 +490,23 @@ def run_audit(command: AuditCommand, argv: list[str]) -> int:
         )
         return 130
     return 0
+
+
+def _others(command: AuditCommand, dataset, size: int):
+    """Images [m h w c] of the same data, none of them audited; None where there are none."""
+    import numpy as np
+
+    from ggl_jax.audit import data as audit_data
+
+    if command.suspects < 0:
+        raise GGLError(f"suspects: got {command.suspects}, allowed: whole numbers of at least 0")
+    left = np.setdiff1d(np.arange(dataset.size), dataset.indices)
+    chosen = np.random.default_rng(command.seed).permutation(left)[: command.suspects]
+    if not len(chosen):
+        return None
+    return audit_data.load(
+        command.data, image_size=size, indices=sorted(chosen.tolist()), labels=command.label
+    ).images
 
 
 def _write(path: Path, text: str) -> None:

@@ -130,7 +130,7 @@ class Info(NamedTuple):
     """What one optimiser step reports. Nothing in it is carried.
 
     Attributes:
-        latents: [n z], the candidates that were evaluated.
+        latents: [n z], the candidates that were evaluated, those of the first restart first.
         losses: [n], their losses.
         evaluations: gradient evaluations of the model spent in this step, int32 scalar.
         status: one of OK, NONFINITE, STALLED, int32 scalar.
@@ -178,19 +178,41 @@ class Problem(NamedTuple):
     estimated: PyTree
 
 
+class Candidates(NamedTuple):
+    """What an attack has found so far, one entry for each restart, lowest loss first.
+
+    Attributes:
+        points: [r p], in the space that the attack searches.
+        images: [r b h w c], in [0, 1] or, for attacks on unbounded pixels, a little outside.
+        labels: [r b], the classes that go with them.
+        losses: [r], the attack's whole loss, regularisers included.
+        distances: [r], the distance of updates alone, by which attacks with different regularisers
+            can be compared.
+    """
+
+    points: jax.Array
+    images: jax.Array
+    labels: jax.Array
+    losses: jax.Array
+    distances: jax.Array
+
+
 class Attack(NamedTuple):
     """A reconstruction attack.
 
     Attributes:
-        init: ``init(key, problem) -> state``.
+        init: ``init(key, problem, points=None) -> state``; ``points`` [r p] replace the attack's
+            own starting points.
         step: ``step(key, problem, state) -> (state, Info)``.
-        decode: ``decode(problem, state) -> (images[b h w c], loss)`` of the lowest loss so far.
+        candidates: ``candidates(problem, state) -> Candidates``, each restart's best so far.
         evaluations_per_step: gradient evaluations of one step.
+        evaluations_at_start: gradient evaluations of ``init``.
         name: shown in results.
     """
 
     init: Callable
     step: Callable
-    decode: Callable
+    candidates: Callable
     evaluations_per_step: int
+    evaluations_at_start: int
     name: str

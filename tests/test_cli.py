@@ -116,7 +116,7 @@ def test_config_json_reproduces_the_run(audit, tmp_path, capsys):
 
 
 def test_interrupt_keeps_finished_cells(audit, tmp_path, capsys, monkeypatch):
-    whole = runner.run_search
+    whole = runner.run_stages
     calls = []
 
     def stops_at_the_second(*args, **kwargs):
@@ -125,7 +125,7 @@ def test_interrupt_keeps_finished_cells(audit, tmp_path, capsys, monkeypatch):
             raise KeyboardInterrupt
         return whole(*args, **kwargs)
 
-    monkeypatch.setattr(runner, "run_search", stops_at_the_second)
+    monkeypatch.setattr(runner, "run_stages", stops_at_the_second)
     assert audit("--defenses", "none", "clip:4") == 130
     assert "kept" in capsys.readouterr().out
     assert len((tmp_path / "out" / "results.jsonl").read_text().splitlines()) == 1

@@ -575,3 +575,36 @@ def test_selection_among_equals(copies):
     zeroed = selection.zero_smallest(tied, 4 * copies)
     assert bool(jnp.all(zeroed[: 4 * copies] == 0))
     assert bool(jnp.all(zeroed[4 * copies :] > 0))
+
+
+def test_support_compares_what_was_shared(client):
+    context, update = client
+    defense = parse("sparsify:0.5", compare="support")
+    observed = defense.apply(None, update, context)
+    estimated = defense.estimate(observed, context.model.head)
+    other = jax.tree.map(lambda g: g + 1.0, update)
+    simulated = defense.simulate(estimated, other)
+    assert_trees(simulated, jax.tree.map(lambda g, y: jnp.where(y != 0, g, 0), other, observed))
+    assert_trees(defense.simulate(estimated, update), observed)
+    mask = defense.factor(estimated).mask
+    assert_trees(simulated, jax.tree.map(jnp.multiply, mask, other))
+    # Under noise no entry is zero: candidates then select their own.
+    noisy = parse("sparsify:0.5+noise:0.1", compare="support")
+    assert "support" not in noisy.estimate(observed, context.model.head)["0.sparsify:0.5"]
+
+
+def test_undefended_leaves_the_last_kernel_out(client):
+    context, update = client
+    defense = parse("soteria:0.5", fidelity="code", compare="undefended")
+    estimated = defense.estimate(defense.apply(None, update, context), context.model.head)
+    simulated = defense.simulate(estimated, update)
+    head = "/".join((*context.model.head, "kernel"))
+    for name, before, after in zip(
+        trees.names(update), jax.tree.leaves(update), jax.tree.leaves(simulated), strict=True
+    ):
+        np.testing.assert_array_equal(after, jnp.zeros_like(before) if name == head else before)
+
+
+def test_unknown_comparison_is_named():
+    with pytest.raises(GGLError, match="compare='suport' is unknown"):
+        parse("sparsify:0.5", compare="suport")

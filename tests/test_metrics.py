@@ -1,6 +1,7 @@
 """Metrics against scikit-image, SciPy and closed forms."""
 
 import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -206,3 +207,26 @@ def test_no_interval(values):
 def test_confidence_must_be_a_probability(confidence):
     with pytest.raises(ValueError, match="between 0 and 1"):
         metrics.confidence_interval([1.0, 2.0], confidence=confidence)
+
+
+def test_identification_ranks(tiny_model, tiny_variables):
+    images = jax.random.uniform(jax.random.key(0), (6, 8, 8, 3))
+    truth, others = images[0], images[1:]
+    ranks = partial(
+        metrics.identification_ranks, others=others, model=tiny_model, variables=tiny_variables
+    )
+    assert ranks(truth, truth) == {"rank_pixels": 1, "rank_features": 1}
+    # A reconstruction that is another suspect.
+    ranked = ranks(others[2], truth)
+    assert ranked["rank_pixels"] >= 2
+    assert ranked["rank_features"] >= 2
+    # Further from the truth than from any other: last.
+    copies = jnp.broadcast_to(others[0], others.shape)
+    last = metrics.identification_ranks(others[0], truth, copies, tiny_model, tiny_variables)
+    assert last == {"rank_pixels": 6, "rank_features": 6}
+    # Ties count against the attack.
+    twins = jnp.broadcast_to(truth, others.shape)
+    assert metrics.identification_ranks(truth, truth, twins, tiny_model, tiny_variables) == {
+        "rank_pixels": 6,
+        "rank_features": 6,
+    }

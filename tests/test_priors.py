@@ -18,6 +18,7 @@ from ggl_jax.errors import GGLError
 from ggl_jax.images import to_signed
 from ggl_jax.priors import PRIORS, dcgan, fit_latents, load_prior, pixels, samples, wgan_gp
 from ggl_jax.priors.dcgan import Critic, Generator, StridedConv, from_torch
+from ggl_jax.priors.pixels import pixels_of
 from ggl_jax.priors.wgan_gp import Config
 
 GOLDEN = Path(__file__).parent / "golden" / "dcgan.npz"
@@ -142,13 +143,15 @@ def test_dcgan_prior():
 def test_pixels_is_the_identity():
     prior = pixels((4, 5, 3))
     images = 2 * jax.random.normal(jax.random.key(0), (2, 4, 5, 3))
-    np.testing.assert_array_equal(prior.apply({}, images.reshape(2, -1), None), images)
+    points = pixels_of(images[:, None])
+    np.testing.assert_allclose(prior.apply({}, points, None), images, atol=1e-6)
+    np.testing.assert_allclose(prior.apply({}, jnp.full((1, 60), -1.0)), 0.0)
     # gradients reach values outside the box too
-    gradient = jax.grad(lambda z: prior.apply({}, z, None).sum())(images.reshape(2, -1))
-    np.testing.assert_array_equal(gradient, 1.0)
+    gradient = jax.grad(lambda z: prior.apply({}, z, None).sum())(points)
+    np.testing.assert_array_equal(gradient, 0.5)
     latents = prior.sample_latent(jax.random.key(0), 100)
     assert latents.shape == (100, prior.latent_dim)
-    assert 0 <= latents.min() < 0.01 < 0.99 < latents.max() <= 1
+    assert -1 <= latents.min() < -0.98 < 0.98 < latents.max() <= 1
     with pytest.raises(GGLError, match="image_shape"):
         pixels((4, 4))
 

@@ -76,7 +76,7 @@ def test_statuses(attack, problems):
     )
     frozen = still._replace(
         step=lambda key, problem, state: (
-            lambda new, info: (state._replace(loss=jnp.minimum(state.loss, 5.0)), info)
+            lambda new, info: (state._replace(losses=jnp.minimum(state.losses, 5.0)), info)
         )(*still.step(key, problem, state))
     )
     assert int(gx.run_search(frozen, KEYS[:1], problems[:1], steps=3).status[0]) == STALLED

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from ggl_jax.trees import check_finite, head_parts, names
 from ggl_jax.types import Defense, Path, PyTree
 
-__all__ = ["check_finite", "compare", "estimate"]
+__all__ = ["check_finite", "compare", "estimate", "noise_variance"]
 
 
 def estimate(defense: Defense, update: PyTree, head: Path) -> dict:
@@ -72,6 +72,22 @@ def compare(record: Mapping, estimated: Mapping) -> dict[str, float]:
         for key, value in own.items():
             result[f"{stage}.{key}" if everything.count(key) > 1 else key] = value
     return result
+
+
+def noise_variance(estimated: Mapping) -> jax.Array:
+    """Variance of the noise on every entry that a defense's estimate speaks of; 0 for none.
+
+    Args:
+        estimated: from :func:`estimate`, of one defense or of a chain (its stages add up; what a
+            later stage does to an earlier one's noise is not considered).
+    """
+    total = jnp.zeros((), jnp.float32)
+    for key, value in estimated.items():
+        if key == "sigma":
+            total += jnp.square(value)
+        elif isinstance(value, Mapping):
+            total += noise_variance(value)
+    return total
 
 
 def _agreement(true: PyTree, found: PyTree) -> float:

@@ -229,6 +229,24 @@ def norm(latents: jax.Array, images: jax.Array, *, fidelity: str = "paper") -> j
     return jnp.sum((jnp.sum(latents**2, axis=-1) - latents.shape[-1]) ** 2, axis=-1)
 
 
+def gaussian(latents: jax.Array, images: jax.Array, *, fidelity: str = "paper") -> jax.Array:
+    """|z|^2 / 2: minus the logarithm of a standard normal latent's density, up to a constant.
+
+    With weight 1 beside the noise's likelihood as the distance, the search is for the most
+    probable latent.
+
+    Args:
+        latents: [n b z].
+        images: unused.
+        fidelity: accepted for symmetry.
+
+    Returns:
+        [n], summed over the b latents of a candidate.
+    """
+    del images, fidelity
+    return 0.5 * jnp.sum(latents**2, axis=(1, 2))
+
+
 def total_variation(latents: jax.Array, images: jax.Array, *, fidelity: str = "paper") -> jax.Array:
     """Anisotropic total variation: mean |vertical difference| + mean |horizontal difference|.
 
@@ -274,8 +292,41 @@ def l2(latents: jax.Array, images: jax.Array, *, fidelity: str = "paper") -> jax
     return jnp.sum(to_signed(images) ** 2, axis=(1, 2, 3, 4))
 
 
+def group_consistency(
+    latents: jax.Array, images: jax.Array, *, fidelity: str = "paper"
+) -> jax.Array:
+    """Squared l2 distance, in [-1, 1], to the mean image of the candidates of one step.
+
+    With an optimiser that evaluates every restart once a step (Adam), these are the restarts: they
+    are drawn together. 0 for a single restart. The mean is held constant in derivatives.
+
+    Args:
+        latents: unused.
+        images: [n b h w c] in [0, 1].
+        fidelity: accepted for symmetry.
+
+    Returns:
+        [n].
+
+    Reference:
+        Yin et al. (2021), section 3.4, who register the images before they take the mean; we do
+        not (restarts that start from one prior are aligned).
+    """
+    del latents, fidelity
+    images = to_signed(images)
+    mean = jax.lax.stop_gradient(jnp.mean(images, axis=0, keepdims=True))
+    return jnp.sum((images - mean) ** 2, axis=(1, 2, 3, 4))
+
+
 #: Regularisers by name: ``f(latents[n b z], images[n b h w c] in [0, 1], *, fidelity) -> [n]``.
-REGULARIZERS = {"kld": kld, "norm": norm, "total_variation": total_variation, "l2": l2}
+REGULARIZERS = {
+    "kld": kld,
+    "norm": norm,
+    "gaussian": gaussian,
+    "total_variation": total_variation,
+    "l2": l2,
+    "group": group_consistency,
+}
 
 
 def parse_regularizer(specification: str, *, fidelity: str = "paper") -> Callable:

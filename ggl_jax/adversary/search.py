@@ -1,14 +1,14 @@
 """Drives an attack's steps: from the host on CPU, in compiled chunks on accelerators."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from ggl_jax.errors import GGLError
-from ggl_jax.types import OK, STALLED, Attack, Problem, PyTree
+from ggl_jax.types import OK, STALLED, Attack, Candidates, Problem, PyTree
 
 #: Which parts of a problem differ between the instances of one batch: each client has its own
 #: update and labels, while the global model and the prior are shared.
@@ -19,18 +19,36 @@ class SearchResult(NamedTuple):
     """Outcome of :func:`run_search` for ``i`` instances.
 
     Attributes:
-        images: [i b h w c], the candidates of lowest loss, in [0, 1].
-        losses: [i], their losses.
+        candidates: each restart's best, [i r ...], lowest loss first.
         evaluations: gradient evaluations spent on each instance.
         history: [i steps], lowest loss so far after each step.
         status: [i], OK, NONFINITE (no step of a call had a finite loss) or STALLED.
     """
 
-    images: jax.Array
-    losses: jax.Array
+    candidates: Candidates
     evaluations: int
     history: jax.Array
     status: jax.Array
+
+    @property
+    def images(self) -> jax.Array:
+        """[i b h w c], the candidates of lowest loss."""
+        return self.candidates.images[:, 0]
+
+    @property
+    def losses(self) -> jax.Array:
+        """[i], their losses."""
+        return self.candidates.losses[:, 0]
+
+    @property
+    def distances(self) -> jax.Array:
+        """[i], their distances, without regularisers."""
+        return self.candidates.distances[:, 0]
+
+    @property
+    def labels(self) -> jax.Array:
+        """[i b], the classes that go with them."""
+        return self.candidates.labels[:, 0]
 
 
 def default_steps_per_call() -> int:
@@ -47,25 +65,25 @@ def _compiled(attack: Attack, batched: bool):
     def advance(key: jax.Array, problem: Problem, state: PyTree, first: jax.Array, num: int):
         def body(state, index):
             state, info = attack.step(jax.random.fold_in(key, index), problem, state)
-            return state, (state.loss, info.status)
+            return state, (jnp.min(state.losses), info.status)
 
         if num == 1:
             state, report = body(state, first)
             return state, jax.tree.map(lambda x: x[None], report)
         return jax.lax.scan(body, state, first + jnp.arange(num))
 
-    init, decode = attack.init, attack.decode
+    init, candidates = attack.init, attack.candidates
     if not batched:
-        return jax.jit(init), jax.jit(advance, static_argnums=4), jax.jit(decode)
+        return jax.jit(init), jax.jit(advance, static_argnums=4), jax.jit(candidates)
 
     def advance_all(keys, problems, states, first, num):
         each = functools.partial(advance, first=first, num=num)
         return jax.vmap(each, in_axes=(0, _INSTANCE_AXES, 0))(keys, problems, states)
 
     return (
-        jax.jit(jax.vmap(init, in_axes=(0, _INSTANCE_AXES))),
+        jax.jit(jax.vmap(init, in_axes=(0, _INSTANCE_AXES, 0))),
         jax.jit(advance_all, static_argnums=4),
-        jax.jit(jax.vmap(decode, in_axes=(_INSTANCE_AXES, 0))),
+        jax.jit(jax.vmap(candidates, in_axes=(_INSTANCE_AXES, 0))),
     )
 
 
@@ -83,6 +101,7 @@ def run_search(
     problems: list[Problem],
     *,
     steps: int,
+    points: jax.Array | None = None,
     steps_per_call: int | None = None,
     callback: Callable[[int, jax.Array], None] | None = None,
 ) -> SearchResult:
@@ -96,6 +115,7 @@ def run_search(
         keys: [i] typed keys, one for each instance.
         problems: ``i`` problems with the same ``variables`` and ``prior_params``.
         steps: optimiser steps, at least 1.
+        points: [i r p], starting points that replace the attack's own.
         steps_per_call: steps per compiled call; None for :func:`default_steps_per_call`.
         callback: ``callback(steps_done, losses[i])`` after each call.
 
@@ -109,11 +129,13 @@ def run_search(
     if steps < 1:
         raise GGLError(f"steps: got {steps}, allowed: whole numbers of at least 1")
     batched = len(problems) > 1
-    init, advance, decode = _compiled(attack, batched)
+    init, advance, candidates = _compiled(attack, batched)
     problem = stack_problems(problems) if batched else problems[0]
     pairs = jax.vmap(jax.random.split)(keys)
     key_start, key = (pairs[:, 0], pairs[:, 1]) if batched else (pairs[0, 0], pairs[0, 1])
-    state = init(key_start, problem)
+    if points is not None and not batched:
+        points = points[0]
+    state = init(key_start, problem, points)
     per_call = min(steps_per_call or default_steps_per_call(), steps)
     history, statuses, done = [], [], 0
     while done < steps:
@@ -127,16 +149,82 @@ def run_search(
             callback(done, losses[:, -1])
         if bool(jnp.all(status != OK)):
             break
-    images, losses = decode(problem, state)
+    found = candidates(problem, state)
     if not batched:
-        images, losses = images[None], losses[None]
+        found = jax.tree.map(lambda x: x[None], found)
     all_losses = jnp.concatenate(history, axis=1)
     failed = jnp.max(jnp.concatenate(statuses, axis=1), axis=1)
     flat = (all_losses.shape[1] > 1) & (all_losses[:, -1] >= all_losses[:, 0])
     return SearchResult(
-        images=images,
-        losses=losses,
-        evaluations=done * attack.evaluations_per_step,
+        candidates=found,
+        evaluations=attack.evaluations_at_start + done * attack.evaluations_per_step,
         history=all_losses,
         status=jnp.where(failed != OK, failed, jnp.where(flat, STALLED, OK)),
+    )
+
+
+class Stage(NamedTuple):
+    """One part of a search that goes through several.
+
+    Attributes:
+        attack: the attack.
+        steps: optimiser steps, at least 1.
+        enter: ``enter(candidates) -> points[i r p]``, its starting points made of the
+            :class:`Candidates` [i r ...] that the stage before found; None for the attack's own.
+    """
+
+    attack: Attack
+    steps: int
+    enter: Callable | None = None
+
+
+def run_stages(
+    stages: Sequence[Stage],
+    keys: jax.Array,
+    problems: list[Problem],
+    *,
+    callback: Callable[[int, jax.Array], None] | None = None,
+) -> SearchResult:
+    """Run the stages of a search, each from where the one before came to.
+
+    Args:
+        stages: at least one.
+        keys: [i], as for :func:`run_search`.
+        problems: as for :func:`run_search`.
+        callback: ``callback(steps_done, losses[i])``, with the steps of all stages.
+
+    Returns:
+        The last stage's :class:`SearchResult`, with the evaluations of all stages, their histories
+        one after the other (a regulariser that one stage lacks makes a jump) and the first status
+        that is not OK.
+    """
+    results: list[SearchResult] = []
+    done = 0
+    for number, stage in enumerate(stages):
+        points = None
+        if stage.enter is not None and results:
+            points = stage.enter(results[-1].candidates)
+
+        def advanced(steps, losses, before=done):
+            if callback is not None:
+                callback(before + steps, losses)
+
+        results.append(
+            run_search(
+                stage.attack,
+                keys if number == 0 else jax.vmap(jax.random.fold_in, (0, None))(keys, number),
+                problems,
+                steps=stage.steps,
+                points=points,
+                callback=advanced,
+            )
+        )
+        done += stage.steps
+    status = results[0].status
+    for result in results[1:]:
+        status = jnp.where(status != OK, status, result.status)
+    return results[-1]._replace(
+        evaluations=sum(result.evaluations for result in results),
+        history=jnp.concatenate([result.history for result in results], axis=1),
+        status=status,
     )

@@ -161,6 +161,38 @@ def label_accuracy(inferred: jax.Array, true: jax.Array) -> jax.Array:
     return jnp.mean(jnp.any(same, axis=1).astype(jnp.float32))
 
 
+def identification_ranks(
+    reconstruction: jax.Array,
+    original: jax.Array,
+    others: jax.Array,
+    model: Model,
+    variables: PyTree,
+) -> dict[str, int]:
+    """Where the private image ranks among others by its distance to the reconstruction.
+
+    1: of all of them, the private image is the nearest, so a server that has a list of suspects
+    knows which one it was. Without any leak the rank is as likely to be any.
+
+    Args:
+        reconstruction: [h w c] in [0, 1].
+        original: [h w c] in [0, 1].
+        others: [m h w c], images of other people, m >= 1.
+        model: the federated model.
+        variables: its variables.
+
+    Returns:
+        ``rank_pixels`` (by mean squared error) and ``rank_features`` (by MSE-R), each from 1 to
+        m + 1. Equal distances count against the attack.
+    """
+    suspects = jnp.concatenate([original[None], others])
+    same = jnp.broadcast_to(reconstruction, suspects.shape)
+    distances = {
+        "rank_pixels": mse(same, suspects),
+        "rank_features": mse_r(same, suspects, model, variables),
+    }
+    return {name: 1 + int(jnp.sum(d[1:] <= d[0])) for name, d in distances.items()}
+
+
 # --- registry ---------------------------------------------------------------------------------
 
 

@@ -34,6 +34,7 @@ class DefenseSummary(NamedTuple):
     gain: float
     interval: tuple[float, float] | None
     estimated: str
+    identified: str
     evaluations: int
     failed: int
 
@@ -47,6 +48,18 @@ def _parameters(true: dict[str, float], estimated: dict[str, float]) -> str:
     """What the defense used, and what the adversary found, for the parameters that both know."""
     both = [k for k in true if k in estimated]
     return "; ".join(f"{k} {true[k]:.4g} → {estimated[k]:.4g}" for k in both) or "–"
+
+
+def _identified(rows: Sequence[dict[str, Any]]) -> str:
+    """How often the private image is the nearest of all suspects, by pixels / by features."""
+    known = [row for row in rows if "suspects" in row]
+    if not known:
+        return "–"
+    shares = [
+        statistics.fmean(row[name] == 1 for row in known)
+        for name in ("rank_pixels", "rank_features")
+    ]
+    return " / ".join(f"{100 * share:.0f} %" for share in shares)
 
 
 def summarize(rows: Sequence[dict[str, Any]]) -> list[DefenseSummary]:
@@ -79,6 +92,7 @@ def summarize(rows: Sequence[dict[str, Any]]) -> list[DefenseSummary]:
                 gain=statistics.fmean(gains),
                 interval=confidence_interval(gains) if len(gains) > 1 else None,
                 estimated=_parameters(part[0]["defense_true"], part[0]["defense_estimated"]),
+                identified=_identified(part),
                 evaluations=part[0]["evaluations"],
                 failed=sum(not row["ok"] for row in part),
             )
@@ -110,6 +124,7 @@ MORE_COLUMNS = (
     ("MSE-R", lambda s: f"{s.mse_r:.4f}"),
     ("Label", lambda s: f"{100 * s.label_accuracy:.0f} %"),
     ("Parameters: true → estimated", lambda s: s.estimated),
+    ("Identified: pixels / features", lambda s: s.identified),
     ("Evaluations", lambda s: f"{s.evaluations:,}"),
 )
 
@@ -117,7 +132,9 @@ LEGEND = (
     "PSNR: dB on the [0, 1] scale, higher is nearer to the private image. Random: a random sample "
     "of the prior, on average. Best: the best of many, chosen with the private image in hand. "
     "Mean: the prior's mean image, the best blind guess. Ceiling: the nearest image that the prior "
-    "can make. Gain: PSNR above the stronger of Random and Mean, with a 95 % interval over images."
+    "can make. Gain: PSNR above the stronger of Random and Mean, with a 95 % interval over images. "
+    "Identified: how often the private image is nearer to its reconstruction than every other "
+    "suspect is, by pixels / by the model's features."
 )
 
 
@@ -129,10 +146,15 @@ def terminal_tables(summaries: Sequence[DefenseSummary]) -> list[Table]:
     for summary in summaries:
         scores.add_row(*(cell(summary) for _, cell in COLUMNS))
     known = Table(title="What the server read off the update", title_justify="left")
-    for heading in ("Defense", "Label right", "Parameters: true → estimated"):
+    for heading in ("Defense", "Label right", "Identified", "Parameters: true → estimated"):
         known.add_column(heading)
     for summary in summaries:
-        known.add_row(summary.defense, f"{100 * summary.label_accuracy:.0f} %", summary.estimated)
+        known.add_row(
+            summary.defense,
+            f"{100 * summary.label_accuracy:.0f} %",
+            summary.identified,
+            summary.estimated,
+        )
     return [scores, known]
 
 

@@ -14,16 +14,16 @@ import numpy as np
 from PIL import Image
 
 from ggl_jax.adversary import estimation
-from ggl_jax.adversary.attacks import ATTACKS
+from ggl_jax.adversary.attacks import make_attack, pixel_refinement, resolve
 from ggl_jax.adversary.labels import infer_labels, public_expectations
-from ggl_jax.adversary.optimizers import make_optimizer
-from ggl_jax.adversary.search import run_search
+from ggl_jax.adversary.search import Stage, run_stages
 from ggl_jax.audit import metrics
 from ggl_jax.audit.controls import Controls, prior_controls
 from ggl_jax.client import defenses as client_defenses
 from ggl_jax.client.gradients import local_update
 from ggl_jax.errors import GGLError
 from ggl_jax.priors import load_prior
+from ggl_jax.priors.pixels import pixels_of
 from ggl_jax.types import (
     OK,
     STATUS_MESSAGES,
@@ -44,25 +44,38 @@ _MODEL_STREAM, _PUBLIC_STREAM = 2**31 - 1, 2**31 - 2
 
 @dataclasses.dataclass(frozen=True)
 class AttackSettings:
-    """How hard, and with what, the adversary searches. See ``ggl-jax audit --help``."""
+    """How hard, and with what, the adversary searches. See ``ggl-jax audit --help``.
+
+    None means "as the attack was published".
+    """
 
     attack: str = "ggl"
-    optimizer: str = "cma_es"
-    population: int = 50
-    steps: int = 800
-    restarts: int = 1
-    start: str = "zeros"
-    bound: str = "none"
+    adaptive: bool | None = None
+    optimizer: str | None = None
+    population: int | None = None
+    steps: int | None = None
+    restarts: int | None = None
+    pool: int | None = None
+    start: str | None = None
+    bound: str | None = None
     learning_rate: float | None = None
     schedule: str | None = None
     signed: bool | None = None
     sigma0: float | None = None
-    distance: str = "squared_l2"
-    regularizer: str = "kld:0.1"
+    compare: str = "published"
+    distance: str | None = None
+    regularizer: str | None = None
+    refine: str = "none"
+    refine_steps: int = 300
     fidelity: str = "paper"
     method: str = "auto"
+    precision: str | None = None
     chunk_size: int | None = None
     instances: int | None = None
+
+
+#: Whether pixels are refined after the search: never, always, or wherever no noise was added.
+REFINEMENTS = ("none", "pixels", "auto")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,7 +173,8 @@ class _Programs(NamedTuple):
     """The compiled client side of one defense, and the attack upon it."""
 
     share: Callable
-    attack: Any
+    stages: list[Stage]
+    search: dict[str, Any]
 
 
 def _build_programs(
@@ -178,35 +192,47 @@ def _build_programs(
         context = Context(model, variables, images, labels)
         return defense.apply(key, update, context), defense.record(key, update, context)
 
-    if settings.attack not in ATTACKS:
-        raise GGLError(f"attack: got {settings.attack!r}, allowed: {', '.join(sorted(ATTACKS))}")
-    optimizer = make_optimizer(
-        settings.optimizer,
-        population=settings.population,
-        steps=settings.steps,
-        sigma0=settings.sigma0,
-        learning_rate=settings.learning_rate,
-        schedule=settings.schedule,
-        signed=settings.signed,
+    stages, search = _stages(model, prior, defense, client, settings)
+    return _Programs(jax.jit(share), stages, search)
+
+
+def _stages(
+    model: Model, prior: Prior, defense: Defense, client: ClientSettings, settings: AttackSettings
+) -> tuple[list[Stage], dict[str, Any]]:
+    """The search, the refinement of its result where there is one, and the search's settings."""
+    if settings.refine not in REFINEMENTS:
+        raise GGLError(f"refine: got {settings.refine!r}, allowed: {', '.join(REFINEMENTS)}")
+    given = {
+        f.name: getattr(settings, f.name)
+        for f in dataclasses.fields(settings)
+        if f.name not in ("attack", "compare", "refine", "refine_steps", "instances")
+    }
+    given |= {
+        "likelihood": settings.compare == "likelihood" or None,
+        "batch_size": client.batch_size,
+        "local_steps": client.local_steps,
+        "local_learning_rate": client.local_learning_rate,
+    }
+    resolved = resolve(settings.attack, **given)
+    search = Stage(
+        make_attack(settings.attack, model, prior, defense=defense, **given), resolved["steps"]
     )
-    attack = ATTACKS[settings.attack](
+    noisy = "noise" in defense.name
+    if settings.refine == "none" or (settings.refine == "auto" and noisy):
+        return [search], resolved
+    shared = ("distance", "likelihood", "fidelity", "method", "precision", "chunk_size")
+    refinement = pixel_refinement(
         model,
-        prior,
-        optimizer,
-        defense=defense,
-        batch_size=client.batch_size,
-        restarts=settings.restarts,
-        start=settings.start,
-        bound=settings.bound,
-        distance=settings.distance,
-        regularizer=settings.regularizer,
-        fidelity=settings.fidelity,
-        method=settings.method,
-        local_steps=client.local_steps,
-        local_learning_rate=client.local_learning_rate,
-        chunk_size=settings.chunk_size,
+        steps=settings.refine_steps,
+        defense=defense if resolved["adaptive"] else None,
+        **{k: resolved[k] for k in shared if k in resolved},
+        **{k: given[k] for k in ("batch_size", "local_steps", "local_learning_rate")},
     )
-    return _Programs(jax.jit(share), attack)
+
+    def best_pixels(candidates):
+        return jax.vmap(pixels_of)(jnp.clip(candidates.images[:, :1], 0.0, 1.0))
+
+    return [search, Stage(refinement, settings.refine_steps, best_pixels)], resolved
 
 
 def groups_of(
@@ -282,6 +308,7 @@ def audit(
     variables: PyTree | None = None,
     names: Sequence[str] | None = None,
     instance_ids: Sequence[int] | None = None,
+    others: np.ndarray | None = None,
     client: ClientSettings | None = None,
     settings: AttackSettings | None = None,
     num_controls: int = 400,
@@ -308,6 +335,9 @@ def audit(
         names: [n], shown in the results; default "image-0", ...
         instance_ids: [n], non-negative numbers that identify the images' random streams, so that
             auditing a subset gives the same rows; default 0, 1, ...
+        others: [m h w c], images of other people among whom the private image is to be told by its
+            reconstruction (:func:`ggl_jax.audit.metrics.identification_ranks`); None for no such
+            test.
         client: batch size and local steps.
         settings: the adversary's search.
         num_controls: random samples of the prior for the controls.
@@ -333,7 +363,9 @@ def audit(
     names = [f"image-{i}" for i in range(len(images))] if names is None else list(names)
     ids = range(len(images)) if instance_ids is None else list(instance_ids)
     parsed = [
-        client_defenses.parse(d, fidelity=settings.fidelity) if isinstance(d, str) else d
+        client_defenses.parse(d, fidelity=settings.fidelity, compare=settings.compare)
+        if isinstance(d, str)
+        else d
         for d in defenses
     ]
     if client.local_steps > 1:
@@ -399,6 +431,7 @@ def audit(
                     seed,
                     result.controls,
                     public,
+                    others,
                     report,
                 )
                 for i, (rows, recs) in zip(todo, fresh, strict=True):
@@ -432,6 +465,7 @@ def _run_group(
     seed: int,
     controls: dict[str, Controls],
     public: dict[str, jax.Array],
+    others: np.ndarray | None,
     report: Callable,
 ) -> list[tuple[list[dict], list[np.ndarray]]]:
     """Share, estimate, search and judge the cells of one defense; rows and pictures of each."""
@@ -458,14 +492,12 @@ def _run_group(
         records.append(record)
     report("compiling the search")
     search_began = time.perf_counter()
-    outcome = run_search(
-        programs.attack,
+    steps = sum(stage.steps for stage in programs.stages)
+    outcome = run_stages(
+        programs.stages,
         jnp.stack([jax.random.fold_in(instance, _STREAM_SEARCH) for instance in instances]),
         problems,
-        steps=settings.steps,
-        callback=lambda done, losses: report(
-            "search", done / settings.steps, float(jnp.mean(losses))
-        ),
+        callback=lambda done, losses: report("search", done / steps, float(jnp.mean(losses))),
     )
     reconstructed = np.clip(np.asarray(outcome.images), 0.0, 1.0)
     # The wall-clock time of a group is shared by its cells.
@@ -479,23 +511,30 @@ def _run_group(
         rows, recs = [], []
         for position, name in enumerate(cell.names):
             image = jnp.asarray(images[order[position]])
-            scores = {
+            scores: dict[str, Any] = {
                 metric: function(image, cell.images[position], model, variables)
                 for metric, function in metrics.METRICS.items()
             }
+            if others is not None:
+                scores |= metrics.identification_ranks(
+                    image, cell.images[position], jnp.asarray(others), model, variables
+                )
+                scores["suspects"] = len(others) + 1
             row = {
                 "image": name,
                 "batch": list(cell.names),
                 "label_true": cell.labels[position],
-                "label_inferred": problem.labels[order[position]],
+                "label_inferred": outcome.labels[number][order[position]],
                 # Of the whole batch, as multisets: an update does not tell the images' order.
-                "label_accuracy": metrics.label_accuracy(problem.labels, cell.labels),
+                "label_accuracy": metrics.label_accuracy(outcome.labels[number], cell.labels),
                 "defense": defense.name,
                 "defense_true": client_defenses.summary(records[number]),
                 "defense_estimated": client_defenses.summary(problem.estimated),
                 "estimation_error": estimation.compare(records[number], problem.estimated),
                 "attack": settings.attack,
-                "optimizer": settings.optimizer,
+                "adaptive": programs.search["adaptive"],
+                "optimizer": programs.search["optimizer"],
+                "refined": len(programs.stages) > 1,
                 "fidelity": settings.fidelity,
                 "seed": seed,
                 "evaluations": outcome.evaluations,
@@ -504,6 +543,7 @@ def _run_group(
                 "status": STATUS_MESSAGES[status],
                 "ok": status == OK,
                 "loss": outcome.losses[number],
+                "distance": outcome.distances[number],
                 **scores,
                 **controls[name].scores,
             }

@@ -5,23 +5,26 @@ import math
 import jax
 
 from ggl_jax.errors import GGLError
+from ggl_jax.images import from_signed, to_signed
 from ggl_jax.types import Prior
 
 
 def pixels(image_shape: tuple[int, int, int]) -> Prior:
     """The identity prior, with which latent-space attacks become pixel-space attacks (DLG, IG).
 
+    Latents are pixels in the networks' range [-1, 1], in which published step sizes are given.
+
     Args:
-      image_shape: (h, w, c), each at least 1.
+        image_shape: (h, w, c), each at least 1.
 
     Returns:
-      A `Prior` without parameters (`init` gives an empty dict). A latent [h * w * c] is the
-      image flattened row by row, channels last. `apply` only reshapes: values outside [0, 1]
-      pass through, so that gradients do too; keeping the box is the attack's business.
-      `sample_latent` draws from U[0, 1].
+        A :class:`Prior` without parameters (``init`` gives an empty dict). A latent [h * w * c] is
+        the image flattened row by row, channels last. ``apply`` only rescales and reshapes: values
+        outside [-1, 1] pass through, so that gradients do too; keeping the box is the attack's
+        business. ``sample_latent`` draws from U[-1, 1].
 
     Raises:
-      GGLError: not three sizes of at least 1.
+        GGLError: not three sizes of at least 1.
     """
     shape = tuple(int(size) for size in image_shape)
     if len(shape) != 3 or min(shape) < 1:
@@ -34,9 +37,14 @@ def pixels(image_shape: tuple[int, int, int]) -> Prior:
 
     def apply(params, latents, labels=None):
         del params, labels
-        return latents.reshape(-1, *shape)
+        return from_signed(latents.reshape(-1, *shape))
 
     def sample_latent(key, num):
-        return jax.random.uniform(key, (num, latent_dim))
+        return jax.random.uniform(key, (num, latent_dim), minval=-1.0, maxval=1.0)
 
     return Prior(init, apply, sample_latent, latent_dim, shape, "pixels")
+
+
+def pixels_of(images: jax.Array) -> jax.Array:
+    """The latents of :func:`pixels` that give these images: [n b h w c] to points [n b*h*w*c]."""
+    return to_signed(images).reshape(images.shape[0], -1)

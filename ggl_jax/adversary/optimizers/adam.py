@@ -36,6 +36,7 @@ def adam(
     learning_rate: float = 0.1,
     schedule: str = "step",
     signed: bool = True,
+    box: float | None = None,
 ) -> Optimizer:
     """Adam on the latents, every restart of the batch on its own.
 
@@ -48,6 +49,7 @@ def adam(
         schedule: "step" (x 0.1 at 3/8, 5/8, 7/8; published for 32x32) or "ramp" (warm-up over 5 %,
             cosine ramp-down over the last 25 %; published for 224x224).
         signed: feed Adam the sign of the gradient, as the published 32x32 code does.
+        box: keep every entry within [-box, box], > 0; None for no bounds.
 
     Returns:
         An :class:`Optimizer`.
@@ -61,6 +63,7 @@ def adam(
     require(steps >= 1, "steps", steps, "whole numbers of at least 1")
     require(learning_rate > 0, "learning_rate", learning_rate, "numbers above 0")
     require(schedule in SCHEDULES, "schedule", schedule, ", ".join(SCHEDULES))
+    require(box is None or box > 0, "box", box, "numbers above 0, or None")
     transform = optax.adam(SCHEDULES[schedule](learning_rate, steps))
 
     def init(key, latents):
@@ -83,6 +86,8 @@ def adam(
             jnp.sign(gradient) if signed else gradient, moments, latents
         )
         moved = optax.apply_updates(latents, jnp.where(finite, updates, 0.0))
+        if box is not None:
+            moved = jnp.clip(moved, -box, box)
         return (moved, moments), make_info(latents, losses)
 
     return Optimizer(

@@ -14,23 +14,24 @@ class BestState(NamedTuple):
 
     Attributes:
         inner: the wrapped optimiser's state.
-        latent: [z], the candidate of lowest loss so far (the first starting point at first).
-        loss: its loss, float32 scalar (+inf at first).
+        latents: [r z], each restart's candidate of lowest loss so far (its starting point at
+            first).
+        losses: [r], their losses, float32 (+inf at first).
     """
 
     inner: PyTree
-    latent: jax.Array
-    loss: jax.Array
+    latents: jax.Array
+    losses: jax.Array
 
 
 def best_so_far(optimizer: Optimizer) -> Optimizer:
-    """Wrap an optimiser so that its state remembers the candidate of lowest loss.
+    """Wrap an optimiser so that its state remembers each restart's candidate of lowest loss.
 
     The choice is made by the matching loss alone, never by comparison with a private image. A NaN
     loss never counts as best.
 
     Args:
-        optimizer: any optimiser.
+        optimizer: any optimiser; the candidates of its steps are ordered by restart.
 
     Returns:
         An optimiser whose state is a :class:`BestState`.
@@ -39,20 +40,25 @@ def best_so_far(optimizer: Optimizer) -> Optimizer:
     def init(key, latents):
         return BestState(
             inner=optimizer.init(key, latents),
-            latent=latents[0],
-            loss=jnp.asarray(jnp.inf, jnp.float32),
+            latents=latents,
+            losses=jnp.full(latents.shape[0], jnp.inf, jnp.float32),
         )
 
     def step(key, state, loss_fn):
         inner, info = optimizer.step(key, state.inner, loss_fn)
+        num_restarts, num_dims = state.latents.shape
         losses = jnp.where(jnp.isnan(info.losses), jnp.inf, info.losses).astype(jnp.float32)
-        index = jnp.argmin(losses)
-        better = losses[index] < state.loss
+        losses = losses.reshape(num_restarts, -1)
+        index = jnp.argmin(losses, axis=1)
+        lowest = jnp.take_along_axis(losses, index[:, None], axis=1)[:, 0]
+        candidates = info.latents.reshape(num_restarts, -1, num_dims)
+        chosen = jnp.take_along_axis(candidates, index[:, None, None], axis=1)[:, 0]
+        better = lowest < state.losses
         return (
             BestState(
                 inner=inner,
-                latent=jnp.where(better, info.latents[index], state.latent),
-                loss=jnp.where(better, losses[index], state.loss),
+                latents=jnp.where(better[:, None], chosen, state.latents),
+                losses=jnp.where(better, lowest, state.losses),
             ),
             info,
         )

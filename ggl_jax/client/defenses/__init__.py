@@ -282,7 +282,7 @@ DEFENSES: dict[str, Callable[..., Defense]] = {
 }
 
 
-def parse(spec: str, fidelity: str = "paper") -> Defense:
+def parse(spec: str, fidelity: str = "paper", compare: str = "published") -> Defense:
     """Build a defense from its specification, as on the command line.
 
     Args:
@@ -290,6 +290,9 @@ def parse(spec: str, fidelity: str = "paper") -> Defense:
             (its first hyper-parameter) or ``name:key=value,key=value``. E.g. ``"none"``,
             ``"clip:4+noise:0.1"``, ``"soteria:rate=0.8,chunk_size=32"``.
         fidelity: ``"paper"`` or ``"code"``, for the stages that do not set their own.
+        compare: what the adversary compares: ``"published"``, ``"support"`` (see
+            :func:`sparsify`; not under noise) or ``"undefended"`` (see :func:`soteria`).
+            ``"likelihood"`` is the attack's business and accepted here.
 
     Returns:
         A Defense.
@@ -298,12 +301,15 @@ def parse(spec: str, fidelity: str = "paper") -> Defense:
         GGLError: unknown name or hyper-parameter, a value that is no number or out of range.
     """
     _checks.fidelity("parse", fidelity)
+    _checks.comparison("parse", compare)
     # The + of an exponent (1e+2) joins nothing.
-    parts = re.split(r"(?<![0-9.][eE])\+", spec)
-    return chain(*(_parse_stage(part.strip(), spec, fidelity) for part in parts))
+    parts = [part.strip() for part in re.split(r"(?<![0-9.][eE])\+", spec)]
+    if compare == "support" and any(part.partition(":")[0] == "noise" for part in parts):
+        compare = "published"  # noise leaves no entry at zero
+    return chain(*(_parse_stage(part, spec, fidelity, compare) for part in parts))
 
 
-def _parse_stage(part: str, spec: str, fidelity: str) -> Defense:
+def _parse_stage(part: str, spec: str, fidelity: str, compare: str) -> Defense:
     name, _, values = part.partition(":")
     factory = DEFENSES.get(name)
     if factory is None:
@@ -329,6 +335,8 @@ def _parse_stage(part: str, spec: str, fidelity: str) -> Defense:
     own_fidelity = "fidelity" in given
     if "fidelity" in known:
         given.setdefault("fidelity", fidelity)
+    if "compare" in known:
+        given.setdefault("compare", compare)
     defense = factory(**given)
     # Two fidelities side by side must not go by the same name.
     return defense._replace(name=part) if own_fidelity else defense

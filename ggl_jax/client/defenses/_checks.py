@@ -5,6 +5,9 @@ import math
 from ggl_jax.errors import GGLError
 
 FIDELITIES = ("paper", "code")
+#: What an adversary compares, of a candidate's update and the observed one. "published" follows
+#: the paper; each of the others concerns one defense (sparsification, Soteria, noise).
+COMPARISONS = ("published", "support", "undefended", "likelihood")
 
 
 def number(
@@ -39,6 +42,15 @@ def fidelity(defense: str, value: str) -> str:
         raise GGLError(
             f"{defense}: fidelity={value!r} is unknown; give 'paper' (the paper's formulas) or "
             f"'code' (its published code's)"
+        )
+    return value
+
+
+def comparison(defense: str, value: str) -> str:
+    """``value`` if it is one of the comparisons."""
+    if value not in COMPARISONS:
+        raise GGLError(
+            f"{defense}: compare={value!r} is unknown; give one of {', '.join(COMPARISONS)}"
         )
     return value
 

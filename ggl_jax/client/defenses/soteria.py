@@ -11,7 +11,11 @@ from ggl_jax.types import Defense, Factored, Model, Path, PyTree
 
 
 def soteria(
-    *, rate: float = 0.8, fidelity: str = "paper", chunk_size: int | None = None
+    *,
+    rate: float = 0.8,
+    fidelity: str = "paper",
+    compare: str = "published",
+    chunk_size: int | None = None,
 ) -> Defense:
     """Prune the entries of the representation r (the input of the last Dense layer) that tell most.
 
@@ -29,6 +33,8 @@ def soteria(
             ``"code"``: ``score_i = |dr_i/dx| / (r_i + 1e-10)``, averaged over the batch; zero the
             rows of the last layer's weight gradient whose absolute score is below the p-th
             percentile. All other tensors keep the plain gradient. It masks any update.
+        compare: how the adversary simulates it. ``"undefended"`` leaves the last layer's kernel,
+            the one tensor that is defended, out of the comparison. Any other value is as published.
         chunk_size: features whose derivatives are computed together; memory grows with it. None
             takes 16 at 224x224 and as many more as the images are smaller.
 
@@ -36,8 +42,8 @@ def soteria(
         A Defense. Record: ``rate``, the share of features that were pruned (of each image), and
         ``mask``, a pytree like the update with [d 1] at the last kernel and 1.0 elsewhere: 0 where
         the feature is zero after pruning in all images, be it by itself. Estimate: the same
-        mask, as seen, and ``rate``, its share of zeros, which is too high by the features that are
-        zero by themselves.
+        mask, as seen, ``compared``, what candidates' gradients are multiplied by, and ``rate``, the
+        mask's share of zeros, which is too high by the features that are zero by themselves.
 
     The simulation multiplies the last kernel's gradient by the mask, which is exact for the
     ``"code"`` form. In the ``"paper"`` form pruning also changed the probabilities, and so every
@@ -63,6 +69,7 @@ def soteria(
     if chunk_size is not None:
         chunk_size = _checks.positive_integer("soteria", "chunk_size", chunk_size)
     on_representation = fidelity == "paper"
+    without_head = _checks.comparison("soteria", compare) == "undefended"
 
     def masks(context):
         """Masks, [b d] in the paper's form, [1 d] in the code's; and the features [b d]."""
@@ -98,13 +105,14 @@ def soteria(
         return {
             "rate": jnp.mean(1 - kept, dtype=jnp.float32),
             "mask": mask_tree(update, head, kept),
+            "compared": mask_tree(update, head, jnp.zeros_like(kept) if without_head else kept),
         }
 
     def simulate(estimated, update):
-        return _apply_mask(estimated["mask"], update)
+        return _apply_mask(estimated["compared"], update)
 
     def factor(estimated):
-        return Factored(mask=estimated["mask"])
+        return Factored(mask=estimated["compared"])
 
     # chain() must know that earlier stages' work would be lost.
     _traits.mark(apply, replaces_update=on_representation)

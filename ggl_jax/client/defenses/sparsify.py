@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from ggl_jax import trees
-from ggl_jax.client.defenses import _checks
+from ggl_jax.client.defenses import _checks, _traits
 from ggl_jax.selection import kth_smallest, zero_smallest
-from ggl_jax.types import Defense, PyTree
+from ggl_jax.types import Defense, Factored, PyTree
 
 #: Tensors with fewer entries say too little about the rate: floor(0.9 * 2) / 2 is 0.5.
 _MIN_ENTRIES = 1000
@@ -18,11 +18,11 @@ _MIN_ENTRIES = 1000
 _WITHIN_ONE = 0.6826894921370859
 
 
-def sparsify(*, rate: float = 0.9, fidelity: str = "paper") -> Defense:
+def sparsify(*, rate: float = 0.9, fidelity: str = "paper", compare: str = "published") -> Defense:
     """Zero the entries of smallest magnitude in every tensor.
 
-    What the adversary learns: the rate, from the share of zeros. Candidates are pruned by their
-    own largest entries at that rate, not by the observed support.
+    What the adversary learns: the rate, from the share of zeros, and which entries were the
+    largest. As published, candidates are pruned by their own largest entries at that rate.
 
     Args:
         rate: share of entries that become zero, 0 <= rate < 1.
@@ -30,10 +30,15 @@ def sparsify(*, rate: float = 0.9, fidelity: str = "paper") -> Defense:
             no tensor vanishes; the rate is estimated for each layer. ``"code"`` zeroes the entries
             below the tensor's ``rate`` percentile with linear interpolation (numpy, torch), which
             is ``ceil(rate * (n - 1))`` entries if no two are equal; one rate is estimated for all.
+        compare: how the adversary simulates it. ``"support"`` compares candidates on the entries
+            that were shared, whatever the candidates' own largest ones are: a smoother loss that
+            needs no selection. It takes an update without noise on top. Any other value is as
+            published.
 
     Returns:
-        A Defense without factored form. Record: ``rate``. Estimate: ``rate`` (see
-        :func:`estimate_rates`) and, in the paper's form, ``layer_rates``, a pytree of scalars.
+        A Defense, with factored form only for ``compare="support"``. Record: ``rate``. Estimate:
+        ``rate`` (see :func:`estimate_rates`) and, in the paper's form, ``layer_rates``, a pytree of
+        scalars; for ``compare="support"``, ``support``, a pytree of booleans.
 
     Edge cases: entries that are zero anyway count among the smallest, so a tensor with more zeros
     than the rate is left as it is. Ties: ``"paper"`` zeroes the first in memory order among equals
@@ -45,6 +50,7 @@ def sparsify(*, rate: float = 0.9, fidelity: str = "paper") -> Defense:
     """
     _checks.fidelity("sparsify", fidelity)
     rate = _checks.number("sparsify", "rate", rate, low=0, high=1, default=0.9)
+    on_support = _checks.comparison("sparsify", compare) == "support"
     by_count = fidelity == "paper"
 
     def apply(key, update, context):
@@ -62,6 +68,8 @@ def sparsify(*, rate: float = 0.9, fidelity: str = "paper") -> Defense:
     def estimate(update, head, noise=0.0):
         del head
         overall, layers = estimate_rates(update, noise)
+        if on_support:
+            return {"rate": overall, "support": jax.tree.map(lambda g: g != 0, update)}
         if by_count:
             return {"rate": overall, "layer_rates": layers}
         # The published code counts the zeros of all tensors together. With noise on top there are
@@ -71,6 +79,8 @@ def sparsify(*, rate: float = 0.9, fidelity: str = "paper") -> Defense:
         return {"rate": jnp.where(jnp.asarray(noise) > 0, overall, zeros / size)}
 
     def simulate(estimated, update):
+        if on_support:
+            return jax.tree.map(jnp.multiply, estimated["support"], update)
         if by_count:
             return trees.map_flat(
                 lambda g, r: zero_smallest(g, jnp.round(r * g.size).astype(jnp.int32)),
@@ -80,7 +90,13 @@ def sparsify(*, rate: float = 0.9, fidelity: str = "paper") -> Defense:
         found = estimated["rate"]
         return trees.map_flat(lambda g: zero_below_percentile(g, found), update)
 
-    return Defense(f"sparsify:{rate:g}", apply, record, estimate, simulate, None)
+    def factor(estimated):
+        return Factored(mask=estimated["support"])
+
+    _traits.mark(factor, masks=True, scales=False)
+    return Defense(
+        f"sparsify:{rate:g}", apply, record, estimate, simulate, factor if on_support else None
+    )
 
 
 def zero_count(rate: float, size: int) -> int:

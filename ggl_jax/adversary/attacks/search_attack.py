@@ -1,0 +1,187 @@
+"""What all attacks are made of: a prior, a search, a matching loss and regularisers."""
+
+import jax
+import jax.numpy as jnp
+
+from ggl_jax.adversary.estimation import noise_variance
+from ggl_jax.adversary.losses import parse_regularizer
+from ggl_jax.adversary.matching import matching_loss
+from ggl_jax.adversary.optimizers import BestState, best_so_far
+from ggl_jax.errors import GGLError
+from ggl_jax.types import Attack, Candidates, Defense, Model, Optimizer, Prior
+
+STARTS = ("zeros", "prior", "uniform", "normal")
+BOUNDS = ("none", "tanh")
+
+
+def search_attack(
+    name: str,
+    model: Model,
+    prior: Prior,
+    optimizer: Optimizer,
+    *,
+    defense: Defense | None = None,
+    batch_size: int = 1,
+    restarts: int = 1,
+    pool: int = 0,
+    start: str = "zeros",
+    bound: str = "none",
+    soft_labels: bool = False,
+    distance: str = "squared_l2",
+    likelihood: bool = False,
+    regularizer: str = "none",
+    fidelity: str = "paper",
+    method: str = "auto",
+    precision: str | None = None,
+    local_steps: int = 1,
+    local_learning_rate: float = 0.01,
+    chunk_size: int | None = None,
+) -> Attack:
+    """Search a prior's latents for the images whose update matches the observed one.
+
+    The adversary minimises, over latents z, the distance between the observed update and the
+    update that the images G(z) would cause with the inferred labels, plus regularisers.
+
+    Args:
+        name: shown in results.
+        model: the federated model.
+        prior: the generator G; :func:`ggl_jax.priors.pixels` for a search over images themselves.
+        optimizer: the search; the attack remembers each restart's candidate of lowest loss.
+        defense: how a candidate's gradient is transformed before comparison (with the parameters
+            in ``problem.estimated``); None for a non-adaptive attack.
+        batch_size: images per observed update, at least 1; a candidate is then a batch, and its
+            latents are concatenated.
+        restarts: independent searches in one batch, at least 1; the lowest loss wins.
+        pool: this many random samples of the prior are compared first, and the best ``restarts`` of
+            them become starting points; 0 for none.
+        start: without a pool, "zeros" (first restart at 0, the others sampled from the prior),
+            "prior" (all sampled), "uniform" (U[0, 1]) or "normal" (N(0, 1)).
+        bound: "none", or "tanh" to search an unbounded vector whose tanh is the latent.
+        soft_labels: search the labels, too, as logits that start at N(0, 1).
+        distance: "squared_l2" (D1) or "cosine" (D2).
+        likelihood: divide the distance by twice the estimated noise's variance, where there is
+            noise: with squared l2, minus the logarithm of the update's likelihood. The balance with
+            the regularisers then follows the noise.
+        regularizer: a weighted sum by name such as "kld:0.1+norm:1e-4"; "none" for none.
+        fidelity: "paper", or "code" for the published code's forms of distance and regulariser.
+        method: "auto", "fused" or "direct" evaluation of the matching loss.
+        precision: of its products on accelerators; see :func:`ggl_jax.matching_loss`.
+        local_steps: SGD steps in the client's update; 1 for a plain gradient.
+        local_learning_rate: their step size.
+        chunk_size: candidates evaluated at once; None chooses by memory.
+
+    Returns:
+        An :class:`Attack`.
+
+    Raises:
+        GGLError: for an unknown ``start`` or ``bound``, or a count out of its range.
+    """
+    if batch_size < 1 or restarts < 1:
+        raise GGLError(f"batch_size, restarts: got {batch_size}, {restarts}, allowed: at least 1")
+    if pool and pool < restarts:
+        raise GGLError(f"pool: got {pool}, allowed: 0, or at least the number of restarts")
+    if start not in STARTS:
+        raise GGLError(f"start: got {start!r}, allowed: {', '.join(STARTS)}")
+    if bound not in BOUNDS:
+        raise GGLError(f"bound: got {bound!r}, allowed: {', '.join(BOUNDS)}")
+    search = best_so_far(optimizer)
+    regularize = parse_regularizer(regularizer, fidelity=fidelity)
+    num_latents = batch_size * prior.latent_dim
+    num_logits = batch_size * model.num_classes if soft_labels else 0
+
+    def to_latents(points):
+        points = points[:, :num_latents].reshape(len(points), batch_size, prior.latent_dim)
+        return jnp.tanh(points) if bound == "tanh" else points
+
+    def to_logits(points):
+        return points[:, num_latents:].reshape(len(points), batch_size, model.num_classes)
+
+    def classes_of(problem, points):
+        """[n b] class indices."""
+        if soft_labels:
+            return jnp.argmax(to_logits(points), axis=-1)
+        return jnp.broadcast_to(problem.labels, (len(points), batch_size))
+
+    def images_of(problem, points):
+        """Points [n p] to images [n b h w c]."""
+        latents = to_latents(points).reshape(-1, prior.latent_dim)
+        images = prior.apply(problem.prior_params, latents, classes_of(problem, points).reshape(-1))
+        return images.reshape(len(points), batch_size, *images.shape[1:])
+
+    def distance_of(problem):
+        variables = problem.variables
+        if defense is not None and defense.rewire is not None:
+            variables = defense.rewire(problem.estimated, variables, model.head)
+        distance_to = matching_loss(
+            model,
+            variables,
+            problem.observed,
+            defense=defense,
+            estimated=problem.estimated,
+            distance=distance,
+            fidelity=fidelity,
+            method=method,
+            precision=precision,
+            chunk_size=chunk_size,
+            local_steps=local_steps,
+            learning_rate=local_learning_rate,
+        )
+        if not likelihood:
+            return distance_to
+        variance = noise_variance(problem.estimated)
+        scale = jnp.where(variance > 0, 0.5 / jnp.where(variance > 0, variance, 1.0), 1.0)
+        return lambda images, labels: scale * distance_to(images, labels)
+
+    def loss_fn_of(problem):
+        distance_to = distance_of(problem)
+
+        def loss_fn(points):
+            images = images_of(problem, points)
+            labels = classes_of(problem, points)
+            if soft_labels:
+                labels = jax.nn.softmax(to_logits(points))
+            return distance_to(images, labels) + regularize(to_latents(points), images)
+
+        return loss_fn
+
+    def drawn(key, num):
+        """Random points [num p]."""
+        key_latents, key_logits = jax.random.split(key)
+        if start == "uniform":
+            points = jax.random.uniform(key_latents, (num, num_latents))
+        elif start == "normal":
+            points = jax.random.normal(key_latents, (num, num_latents))
+        else:
+            points = prior.sample_latent(key_latents, num * batch_size).reshape(num, num_latents)
+        return jnp.concatenate([points, jax.random.normal(key_logits, (num, num_logits))], axis=1)
+
+    def init(key, problem, points=None):
+        key_start, key_search = jax.random.split(key)
+        if points is None:
+            points = drawn(key_start, pool or restarts)
+            if pool:
+                losses = loss_fn_of(problem)(points)
+                losses = jnp.where(jnp.isnan(losses), jnp.inf, losses)
+                points = points[jax.lax.top_k(-losses, restarts)[1]]
+            elif start == "zeros":
+                points = points.at[0, :num_latents].set(0.0)
+        return search.init(key_search, points)
+
+    def step(key, problem, state):
+        return search.step(key, state, loss_fn_of(problem))
+
+    def candidates(problem, state: BestState):
+        order = jnp.argsort(state.losses)
+        points, losses = state.latents[order], state.losses[order]
+        images = images_of(problem, points)
+        distances = losses - regularize(to_latents(points), images)
+        return Candidates(points, images, classes_of(problem, points), losses, distances)
+
+    return Attack(
+        init=init,
+        step=step,
+        candidates=candidates,
+        evaluations_per_step=optimizer.evaluations_per_step(restarts),
+        evaluations_at_start=pool,
+        name=name,
+    )

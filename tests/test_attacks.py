@@ -1,0 +1,160 @@
+"""The attacks: published settings, adaptivity, stages, and what each searches."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+
+import ggl_jax as gx
+from ggl_jax.adversary.attacks import ATTACKS, make_attack, pixel_refinement, resolve
+from ggl_jax.adversary.losses import parse_regularizer
+from ggl_jax.adversary.search import Stage, run_stages
+from ggl_jax.errors import GGLError
+from ggl_jax.priors.pixels import pixels_of
+from ggl_jax.types import Problem
+
+
+class SmoothNet(nn.Module):
+    """Sigmoids, as DLG wants: second derivatives everywhere."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.sigmoid(nn.Conv(12, (5, 5), strides=2)(x))
+        return nn.Dense(3)(x.reshape(x.shape[0], -1))
+
+
+@pytest.fixture(scope="module")
+def model():
+    return gx.from_flax(SmoothNet(), image_shape=(8, 8, 3))
+
+
+@pytest.fixture(scope="module")
+def variables(model):
+    return jax.tree.map(lambda w: 3 * w, model.init(jax.random.key(7)))
+
+
+def problem_of(model, variables, image, label, spec="none"):
+    defense = gx.parse(spec)
+    images, labels = image[None], jnp.asarray([label])
+    update = gx.gradient(model, variables, images, labels)
+    context = gx.Context(model, variables, images, labels)
+    observed = defense.apply(jax.random.key(1), update, context)
+    estimated = defense.estimate(observed, model.head)
+    return defense, Problem(observed, variables, {}, labels, estimated)
+
+
+def psnr(a, b):
+    return float(-10 * jnp.log10(jnp.mean((jnp.clip(a, 0, 1) - b) ** 2)))
+
+
+def test_published_settings():
+    assert resolve("ig")["steps"] == 8000
+    assert resolve("ig")["restarts"] == 4
+    assert not resolve("ig")["adaptive"]
+    assert resolve("ggl")["adaptive"]
+    # What is given wins; what was published for another optimiser does not apply.
+    other = resolve("ig", optimizer="cma_es", steps=5, adaptive=True, start=None)
+    assert other["steps"] == 5
+    assert other["adaptive"]
+    assert "box" not in other
+    assert "start" not in other
+    with pytest.raises(GGLError, match="did you mean 'idlg'"):
+        resolve("idgl")
+
+
+@pytest.mark.parametrize("name", [name for name in ATTACKS if name != "ggl"])
+def test_baselines_find_the_image(name, model, variables, tiny_images, tiny_prior):
+    defense, problem = problem_of(model, variables, tiny_images[0], 1)
+    # The tiny prior's images are not smooth.
+    options = {"restarts": 2, "steps": 150, "learning_rate": 0.05, "regularizer": "none"}
+    attack = make_attack(name, model, tiny_prior, defense=defense, **options)
+    found = gx.run_search(attack, jax.random.split(jax.random.key(3), 1), [problem], steps=150)
+    assert psnr(found.images[0], tiny_images[:1]) > 20
+    assert found.labels[0, 0] == 1  # DLG had to find it
+    assert bool(jnp.all(jnp.diff(found.candidates.losses[0]) >= 0))
+    np.testing.assert_array_equal(found.losses, found.distances)
+
+
+def test_adaptive_attacks_see_the_defense(model, variables, tiny_images, tiny_prior):
+    defense, problem = problem_of(model, variables, tiny_images[0], 1, "clip:0.05")
+    losses = {}
+    for adaptive in (True, False):
+        attack = make_attack(
+            "ig", model, tiny_prior, defense=defense, adaptive=adaptive, distance="squared_l2",
+            restarts=1, steps=1, regularizer="none",
+        )  # fmt: skip
+        key = jax.random.key(0)
+        state = attack.init(key, problem, pixels_of(tiny_images[None, :1]))
+        losses[adaptive] = float(attack.step(key, problem, state)[1].losses[0])
+    assert losses[True] < 1e-6  # the private image itself, clipped as the client's
+    assert losses[False] > 1e-3
+
+
+def test_the_best_of_the_pool_start(tiny_model, tiny_variables, tiny_prior, tiny_prior_params):
+    z = jnp.asarray([0.4, -1.0, 0.2, 0.9])
+    image = tiny_prior.apply(tiny_prior_params, z[None], jnp.asarray([0]))[0]
+    _, problem = problem_of(tiny_model, tiny_variables, image, 0)
+    problem = problem._replace(prior_params=tiny_prior_params)
+    attack = make_attack(
+        "ggl", tiny_model, tiny_prior, optimizer="adam", steps=1, restarts=2, pool=64,
+        regularizer="none",
+    )  # fmt: skip
+    state = attack.init(jax.random.key(0), problem)
+    points = tiny_prior.sample_latent(
+        jax.random.split(jax.random.split(jax.random.key(0))[0])[0], 64
+    )
+    images = tiny_prior.apply(tiny_prior_params, points, jnp.zeros(64, jnp.int32))
+    loss = gx.matching_loss(tiny_model, tiny_variables, problem.observed)
+    losses = loss(images[:, None], problem.labels)
+    np.testing.assert_allclose(state.latents, points[jnp.argsort(losses)[:2]], atol=1e-6)
+    assert attack.evaluations_at_start == 64
+
+
+def test_refinement_leaves_the_prior_behind(model, variables, tiny_images, tiny_prior):
+    defense, problem = problem_of(model, variables, tiny_images[0], 1)
+    problem = problem._replace(prior_params=tiny_prior.init(jax.random.key(0)))
+    search = make_attack("ggl", model, tiny_prior, defense=defense, population=8, steps=5)
+    refine = pixel_refinement(
+        model, steps=150, learning_rate=0.05, regularizer="total_variation:1e-6", defense=defense
+    )
+    stages = [
+        Stage(search, 5),
+        Stage(refine, 150, lambda found: jax.vmap(pixels_of)(jnp.clip(found.images[:, :1], 0, 1))),
+    ]
+    keys, seen = jax.random.split(jax.random.key(3), 1), []
+    found = run_stages(stages, keys, [problem], callback=lambda done, losses: seen.append(done))
+    alone = gx.run_search(search, keys, [problem], steps=5)
+    assert psnr(found.images[0], tiny_images[:1]) > psnr(alone.images[0], tiny_images[:1]) + 10
+    assert found.evaluations == 5 * 8 + 150
+    assert found.history.shape == (1, 155)
+    assert seen == list(range(1, 156))
+
+
+def test_group_consistency():
+    group = parse_regularizer("group:2")
+    images = jnp.stack([jnp.full((1, 2, 2, 1), value) for value in (0.25, 0.75)])
+    # Means at 0.5: 4 pixels, 0.25 in [0, 1] is 0.5 in [-1, 1].
+    np.testing.assert_allclose(group(jnp.zeros((2, 1, 1)), images), 2 * 4 * 0.25)
+    assert float(group(jnp.zeros((1, 1, 1)), images[:1])[0]) == 0.0
+    pull = jax.grad(lambda x: jnp.sum(group(jnp.zeros((2, 1, 1)), x)))(images)
+    assert bool(jnp.all(pull[0] < 0) and jnp.all(pull[1] > 0))
+
+
+def test_likelihood_scales_by_the_noise(model, variables, tiny_images, tiny_prior):
+    defense, problem = problem_of(model, variables, tiny_images[0], 1, "clip:1+noise:0.05")
+    options = {"optimizer": "adam", "steps": 1, "restarts": 1, "distance": "squared_l2"}
+    losses = []
+    for likelihood in (False, True):
+        attack = make_attack(
+            "ig", model, tiny_prior, defense=defense, likelihood=likelihood, regularizer="none",
+            **options,
+        )  # fmt: skip
+        key = jax.random.key(0)
+        state = attack.init(key, problem, pixels_of(tiny_images[None, 1:]))
+        losses.append(float(attack.step(key, problem, state)[1].losses[0]))
+    sigma = float(problem.estimated["1.noise:0.05"]["sigma"])
+    assert losses[1] == pytest.approx(losses[0] / (2 * sigma**2), rel=1e-5)
+    # Minus log-likelihood: at any other level of noise it is as if the update told more or less.
+    gaussian = parse_regularizer("gaussian")(jnp.full((1, 2, 3), 2.0), tiny_images[None])
+    assert float(gaussian[0]) == pytest.approx(0.5 * 6 * 4)
