@@ -23,9 +23,10 @@ from ggl_jax.adversary.losses import DISTANCES, REGULARIZERS
 from ggl_jax.adversary.matching import matching_loss
 from ggl_jax.adversary.optimizers import OPTIMIZERS, adam, best_so_far, cma_es
 from ggl_jax.adversary.search import Stage, run_search, run_stages
+from ggl_jax.adversary.strategy import AttackSettings, make_stages
 from ggl_jax.audit.data import load
 from ggl_jax.audit.metrics import METRICS, psnr, ssim
-from ggl_jax.audit.runner import AttackSettings, AuditResult, ClientSettings, audit
+from ggl_jax.audit.runner import AuditResult, ClientSettings, audit
 from ggl_jax.client.defenses import (
     DEFENSES,
     chain,
@@ -91,6 +92,7 @@ __all__ = [
     "load_prior",
     "local_update",
     "make_attack",
+    "make_stages",
     "matching_loss",
     "noise",
     "parse",

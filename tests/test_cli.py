@@ -12,8 +12,9 @@ import pytest
 from PIL import Image
 
 from ggl_jax import checkpoint
+from ggl_jax.adversary.attacks import ATTACKS
 from ggl_jax.audit import runner
-from ggl_jax.cli import run
+from ggl_jax.cli import _preset_defaults, run
 from ggl_jax.priors import dcgan
 
 FIELDS = {
@@ -52,6 +53,8 @@ def audit(prior_folder, tmp_path, monkeypatch):
                 str(prior_folder),
                 "--model",
                 "lenet",
+                "--optimizer",
+                "cma_es",
                 "--steps",
                 "2",
                 "--population",
@@ -99,6 +102,36 @@ def test_audit_writes_everything(audit, tmp_path, capsys):
     capsys.readouterr()
     assert audit("--defenses", "none", "--seed", "5") == 2
     one_error_line(capsys, "out", "seed", "0 there, 5 here")
+
+
+def test_default_search_goes_through_its_stages(prior_folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "cache"))
+    out = tmp_path / "out"
+    options = "--model lenet --steps 2 --pool 6 --restarts 3 --finalists 2 --final-steps 2"
+    options += " --refine-steps 3 --num-controls 8 --ceiling-steps 5 --defenses none noise:0.1"
+    arguments = ["audit", "--prior", str(prior_folder), "--out", str(out), *options.split()]
+    assert run(arguments) == 0
+    rows = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
+    assert [row["refined"] for row in rows] == [True, False]  # pixels would fit the noise
+    assert [row["evaluations"] for row in rows] == [6 + 3 * 2 + 2 * 2 + 3, 6 + 3 * 2 + 2 * 2]
+    assert all(row["optimizer"] == "adam" and row["adaptive"] for row in rows)
+    capsys.readouterr()
+    assert run([*arguments, "--finalists", "4"]) == 2
+    one_error_line(capsys, "out", "finalists")
+    assert run([*arguments, "--finalists", "4", "--out", str(tmp_path / "new")]) == 2
+    one_error_line(capsys, "finalists", "4", "restarts, 3")
+
+
+def test_presets_know_attacks_and_optimizers(capsys):
+    quick = _preset_defaults([])
+    assert (quick.optimizer, quick.pool, quick.refine) == ("adam", 200, "auto")
+    paper = _preset_defaults(["--preset", "paper"])
+    published = ATTACKS["ggl"]
+    assert (paper.steps, paper.refine) == (published.steps, "none")
+    assert published.settings == {"optimizer": paper.optimizer, "population": paper.population}
+    other = _preset_defaults(["--optimizer", "cma_es"])
+    assert (other.pool, other.restarts, other.steps) == (None, None, 16)
+    assert _preset_defaults(["--attack=ig", "--preset", "standard"]).steps == 1000
 
 
 def test_config_json_reproduces_the_run(audit, tmp_path, capsys):

@@ -458,13 +458,13 @@ def test_fit_recovers_images_in_the_range():
 def test_fit_treats_images_alone_and_keeps_the_best():
     prior = pixels((4, 4, 1))
     images = jax.random.uniform(jax.random.key(0), (3, 4, 4, 1))
-    settings = {"restarts": 2, "steps": 100, "num_candidates": 8}
+    settings = {"restarts": 2, "steps": 100, "num_candidates": 8, "learning_rate": 0.2}
     together = fit_latents(prior, {}, images, jax.random.key(1), **settings)
     alone = fit_latents(prior, {}, images[1:2], jax.random.key(1), **settings)
     assert together[2].min() > 40
     np.testing.assert_allclose(together[0][1], alone[0][0], atol=1e-5)
     # one step far too long: the start is kept, which is the nearest sample
-    pool = prior.sample_latent(jax.random.key(1), 8).reshape(8, 4, 4, 1)
+    pool = prior.apply({}, prior.sample_latent(jax.random.key(1), 8))
     nearest = jnp.mean((pool[None] - images[:, None]) ** 2, axis=(2, 3, 4)).min(1)
     wild = {**settings, "steps": 1, "learning_rate": 100.0}
     _, _, psnr = fit_latents(prior, {}, images, jax.random.key(1), **wild)

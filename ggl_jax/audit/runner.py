@@ -14,16 +14,15 @@ import numpy as np
 from PIL import Image
 
 from ggl_jax.adversary import estimation
-from ggl_jax.adversary.attacks import make_attack, pixel_refinement, resolve
 from ggl_jax.adversary.labels import infer_labels, public_expectations
 from ggl_jax.adversary.search import Stage, run_stages
+from ggl_jax.adversary.strategy import AttackSettings, make_stages
 from ggl_jax.audit import metrics
 from ggl_jax.audit.controls import Controls, prior_controls
 from ggl_jax.client import defenses as client_defenses
 from ggl_jax.client.gradients import local_update
 from ggl_jax.errors import GGLError
 from ggl_jax.priors import load_prior
-from ggl_jax.priors.pixels import pixels_of
 from ggl_jax.types import (
     OK,
     STATUS_MESSAGES,
@@ -40,42 +39,6 @@ _STREAM_DEFENSE, _STREAM_SEARCH, _STREAM_CONTROLS = 0, 1, 2
 # Streams of the run's key: the federated model's weights, and the adversary's public samples.
 # Instances fold in their image index, which never gets as large.
 _MODEL_STREAM, _PUBLIC_STREAM = 2**31 - 1, 2**31 - 2
-
-
-@dataclasses.dataclass(frozen=True)
-class AttackSettings:
-    """How hard, and with what, the adversary searches. See ``ggl-jax audit --help``.
-
-    None means "as the attack was published".
-    """
-
-    attack: str = "ggl"
-    adaptive: bool | None = None
-    optimizer: str | None = None
-    population: int | None = None
-    steps: int | None = None
-    restarts: int | None = None
-    pool: int | None = None
-    start: str | None = None
-    bound: str | None = None
-    learning_rate: float | None = None
-    schedule: str | None = None
-    signed: bool | None = None
-    sigma0: float | None = None
-    compare: str = "published"
-    distance: str | None = None
-    regularizer: str | None = None
-    refine: str = "none"
-    refine_steps: int = 300
-    fidelity: str = "paper"
-    method: str = "auto"
-    precision: str | None = None
-    chunk_size: int | None = None
-    instances: int | None = None
-
-
-#: Whether pixels are refined after the search: never, always, or wherever no noise was added.
-REFINEMENTS = ("none", "pixels", "auto")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -192,47 +155,16 @@ def _build_programs(
         context = Context(model, variables, images, labels)
         return defense.apply(key, update, context), defense.record(key, update, context)
 
-    stages, search = _stages(model, prior, defense, client, settings)
-    return _Programs(jax.jit(share), stages, search)
-
-
-def _stages(
-    model: Model, prior: Prior, defense: Defense, client: ClientSettings, settings: AttackSettings
-) -> tuple[list[Stage], dict[str, Any]]:
-    """The search, the refinement of its result where there is one, and the search's settings."""
-    if settings.refine not in REFINEMENTS:
-        raise GGLError(f"refine: got {settings.refine!r}, allowed: {', '.join(REFINEMENTS)}")
-    given = {
-        f.name: getattr(settings, f.name)
-        for f in dataclasses.fields(settings)
-        if f.name not in ("attack", "compare", "refine", "refine_steps", "instances")
-    }
-    given |= {
-        "likelihood": settings.compare == "likelihood" or None,
-        "batch_size": client.batch_size,
-        "local_steps": client.local_steps,
-        "local_learning_rate": client.local_learning_rate,
-    }
-    resolved = resolve(settings.attack, **given)
-    search = Stage(
-        make_attack(settings.attack, model, prior, defense=defense, **given), resolved["steps"]
-    )
-    noisy = "noise" in defense.name
-    if settings.refine == "none" or (settings.refine == "auto" and noisy):
-        return [search], resolved
-    shared = ("distance", "likelihood", "fidelity", "method", "precision", "chunk_size")
-    refinement = pixel_refinement(
+    stages, search = make_stages(
+        settings,
         model,
-        steps=settings.refine_steps,
-        defense=defense if resolved["adaptive"] else None,
-        **{k: resolved[k] for k in shared if k in resolved},
-        **{k: given[k] for k in ("batch_size", "local_steps", "local_learning_rate")},
+        prior,
+        defense,
+        batch_size=client.batch_size,
+        local_steps=client.local_steps,
+        local_learning_rate=client.local_learning_rate,
     )
-
-    def best_pixels(candidates):
-        return jax.vmap(pixels_of)(jnp.clip(candidates.images[:, :1], 0.0, 1.0))
-
-    return [search, Stage(refinement, settings.refine_steps, best_pixels)], resolved
+    return _Programs(jax.jit(share), stages, search)
 
 
 def groups_of(
@@ -534,7 +466,7 @@ def _run_group(
                 "attack": settings.attack,
                 "adaptive": programs.search["adaptive"],
                 "optimizer": programs.search["optimizer"],
-                "refined": len(programs.stages) > 1,
+                "refined": programs.stages[-1].attack.name == "refine",
                 "fidelity": settings.fidelity,
                 "seed": seed,
                 "evaluations": outcome.evaluations,
