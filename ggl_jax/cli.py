@@ -22,6 +22,7 @@ import tyro
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from ggl_jax.commands import weights as weights_command
 from ggl_jax.errors import GGLError
 
 console = Console()
@@ -573,6 +574,7 @@ def run_info(command: InfoCommand, argv: list[str]) -> int:
     del command, argv
     from rich.table import Table
 
+    from ggl_jax.audit import weights
     from ggl_jax.audit.data import load
     from ggl_jax.checkpoint import load_card, shipped
 
@@ -583,6 +585,9 @@ def run_info(command: InfoCommand, argv: list[str]) -> int:
         card = load_card(folder)
         trained = ", ".join(card.get("trained_on", ())) or "unknown data"
         table.add_row(f"prior {name}", f"{folder} (trained on {trained})")
+    for name in weights.SOURCES:
+        there = weights.installed().get(name)
+        table.add_row(f"metric {name}", str(there or f"absent; get it: ggl-jax weights {name}"))
     for name in ("embedded", "embedded:faces", "embedded:nonfaces"):
         table.add_row(f"data {name}", f"{load(name, max_images=1).size} images")
     folder = Path(os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")).expanduser()
@@ -597,6 +602,7 @@ COMMANDS: dict[type, Callable[..., int]] = {
     TrainPriorCommand: run_train_prior,
     SamplePriorCommand: run_sample_prior,
     ScorePriorCommand: run_score_prior,
+    weights_command.WeightsCommand: weights_command.run,
     InfoCommand: run_info,
 }
 
@@ -609,6 +615,7 @@ def _parse(argv: list[str]):
         | Annotated[TrainPriorCommand, tyro.conf.subcommand("train-prior")]
         | Annotated[SamplePriorCommand, tyro.conf.subcommand("sample-prior")]
         | Annotated[ScorePriorCommand, tyro.conf.subcommand("score-prior")]
+        | Annotated[weights_command.WeightsCommand, tyro.conf.subcommand("weights")]
         | Annotated[InfoCommand, tyro.conf.subcommand("info")]
     )
     return tyro.cli(

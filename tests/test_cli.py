@@ -228,7 +228,7 @@ def test_a_folder_with_other_things_is_left_alone(audit, tmp_path, capsys):
 
 
 def test_help_explains_every_option():
-    for name in ("audit", "train-prior", "sample-prior", "score-prior", "info"):
+    for name in ("audit", "train-prior", "sample-prior", "score-prior", "weights", "info"):
         done = subprocess.run(
             [sys.executable, "-m", "ggl_jax", name, "--help"],
             capture_output=True,
