@@ -128,6 +128,9 @@ class AuditCommand:
     """Random samples of the prior for the controls."""
     ceiling_steps: int = 300
     """Steps of the prior's direct fit to the private image (the ceiling)."""
+    lpips: Literal["vgg", "alex", "squeeze"] = "vgg"
+    """Network behind the LPIPS score: vgg (as in the paper), alex or squeeze. Its weights come with
+    ggl-jax weights; without them the audit leaves LPIPS out."""
     seed: int = 0
     """Seed of the model's weights, the noise and the search."""
     out: Path | None = None
@@ -434,6 +437,7 @@ def run_audit(command: AuditCommand, argv: list[str]) -> int:
                 settings=settings,
                 num_controls=command.num_controls,
                 ceiling_steps=command.ceiling_steps,
+                lpips=command.lpips,
                 seed=command.seed,
                 out=out,
                 progress=bar,

@@ -20,7 +20,7 @@ FIELDS = {
     *("image", "label_true", "label_inferred", "defense", "defense_true", "defense_estimated"),
     *("attack", "optimizer", "fidelity", "seed", "evaluations", "seconds", "loss", "psnr", "ssim"),
     *("mse_i", "mse_r", "psnr_control_mean", "psnr_control_best", "psnr_mean_image"),
-    *("psnr_ceiling", "reconstruction"),
+    *("psnr_ceiling", "reconstruction", "lpips", "lpips_backbone"),
 }
 
 

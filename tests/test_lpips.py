@@ -10,7 +10,11 @@ import pytest
 from PIL import Image
 
 from ggl_jax.audit import lpips as L
+from ggl_jax.audit import metrics, report, weights
+from ggl_jax.audit.runner import AttackSettings, audit
+from ggl_jax.client.models import get_model
 from ggl_jax.errors import GGLError
+from ggl_jax.priors import dcgan
 
 SHARED = Path(__file__).parents[2] / "shared" / "assets" / "lpips"
 
@@ -254,3 +258,65 @@ def test_wrong_tensors_are_named(random_weights, change, words):
 def test_another_networks_weights_are_refused(random_weights):
     with pytest.raises(GGLError, match="missing"):
         L.from_torch(random_weights["alex"], "vgg")
+
+
+# --- in an audit --------------------------------------------------------------------------------
+
+
+def test_perceptual_says_what_is_missing(tmp_path, monkeypatch):
+    monkeypatch.setenv("GGL_JAX_WEIGHTS", str(tmp_path))
+    absent = metrics.perceptual("vgg", (32, 32, 3))
+    assert absent.distance is None
+    assert "ggl-jax weights lpips-vgg" in absent.note
+    small = metrics.perceptual("alex", (30, 32, 3))
+    assert small.distance is None
+    assert "31 x 31" in small.note
+    with pytest.raises(GGLError, match="'vgg19', allowed"):
+        metrics.perceptual("vgg19", (32, 32, 3))
+
+
+def test_audit_reports_lpips(random_weights, tmp_path, monkeypatch):
+    monkeypatch.setenv("GGL_JAX_WEIGHTS", str(tmp_path / "shelf"))
+    absent = metrics.perceptual("squeeze", (32, 32, 3))
+    np.savez(tmp_path / "w.npz", **random_weights["squeeze"])
+    weights.install("lpips-squeeze", files=[tmp_path / "w.npz"])
+    prior = dcgan(width=2, latent_dim=4)
+    original = images(1, 1, 32, 32, 3)
+    result = audit(
+        original,
+        [0],
+        model=get_model("lenet", num_classes=2, image_shape=(32, 32, 3)),
+        defenses=["none"],
+        prior=prior,
+        prior_params=prior.init(jax.random.key(0)),
+        settings=AttackSettings(steps=1, population=4),
+        num_controls=4,
+        ceiling_steps=2,
+        lpips="squeeze",
+    )
+    row = result.rows[0]
+    params = L.from_torch(random_weights["squeeze"], "squeeze")
+    controls = result.controls["image-0"]
+    pictures = {
+        "lpips": result.reconstructions[0],
+        "lpips_control_best": controls.best_sample,
+        "lpips_mean_image": controls.mean_image,
+        "lpips_ceiling": controls.ceiling,
+    }
+    for name, image in pictures.items():
+        expected = L.lpips(params, image, original[0], backbone="squeeze")
+        np.testing.assert_allclose(row[name], expected, rtol=1e-4)
+    assert row["lpips"] > 0
+    assert (row["lpips_backbone"], row["lpips_note"]) == ("squeeze", "")
+    summaries = report.summarize([row])
+    assert f"| {row['lpips']:.3f} |" in report.markdown_table(summaries)
+    assert "LPIPS (" not in " ".join(report.in_words(summaries))
+
+    missing = row | absent.row(result.reconstructions[0], original[0], controls.pictures())
+    assert missing.keys() == row.keys()
+    assert missing["lpips"] is None
+    summaries = report.summarize([row, missing])
+    assert "| – |" in report.markdown_table(summaries)
+    text = " ".join(report.in_words(summaries))
+    assert "LPIPS (squeeze) was not measured" in text
+    assert "ggl-jax weights lpips-squeeze" in text
