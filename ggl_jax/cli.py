@@ -22,6 +22,7 @@ import tyro
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from ggl_jax.commands import weights as weights_command
 from ggl_jax.errors import GGLError
 
 console = Console()
@@ -188,6 +189,9 @@ class AuditCommand:
     suspects: int = 99
     """Other images of the same data, at most, among which the private one is to be told by its
     reconstruction; 0 for none."""
+    lpips: Literal["vgg", "alex", "squeeze"] = "vgg"
+    """Network behind the LPIPS score: vgg (as in the paper), alex or squeeze. Its weights come with
+    ggl-jax weights; without them the audit leaves LPIPS out."""
     seed: int = 0
     """Seed of the model's weights, the noise and the search."""
     out: Path | None = None
@@ -502,6 +506,7 @@ def run_audit(command: AuditCommand, argv: list[str]) -> int:
                 settings=settings,
                 num_controls=command.num_controls,
                 ceiling_steps=command.ceiling_steps,
+                lpips=command.lpips,
                 seed=command.seed,
                 out=out,
                 progress=bar,
@@ -659,6 +664,7 @@ def run_info(command: InfoCommand, argv: list[str]) -> int:
     del command, argv
     from rich.table import Table
 
+    from ggl_jax.audit import weights
     from ggl_jax.audit.data import load
     from ggl_jax.checkpoint import load_card, shipped
 
@@ -669,6 +675,9 @@ def run_info(command: InfoCommand, argv: list[str]) -> int:
         card = load_card(folder)
         trained = ", ".join(card.get("trained_on", ())) or "unknown data"
         table.add_row(f"prior {name}", f"{folder} (trained on {trained})")
+    for name in weights.SOURCES:
+        there = weights.installed().get(name)
+        table.add_row(f"metric {name}", str(there or f"absent; get it: ggl-jax weights {name}"))
     for name in ("embedded", "embedded:faces", "embedded:nonfaces"):
         table.add_row(f"data {name}", f"{load(name, max_images=1).size} images")
     folder = Path(os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")).expanduser()
@@ -683,6 +692,7 @@ COMMANDS: dict[type, Callable[..., int]] = {
     TrainPriorCommand: run_train_prior,
     SamplePriorCommand: run_sample_prior,
     ScorePriorCommand: run_score_prior,
+    weights_command.WeightsCommand: weights_command.run,
     InfoCommand: run_info,
 }
 
@@ -695,6 +705,7 @@ def _parse(argv: list[str]):
         | Annotated[TrainPriorCommand, tyro.conf.subcommand("train-prior")]
         | Annotated[SamplePriorCommand, tyro.conf.subcommand("sample-prior")]
         | Annotated[ScorePriorCommand, tyro.conf.subcommand("score-prior")]
+        | Annotated[weights_command.WeightsCommand, tyro.conf.subcommand("weights")]
         | Annotated[InfoCommand, tyro.conf.subcommand("info")]
     )
     return tyro.cli(

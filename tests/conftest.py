@@ -11,6 +11,8 @@ os.environ.setdefault(
 )
 _cache = tempfile.TemporaryDirectory(prefix="ggl_jax-tests-")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", _cache.name)
+# Audits in tests do not depend on what weights the user has installed.
+os.environ["GGL_JAX_WEIGHTS"] = os.path.join(_cache.name, "weights")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 
 import ggl_jax  # noqa: F401

@@ -21,7 +21,7 @@ FIELDS = {
     *("image", "label_true", "label_inferred", "defense", "defense_true", "defense_estimated"),
     *("attack", "optimizer", "fidelity", "seed", "evaluations", "seconds", "loss", "psnr", "ssim"),
     *("mse_i", "mse_r", "psnr_control_mean", "psnr_control_best", "psnr_mean_image"),
-    *("psnr_ceiling", "reconstruction"),
+    *("psnr_ceiling", "reconstruction", "lpips", "lpips_backbone"),
 }
 
 
@@ -261,7 +261,7 @@ def test_a_folder_with_other_things_is_left_alone(audit, tmp_path, capsys):
 
 
 def test_help_explains_every_option():
-    for name in ("audit", "train-prior", "sample-prior", "score-prior", "info"):
+    for name in ("audit", "train-prior", "sample-prior", "score-prior", "weights", "info"):
         done = subprocess.run(
             [sys.executable, "-m", "ggl_jax", name, "--help"],
             capture_output=True,

@@ -38,6 +38,14 @@ class Controls(NamedTuple):
     mean_image: np.ndarray
     ceiling: np.ndarray
 
+    def pictures(self) -> dict[str, np.ndarray]:
+        """The images, by the names that their scores have in the results."""
+        return {
+            "control_best": self.best_sample,
+            "mean_image": self.mean_image,
+            "ceiling": self.ceiling,
+        }
+
 
 @partial(jax.jit, static_argnames=("prior", "num"))
 def _score_samples(prior: Prior, params, key, label, image, *, num: int):

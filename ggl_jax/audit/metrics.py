@@ -7,13 +7,18 @@ image gives NaN. The paper computes its errors on [-1, 1] images with peak 1: `m
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 from scipy import special
 
+from ggl_jax.audit import weights
+from ggl_jax.audit.lpips import lpips, smallest_side
 from ggl_jax.types import Model, PyTree
 
 _IMAGE_AXES = (-3, -2, -1)
@@ -208,6 +213,64 @@ METRICS: dict[str, Metric] = {
     "mse": lambda x, y, model, variables: mse(x, y),
     "psnr_paper": lambda x, y, model, variables: psnr_paper(x, y),
 }
+
+
+class Perceptual(NamedTuple):
+    """LPIPS as this machine can measure it; see `perceptual`.
+
+    Attributes:
+        backbone: "vgg", "alex" or "squeeze".
+        distance: (reconstruction[... h w 3], original[... h w 3]) -> LPIPS [...]; None where it
+            cannot be measured.
+        note: why it cannot be measured, and the remedy; empty where it can.
+    """
+
+    backbone: str
+    distance: Callable[[jax.Array, jax.Array], jax.Array] | None
+    note: str
+
+    def row(
+        self, reconstruction: ArrayLike, original: ArrayLike, controls: Mapping[str, ArrayLike]
+    ) -> dict[str, float | str | None]:
+        """The entries of a result row; `lpips` and those of the controls None if not measured.
+
+        Args:
+            reconstruction: [h w c] in [0, 1].
+            original: as `reconstruction`.
+            controls: images of what could be had without an update; `lpips_<name>` is their score.
+        """
+        images = {"lpips": reconstruction}
+        images |= {f"lpips_{name}": image for name, image in controls.items()}
+        scores: dict[str, float | None] = dict.fromkeys(images)
+        if self.distance is not None:
+            stacked = jnp.stack([jnp.asarray(image) for image in images.values()])
+            found = np.asarray(self.distance(stacked, jnp.asarray(original))).tolist()
+            scores = dict(zip(images, found, strict=True))
+        return {**scores, "lpips_backbone": self.backbone, "lpips_note": self.note}
+
+
+def perceptual(backbone: str, image_shape: Sequence[int]) -> Perceptual:
+    """LPIPS with the weights installed on this machine. Audit side only, and only a score.
+
+    Not in `METRICS`, since its weights do not ship with the project: an audit without them goes on,
+    and says what is missing.
+
+    Args:
+        backbone: "vgg" (the paper's), "alex" or "squeeze".
+        image_shape: (h, w, c) of the images to compare.
+
+    Raises:
+        GGLError: an unknown backbone, or installed weights that are damaged.
+    """
+    smallest = smallest_side(backbone)
+    if min(image_shape[:2]) < smallest:
+        note = f"lpips-{backbone} takes images of at least {smallest} x {smallest} pixels"
+        return Perceptual(backbone, None, note)
+    params = weights.load_lpips(backbone)
+    if params is None:
+        note = f"its weights are not installed: ggl-jax weights lpips-{backbone}"
+        return Perceptual(backbone, None, note)
+    return Perceptual(backbone, partial(lpips, params, backbone=backbone), "")
 
 
 # --- summaries --------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ MARGIN = 1.0
 class DefenseSummary(NamedTuple):
     """Means over images of one defense.
 
+    ``lpips`` is None where it was not measured for every image, and ``lpips_note`` says why.
     ``gain`` is PSNR minus the stronger blind control of the same image, dB; ``interval`` its 95 %
     confidence interval over images (None for a single image).
     """
@@ -27,6 +28,9 @@ class DefenseSummary(NamedTuple):
     psnr: float
     ssim: float
     mse_r: float
+    lpips: float | None
+    lpips_backbone: str
+    lpips_note: str
     control: float
     best_of_n: float
     mean_image: float
@@ -42,6 +46,11 @@ class DefenseSummary(NamedTuple):
 def _psnr(value: float | None) -> float:
     # JSON has no infinity: None stands for identical images.
     return math.inf if value is None else value
+
+
+def _mean_or_none(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return statistics.fmean(known) if len(known) == len(values) else None
 
 
 def _parameters(true: dict[str, float], estimated: dict[str, float]) -> str:
@@ -85,6 +94,9 @@ def summarize(rows: Sequence[dict[str, Any]]) -> list[DefenseSummary]:
                 psnr=mean("psnr"),
                 ssim=mean("ssim"),
                 mse_r=mean("mse_r"),
+                lpips=_mean_or_none([row.get("lpips") for row in part]),
+                lpips_backbone=part[0].get("lpips_backbone", ""),
+                lpips_note=next((row["lpips_note"] for row in part if row.get("lpips_note")), ""),
                 control=mean("psnr_control_mean"),
                 best_of_n=mean("psnr_control_best"),
                 mean_image=mean("psnr_mean_image"),
@@ -117,6 +129,7 @@ COLUMNS = (
     ("Ceiling", lambda s: f"{s.ceiling:.1f}"),
     ("Gain", _interval),
     ("SSIM", lambda s: f"{s.ssim:.2f}"),
+    ("LPIPS", lambda s: "–" if s.lpips is None else f"{s.lpips:.3f}"),
 )
 
 #: What a file has room for besides.
@@ -134,15 +147,20 @@ LEGEND = (
     "Mean: the prior's mean image, the best blind guess. Ceiling: the nearest image that the prior "
     "can make. Gain: PSNR above the stronger of Random and Mean, with a 95 % interval over images. "
     "Identified: how often the private image is nearer to its reconstruction than every other "
-    "suspect is, by pixels / by the model's features."
+    "suspect is, by pixels / by the model's features. "
+    "LPIPS: perceptual distance, lower is nearer."
 )
 
 
 def terminal_tables(summaries: Sequence[DefenseSummary]) -> list[Table]:
     """The summary as rich tables: scores, and what the adversary found out about the defenses."""
-    scores = Table(title="What the shared update leaked (PSNR in dB)", title_justify="left")
+    scores = Table(
+        title="What the shared update leaked (PSNR in dB)", title_justify="left", pad_edge=False
+    )
     for heading, _ in COLUMNS:
-        scores.add_column(heading, justify="left" if heading == "Defense" else "right")
+        # A name that is too long is folded: cut short, it could be another defense's.
+        justify = "left" if heading == "Defense" else "right"
+        scores.add_column(heading, justify=justify, overflow="fold")
     for summary in summaries:
         scores.add_row(*(cell(summary) for _, cell in COLUMNS))
     known = Table(title="What the server read off the update", title_justify="left")
@@ -203,6 +221,8 @@ def in_words(summaries: Sequence[DefenseSummary]) -> list[str]:
         sentences.append(f"The class label was read off the update exactly under {which}.")
     if num == 1:
         sentences.append("One image gives no confidence interval; use --indices for more.")
+    for note in dict.fromkeys(s.lpips_note for s in summaries if s.lpips_note):
+        sentences.append(f"LPIPS ({summaries[0].lpips_backbone}) was not measured: {note}.")
     failed = [s.defense for s in summaries if s.failed]
     if failed:
         sentences.append(f"Searches that failed or stalled occurred under: {', '.join(failed)}.")

@@ -245,6 +245,7 @@ def audit(
     settings: AttackSettings | None = None,
     num_controls: int = 400,
     ceiling_steps: int = 300,
+    lpips: str = "vgg",
     seed: int = 0,
     out: str | Path | None = None,
     progress: Progress | None = None,
@@ -274,6 +275,8 @@ def audit(
         settings: the adversary's search.
         num_controls: random samples of the prior for the controls.
         ceiling_steps: Adam steps of the prior's direct fit to the private image (the ceiling).
+        lpips: backbone of the LPIPS metric: "vgg" (the paper's), "alex" or "squeeze". Where its
+            weights are not installed, ``lpips`` is None and ``lpips_note`` says how to get them.
         seed: of everything random.
         out: folder for ``results.jsonl`` and the reconstructions; None writes nothing. Cells that
             an earlier run of the same audit finished there are kept and not repeated.
@@ -292,6 +295,7 @@ def audit(
     images = np.asarray(images, np.float32)
     labels = np.asarray(labels)
     _check_inputs(model, prior, images, labels)
+    perceptual = metrics.perceptual(lpips, model.image_shape)
     names = [f"image-{i}" for i in range(len(images))] if names is None else list(names)
     ids = range(len(images)) if instance_ids is None else list(instance_ids)
     parsed = [
@@ -367,6 +371,9 @@ def audit(
                     report,
                 )
                 for i, (rows, recs) in zip(todo, fresh, strict=True):
+                    for row, rec, image in zip(rows, recs, group[i].images, strict=True):
+                        controls = result.controls[row["image"]].pictures()
+                        row.update(_jsonable(perceptual.row(rec, image, controls)))
                     if store:
                         store.write(group[i], rows, recs)
                     finished[i] = rows, recs

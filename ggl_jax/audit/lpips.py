@@ -1,0 +1,378 @@
+"""LPIPS v0.1: how far apart two images look to a network trained on photographs.
+
+Both images go through a classification network. At a few of its layers the features are scaled to
+unit length at each position, and their squared differences are weighted by channel, averaged over
+positions and summed over layers. The weights were fitted to human judgements.
+
+Parameters are a tree of nested dicts (see `from_torch`), kept apart from the code: none ship with
+the project, `ggl-jax weights lpips-vgg` fetches them.
+
+Reference: Zhang, Isola, Efros, Shechtman and Wang, "The unreasonable effectiveness of deep features
+as a perceptual metric", CVPR 2018, and the weights of its published code, version 0.1.
+"""
+
+from collections.abc import Iterator, Mapping
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ggl_jax.errors import GGLError
+from ggl_jax.images import to_signed
+from ggl_jax.types import PyTree
+
+# ImageNet's mean and deviation, in the published code's roundings for [-1, 1] images.
+_SHIFT = np.array([-0.030, -0.088, -0.188], np.float32)
+_SCALE = np.array([0.458, 0.448, 0.450], np.float32)
+_EPSILON = 1e-10
+
+
+class _Conv(NamedTuple):
+    """A convolution and its ReLU."""
+
+    channels: int
+    kernel: int
+    stride: int = 1
+    padding: int = 0
+
+
+class _Fire(NamedTuple):
+    """SqueezeNet's module: a 1x1 convolution, then 1x1 and 3x3 ones side by side; with ReLUs."""
+
+    squeeze: int
+    expand: int
+
+
+class _Pool(NamedTuple):
+    """Max-pooling; `ceil` lets the last window reach over the edge."""
+
+    size: int
+    stride: int
+    ceil: bool = False
+
+
+class Backbone(NamedTuple):
+    """A network in torchvision's numbering.
+
+    Attributes:
+        layers: {number in torchvision's `features`: layer}, in order.
+        taps: numbers of the layers whose outputs are compared.
+        classifier: {name: shape} of the tensors of a torchvision file that LPIPS has no use for.
+    """
+
+    layers: dict[str, _Conv | _Fire | _Pool]
+    taps: tuple[str, ...]
+    classifier: dict[str, tuple[int, ...]]
+
+
+def _dense(**layers: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of a classifier's weights and biases, from the shapes of the weights."""
+    shapes = {}
+    for number, shape in layers.items():
+        shapes[f"classifier.{number[1:]}.weight"] = shape
+        shapes[f"classifier.{number[1:]}.bias"] = shape[:1]
+    return shapes
+
+
+def _vgg16() -> dict[str, _Conv | _Fire | _Pool]:
+    layers: dict[str, _Conv | _Fire | _Pool] = {}
+    number = 0
+    for block, (depth, channels) in enumerate([(2, 64), (2, 128), (3, 256), (3, 512), (3, 512)]):
+        if block:
+            layers[str(number)] = _Pool(2, 2)
+            number += 1
+        for _ in range(depth):
+            layers[str(number)] = _Conv(channels, 3, padding=1)
+            number += 2  # torchvision counts the ReLU
+    return layers
+
+
+#: Backbones by name. "vgg" is the paper's; "alex" is the one that LPIPS' authors recommend.
+BACKBONES: dict[str, Backbone] = {
+    "vgg": Backbone(
+        layers=_vgg16(),
+        taps=("2", "7", "14", "21", "28"),
+        classifier=_dense(_0=(4096, 25088), _3=(4096, 4096), _6=(1000, 4096)),
+    ),
+    "alex": Backbone(
+        layers={
+            "0": _Conv(64, 11, stride=4, padding=2),
+            "2": _Pool(3, 2),
+            "3": _Conv(192, 5, padding=2),
+            "5": _Pool(3, 2),
+            "6": _Conv(384, 3, padding=1),
+            "8": _Conv(256, 3, padding=1),
+            "10": _Conv(256, 3, padding=1),
+        },
+        taps=("0", "3", "6", "8", "10"),
+        classifier=_dense(_1=(4096, 9216), _4=(4096, 4096), _6=(1000, 4096)),
+    ),
+    "squeeze": Backbone(
+        layers={
+            "0": _Conv(64, 3, stride=2),
+            "2": _Pool(3, 2, ceil=True),
+            "3": _Fire(16, 64),
+            "4": _Fire(16, 64),
+            "5": _Pool(3, 2, ceil=True),
+            "6": _Fire(32, 128),
+            "7": _Fire(32, 128),
+            "8": _Pool(3, 2, ceil=True),
+            "9": _Fire(48, 192),
+            "10": _Fire(48, 192),
+            "11": _Fire(64, 256),
+            "12": _Fire(64, 256),
+        },
+        taps=("0", "4", "7", "9", "10", "11", "12"),
+        classifier=_dense(_1=(1000, 512, 1, 1)),
+    ),
+}
+
+
+def get_backbone(name: str) -> Backbone:
+    """The backbone of that name.
+
+    Raises:
+        GGLError: there is none.
+    """
+    if name not in BACKBONES:
+        raise GGLError(f"lpips: got {name!r}, allowed: {', '.join(BACKBONES)}")
+    return BACKBONES[name]
+
+
+# --- parameters -------------------------------------------------------------------------------
+
+
+def _convolutions(backbone: Backbone) -> Iterator[tuple[tuple[str, ...], int, int, int]]:
+    """`(path, kernel size, channels in, channels out)` of each convolution."""
+    channels = 3
+    for number, layer in backbone.layers.items():
+        if isinstance(layer, _Conv):
+            yield (number,), layer.kernel, channels, layer.channels
+            channels = layer.channels
+        elif isinstance(layer, _Fire):
+            yield (number, "squeeze"), 1, channels, layer.squeeze
+            yield (number, "expand1x1"), 1, layer.squeeze, layer.expand
+            yield (number, "expand3x3"), 3, layer.squeeze, layer.expand
+            channels = 2 * layer.expand
+
+
+def torch_shapes(backbone: str) -> dict[str, tuple[int, ...]]:
+    """Names and shapes, in torch's layout, of the tensors that `from_torch` needs.
+
+    Args:
+        backbone: "vgg", "alex" or "squeeze".
+
+    Returns:
+        `features.*` as in torchvision's state dict of the network, convolutions as [out in h w];
+        `lin*.model.1.weight` [1 channels 1 1] as in LPIPS' own files.
+    """
+    network = get_backbone(backbone)
+    shapes: dict[str, tuple[int, ...]] = {}
+    channels: dict[str, int] = {}
+    for path, kernel, inputs, outputs in _convolutions(network):
+        name = ".".join(("features", *path))
+        shapes[f"{name}.weight"] = (outputs, inputs, kernel, kernel)
+        shapes[f"{name}.bias"] = (outputs,)
+        # a Fire module's two outputs are joined
+        channels[path[0]] = 2 * outputs if path[1:] == ("expand3x3",) else outputs
+    for index, tap in enumerate(network.taps):
+        shapes[f"lin{index}.model.1.weight"] = (1, channels[tap], 1, 1)
+    return shapes
+
+
+def _listed(names) -> str:
+    names = sorted(names)
+    more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+    return ", ".join(names[:4]) + more
+
+
+def from_torch(tensors: Mapping[str, np.ndarray], backbone: str) -> PyTree:
+    """Parameters from tensors with torch's names and layout; every tensor is accounted for.
+
+    Args:
+        tensors: those of `torch_shapes`, finite floats. The network's `classifier.*`, which a
+            torchvision file holds as well, may be there and is left out.
+        backbone: "vgg", "alex" or "squeeze".
+
+    Returns:
+        float32 numpy arrays: `features/<number>[/<part of a Fire module>]/kernel` [h w in out] and
+        `bias` [out], numbered as in torchvision; `lin/<index>` [channels].
+
+    Raises:
+        GGLError: names that are missing, unknown or of another shape, or values that are no finite
+            floats; the message names the tensors.
+    """
+    expected = torch_shapes(backbone)
+    allowed = expected | BACKBONES[backbone].classifier
+    missing, unknown = expected.keys() - tensors.keys(), tensors.keys() - allowed.keys()
+    if missing:
+        raise GGLError(f"weights of lpips-{backbone}: {_listed(missing)} missing")
+    if unknown:
+        raise GGLError(
+            f"weights of lpips-{backbone}: unknown {_listed(unknown)}; is this another network?"
+        )
+    for name, tensor in tensors.items():
+        if np.shape(tensor) != allowed[name]:
+            raise GGLError(
+                f"weights of lpips-{backbone}: {name} has shape {list(np.shape(tensor))}, "
+                f"allowed: {list(allowed[name])}, torch's layout"
+            )
+    arrays = {}
+    for name in expected:
+        array = np.asarray(tensors[name])
+        if array.dtype.kind != "f" or not np.all(np.isfinite(array)):
+            raise GGLError(f"weights of lpips-{backbone}: {name} is not of finite floats")
+        arrays[name] = array.astype(np.float32)
+    features: dict = {}
+    for path, *_ in _convolutions(BACKBONES[backbone]):
+        name = ".".join(("features", *path))
+        place = features
+        for part in path:
+            place = place.setdefault(part, {})
+        # torch: [out in h w]; JAX: [h w in out]
+        place["kernel"] = np.ascontiguousarray(arrays[f"{name}.weight"].transpose(2, 3, 1, 0))
+        place["bias"] = arrays[f"{name}.bias"]
+    lin = {
+        str(index): arrays[f"lin{index}.model.1.weight"].reshape(-1)
+        for index in range(len(BACKBONES[backbone].taps))
+    }
+    return {"features": features, "lin": lin}
+
+
+# --- the distance -----------------------------------------------------------------------------
+
+
+def _conv(params, x, *, stride=1, padding=0):
+    x = jax.lax.conv_general_dilated(
+        x,
+        params["kernel"],
+        (stride, stride),
+        [(padding, padding)] * 2,
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        # A metric should not depend on the device's default precision (TF32).
+        precision=jax.lax.Precision.HIGHEST,
+    )
+    return jax.nn.relu(x + params["bias"])
+
+
+def _pooled(length: int, pool: _Pool) -> int:
+    """Length after pooling, by torch's rule; below 1 where it does not fit.
+
+    No window may start beyond the edge; with stride <= size that holds by itself.
+    """
+    reach = length - pool.size + (pool.stride - 1 if pool.ceil else 0)
+    return reach // pool.stride + 1
+
+
+def _pool(x, pool: _Pool):
+    lengths = x.shape[1:3]
+    beyond = [(_pooled(n, pool) - 1) * pool.stride + pool.size - n for n in lengths]
+    window, strides = (1, pool.size, pool.size, 1), (1, pool.stride, pool.stride, 1)
+    padding = [(0, 0), *((0, max(0, extra)) for extra in beyond), (0, 0)]
+    return jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, window, strides, padding)
+
+
+def smallest_side(backbone: str) -> int:
+    """The smallest height and width that the network takes, in pixels: vgg 16, alex 31, squeeze 17.
+
+    Below it a convolution or pooling window is larger than what is left of the image.
+    """
+    network = get_backbone(backbone)
+
+    def fits(length: int) -> bool:
+        for layer in network.layers.values():
+            if isinstance(layer, _Conv):
+                length = (length + 2 * layer.padding - layer.kernel) // layer.stride + 1
+            elif isinstance(layer, _Pool):
+                length = _pooled(length, layer)
+            if length < 1:
+                return False
+        return True
+
+    return next(length for length in range(1, 1000) if fits(length))
+
+
+def _features(params: PyTree, images: jax.Array, network: Backbone) -> list[jax.Array]:
+    """Unit-length features [b h w c] at each tap, of images [b h w 3] in [0, 1]."""
+    x = (to_signed(images) - _SHIFT) / _SCALE
+    found = []
+    for number, layer in network.layers.items():
+        if isinstance(layer, _Pool):
+            x = _pool(x, layer)
+        elif isinstance(layer, _Conv):
+            weights = params["features"][number]
+            x = _conv(weights, x, stride=layer.stride, padding=layer.padding)
+        else:
+            weights = params["features"][number]
+            x = _conv(weights["squeeze"], x)
+            parts = _conv(weights["expand1x1"], x), _conv(weights["expand3x3"], x, padding=1)
+            x = jnp.concatenate(parts, axis=-1)
+        if number in network.taps:
+            length = jnp.linalg.norm(x, axis=-1, keepdims=True)
+            found.append(x / (length + _EPSILON))
+    return found
+
+
+@partial(jax.jit, static_argnames="backbone")
+def layer_distances(params: PyTree, a: jax.Array, b: jax.Array, *, backbone: str) -> jax.Array:
+    """The share of each compared layer in `lpips`.
+
+    Args, errors and edge cases as for `lpips`.
+
+    Returns:
+        [... layers]: 5 for vgg and alex, 7 for squeeze.
+    """
+    network, smallest = get_backbone(backbone), smallest_side(backbone)
+    a, b = jnp.asarray(a), jnp.asarray(b)
+    for images in (a, b):
+        if (
+            images.ndim < 3
+            or images.shape[-1] not in (1, 3)
+            or images.shape[-3:-1] != a.shape[-3:-1]
+        ):
+            raise GGLError(
+                f"lpips: got images of shapes {list(a.shape)} and {list(b.shape)}, allowed: "
+                "[... h w 3] or [... h w 1] of one height and width"
+            )
+    if min(a.shape[-3:-1]) < smallest:
+        raise GGLError(
+            f"lpips: got images of {a.shape[-3]} x {a.shape[-2]} pixels, allowed: at least "
+            f"{smallest} x {smallest} for backbone {backbone!r}; choose another backbone or larger "
+            "images"
+        )
+    leading = jnp.broadcast_shapes(a.shape[:-3], b.shape[:-3])
+
+    def prepared(images):
+        images = jnp.broadcast_to(images, (*images.shape[:-1], 3)).astype(jnp.float32)
+        return _features(params, images.reshape(-1, *images.shape[-3:]), network)
+
+    shares = []
+    for index, (x, y) in enumerate(zip(prepared(a), prepared(b), strict=True)):
+        x = x.reshape(*a.shape[:-3], *x.shape[1:])
+        y = y.reshape(*b.shape[:-3], *y.shape[1:])
+        weighted = (x - y) ** 2 * params["lin"][str(index)]
+        shares.append(jnp.broadcast_to(weighted.sum(axis=-1).mean(axis=(-2, -1)), leading))
+    return jnp.stack(shares, axis=-1)
+
+
+def lpips(params: PyTree, a: jax.Array, b: jax.Array, *, backbone: str = "vgg") -> jax.Array:
+    """Learned perceptual image patch similarity, version 0.1; lower is more alike.
+
+    Args:
+        params: of the backbone, from `from_torch` or `ggl_jax.audit.weights.load_lpips`.
+        a: [... h w 3] in [0, 1]. One channel counts as three equal ones.
+        b: as `a`; leading dimensions are broadcast, so one image may meet many.
+        backbone: "vgg" (the paper's), "alex" or "squeeze".
+
+    Returns:
+        [...], at least 0; 0 for identical images, mostly below 1. NaN in an image gives NaN.
+        Images are not resized: the network sees them as they are, as in the published code, which
+        at 32x32 leaves its last layers one or two positions. Not differentiable where all features
+        of a position are zero.
+
+    Raises:
+        GGLError: an unknown backbone, other shapes, or images below `smallest_side`.
+    """
+    return layer_distances(params, a, b, backbone=backbone).sum(axis=-1)

@@ -1,0 +1,1 @@
+"""Subcommands of ``ggl-jax``, one file each: options with their help texts, and ``run``."""

@@ -1,0 +1,84 @@
+"""``ggl-jax weights``: fetch published weights that do not ship with the project."""
+
+import dataclasses
+import shlex
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class WeightsCommand:
+    """Fetch published weights and keep them for later audits: those of the LPIPS metric.
+
+    They come from torchvision's and LPIPS' official addresses; size and sha256 are checked. What
+    was cut off goes on with the same command. Files are read without running code in them.
+    Downloads need torch once, to read the files: pip install 'ggl-jax[convert]'.
+    """
+
+    name: tyro.conf.Positional[Literal["lpips-vgg", "lpips-alex", "lpips-squeeze"]]
+    """Which: lpips-vgg (553 MB to fetch, 59 MB kept; the paper's), lpips-alex (244 MB, 10 MB) or
+    lpips-squeeze (5 MB, 3 MB)."""
+    files: Annotated[tuple[Path, ...], tyro.conf.arg(name="from", metavar="FILE [FILE ...]")] = ()
+    """Read these files instead of downloading: .pth, .npz or .safetensors with torch's names. Give
+    the network's file and LPIPS' linear layers, or one file with both. Only names and shapes are
+    checked."""
+    out: Path | None = None
+    """Folder to keep them in; by default the user's cache folder. Audits look there, or in the
+    folder that the environment variable GGL_JAX_WEIGHTS names."""
+
+
+def run(command: WeightsCommand, argv: list[str]) -> int:
+    """``ggl-jax weights``."""
+    from ggl_jax.audit import weights
+
+    console = Console()
+    bar = Progress(
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        disable=not console.is_terminal,
+    )
+    tasks: dict[str, TaskID] = {}
+
+    def progress(file: str, done: int, total: int) -> None:
+        if file not in tasks:
+            tasks[file] = bar.add_task(file, total=total)
+            if not console.is_terminal:
+                console.print(f"fetching {file} ({total:,} bytes)", markup=False, soft_wrap=True)
+        bar.update(tasks[file], completed=done)
+
+    try:
+        with bar:
+            path = weights.install(
+                command.name,
+                files=command.files,
+                out=command.out,
+                command="ggl-jax " + shlex.join(argv),
+                progress=progress,
+            )
+    except KeyboardInterrupt:
+        console.print("Interrupted; the same command goes on from there.")
+        return 130
+    console.print(f"{command.name} is in {path}", markup=False, soft_wrap=True)
+    if command.out is not None and command.out.absolute() != weights.folder().absolute():
+        console.print(
+            f"Audits find it with {weights.FOLDER_VARIABLE}={command.out.absolute()}",
+            markup=False,
+            soft_wrap=True,
+        )
+    return 0
