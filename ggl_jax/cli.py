@@ -22,6 +22,7 @@ import tyro
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from ggl_jax.commands import import_prior
 from ggl_jax.errors import GGLError
 
 console = Console()
@@ -597,6 +598,7 @@ COMMANDS: dict[type, Callable[..., int]] = {
     TrainPriorCommand: run_train_prior,
     SamplePriorCommand: run_sample_prior,
     ScorePriorCommand: run_score_prior,
+    import_prior.ImportPriorCommand: import_prior.run,
     InfoCommand: run_info,
 }
 
@@ -609,6 +611,7 @@ def _parse(argv: list[str]):
         | Annotated[TrainPriorCommand, tyro.conf.subcommand("train-prior")]
         | Annotated[SamplePriorCommand, tyro.conf.subcommand("sample-prior")]
         | Annotated[ScorePriorCommand, tyro.conf.subcommand("score-prior")]
+        | Annotated[import_prior.ImportPriorCommand, tyro.conf.subcommand("import-prior")]
         | Annotated[InfoCommand, tyro.conf.subcommand("info")]
     )
     return tyro.cli(
