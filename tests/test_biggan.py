@@ -130,16 +130,19 @@ def test_images_match_the_published_package():
     package = pytest.importorskip("pytorch_pretrained_biggan", exc_type=ImportError)
     from torch_biggan import random_biggan
 
-    # the package takes the classes' embedding to be as long as the latent
-    config = dataclasses.replace(TINY, class_embed_dim=4)
-    state = random_biggan(dataclasses.asdict(config)).state_dict()
-    # ... and gives the first layer 16 channel units
-    fields = {**dataclasses.asdict(config), "layers": [(False, 16, 16), (True, 16, 16)]}
-    fields["layers"] += [(True, 16, 8), (True, 8, 4), (True, 4, 2), (True, 2, 1)]
-    fields["output_dim"] = 128
+    # The package takes the class's embedding to be as long as the latent, and gives the first
+    # layer 16 channel units.
+    units = [
+        (False, 16, 16),
+        (True, 16, 16),
+        (True, 16, 8),
+        (True, 8, 4),
+        (True, 4, 2),
+        (True, 2, 1),
+    ]
+    fields = {**dataclasses.asdict(TINY), "class_embed_dim": 4, "layers": units, "output_dim": 128}
     config = BigGANConfig.of(fields)
-    net = random_biggan(dataclasses.asdict(config))
-    state = net.state_dict()
+    state = random_biggan(fields).state_dict()
     theirs = package.BigGAN(package.BigGANConfig.from_dict(fields)).eval()
     theirs.load_state_dict(state)
     latents = np.random.default_rng(0).normal(size=(3, 4)).astype(np.float32)
@@ -350,7 +353,7 @@ def test_the_celeba_generator():
     state = torch.load(CELEBA32_FILE, map_location="cpu", weights_only=True)
     state = {name.removeprefix("generator_deconv."): value for name, value in state.items()}
     functional = torch.nn.functional
-    x = torch.as_tensor(latents)[:, :, None, None]
+    x = torch.tensor(latents)[:, :, None, None]
     for i in range(5):
         weight, bias = state[f"{i}.0.weight"], state.get(f"{i}.0.bias")
         if i == 1:
