@@ -23,6 +23,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from ggl_jax.commands import weights as weights_command
+from ggl_jax.commands import import_prior
 from ggl_jax.errors import GGLError
 
 console = Console()
@@ -693,6 +694,7 @@ COMMANDS: dict[type, Callable[..., int]] = {
     SamplePriorCommand: run_sample_prior,
     ScorePriorCommand: run_score_prior,
     weights_command.WeightsCommand: weights_command.run,
+    import_prior.ImportPriorCommand: import_prior.run,
     InfoCommand: run_info,
 }
 
@@ -706,6 +708,7 @@ def _parse(argv: list[str]):
         | Annotated[SamplePriorCommand, tyro.conf.subcommand("sample-prior")]
         | Annotated[ScorePriorCommand, tyro.conf.subcommand("score-prior")]
         | Annotated[weights_command.WeightsCommand, tyro.conf.subcommand("weights")]
+        | Annotated[import_prior.ImportPriorCommand, tyro.conf.subcommand("import-prior")]
         | Annotated[InfoCommand, tyro.conf.subcommand("info")]
     )
     return tyro.cli(

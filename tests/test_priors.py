@@ -89,9 +89,10 @@ def test_from_torch_refuses_another_network():
         from_torch({"0.weight": np.zeros((2, 2)), "0.bias": np.zeros(2)})
     with np.load(GOLDEN) as stored:
         weights = {k.removeprefix("w/"): stored[k] for k in stored if k.startswith("w/")}
-    del weights["4.bias"]
-    with pytest.raises(GGLError, match="up1"):
-        from_torch({k: v for k, v in weights.items() if "num_batches" not in k})
+    with pytest.raises(GGLError, match=r"missing: 4\.bias; unknown: 4\.other"):
+        from_torch({"4.other" if k == "4.bias" else k: v for k, v in weights.items()})
+    with pytest.raises(GGLError, match=r"misshapen: 7\.weight \[6, 3, 3, 3\] instead of"):
+        from_torch({**weights, "7.weight": np.zeros((6, 3, 3, 3))})
 
 
 def test_strided_conv_is_a_convolution():

@@ -9,6 +9,7 @@ Images enter as float32 NHWC in [0, 1] and are mapped to [-1, 1] inside ``Model.
 
 import functools
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -17,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
+from ggl_jax import foreign
 from ggl_jax.errors import GGLError
 from ggl_jax.images import to_signed
 from ggl_jax.types import Model, Path, PyTree
@@ -680,13 +682,14 @@ def _from_torch_array(array: np.ndarray) -> np.ndarray:
     return array.T
 
 
-def resnet18_from_torch(state_dict: Mapping[str, Any]) -> PyTree:
+def resnet18_from_torch(state_dict: Mapping[str, Any] | str | os.PathLike) -> PyTree:
     """Variables of :class:`ResNet18` from the state dict of a PyTorch ResNet-18.
 
     Args:
-        state_dict: names to arrays (anything ``numpy.asarray`` takes). Both usual namings are
-            understood: torchvision's (``layer2.0.downsample.0.weight``, ``fc.weight``) and that
-            of the CIFAR network (``layer2.0.shortcut.0.weight``, ``linear.weight``).
+        state_dict: names to arrays (anything ``numpy.asarray`` takes), or a file of them
+            (``.pth``, ``.safetensors``, ..., see :func:`ggl_jax.foreign.read`). Both usual namings
+            are understood: torchvision's (``layer2.0.downsample.0.weight``, ``fc.weight``) and
+            that of the CIFAR network (``layer2.0.shortcut.0.weight``, ``linear.weight``).
             ``num_batches_tracked`` counters are ignored. The stem, the input channels and the
             number of classes follow from the shapes.
 
@@ -695,13 +698,13 @@ def resnet18_from_torch(state_dict: Mapping[str, Any]) -> PyTree:
         ``resnet18(num_classes, image_shape, stem=...)`` with the fitting stem.
 
     Raises:
-        GGLError: names are missing, unknown or given twice, or shapes are not those of a
-            ResNet-18; the message names them.
+        GGLError: the file cannot be read; or names are missing, unknown or given twice, or shapes
+            are not those of a ResNet-18; the message names them.
     """
     layout = _torch_layout()
     arrays: dict[str, np.ndarray] = {}
     unknown = []
-    for key, value in state_dict.items():
+    for key, value in foreign.read_or_take(state_dict).items():
         if key.endswith("num_batches_tracked"):
             continue
         name = key.replace(".shortcut.", ".downsample.")

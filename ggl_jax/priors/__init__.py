@@ -8,14 +8,22 @@ import jax.numpy as jnp
 
 from ggl_jax import checkpoint
 from ggl_jax.errors import GGLError
+from ggl_jax.priors.biggan import BIGGAN_DEEP, BigGANConfig, biggan_deep
 from ggl_jax.priors.ceiling import fit_latents
+from ggl_jax.priors.convolutional import convolutional
 from ggl_jax.priors.dcgan import Critic, Generator, dcgan
+from ggl_jax.priors.importing import GENERATORS, import_prior
 from ggl_jax.priors.pixels import pixels
 from ggl_jax.priors.samples import image_grid, samples, save_grid
 from ggl_jax.types import Prior
 
 #: Priors by the name that a checkpoint's card gives as its `kind`.
-PRIORS: dict[str, Callable[..., Prior]] = {"dcgan": dcgan, "pixels": pixels}
+PRIORS: dict[str, Callable[..., Prior]] = {
+    "biggan_deep": biggan_deep,
+    "convolutional": convolutional,
+    "dcgan": dcgan,
+    "pixels": pixels,
+}
 
 
 def load_prior(path_or_name) -> tuple[Prior, Any, dict[str, Any]]:
@@ -48,13 +56,19 @@ def load_prior(path_or_name) -> tuple[Prior, Any, dict[str, Any]]:
 
 
 __all__ = [
+    "BIGGAN_DEEP",
+    "GENERATORS",
     "PRIORS",
+    "BigGANConfig",
     "Critic",
     "Generator",
     "Prior",
+    "biggan_deep",
+    "convolutional",
     "dcgan",
     "fit_latents",
     "image_grid",
+    "import_prior",
     "load_prior",
     "pixels",
     "samples",

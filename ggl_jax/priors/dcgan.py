@@ -5,19 +5,22 @@ al., 2017) as the paper uses it. The paper's width is 128 (channels 512, 256, 12
 64 trains in hours on two CPU cores.
 """
 
-from collections.abc import Mapping
-from typing import Any, cast
+from typing import cast
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ggl_jax import foreign
 from ggl_jax.errors import GGLError
 from ggl_jax.images import from_signed
 from ggl_jax.types import Prior
 
 IMAGE_SHAPE = (32, 32, 3)
+
+#: The generator's layers with weights, in order.
+_LAYERS = ("dense", "norm1", "up1", "norm2", "up2", "norm3", "up3")
 
 
 class PixelUpsample(nn.Module):
@@ -151,12 +154,15 @@ def dcgan(*, width: int = 64, latent_dim: int = 128) -> Prior:
     return Prior(init, apply, sample_latent, latent_dim, IMAGE_SHAPE, "dcgan")
 
 
-def from_torch(state_dict: Mapping[str, Any], *, prefixes=None) -> dict:
+def from_torch(state_dict_or_path, *, prefixes=None) -> dict:
     """Converts the weights of the torch network of the same architecture to `dcgan`'s params.
 
+    For a DCGAN of another architecture see `ggl_jax.priors.convolutional`.
+
     Args:
-      state_dict: name -> array (numpy arrays, or tensors that numpy can read), with the entries
-        `<layer>.weight`, `.bias` and, for the norms, `.running_mean`, `.running_var`.
+      state_dict_or_path: name -> array (numpy arrays, or tensors that numpy can read), or a file
+        (see `ggl_jax.foreign.read`), with the entries `<layer>.weight`, `.bias` and, for the
+        norms, `.running_mean`, `.running_var`; the norms' `num_batches_tracked` are ignored.
       prefixes: the seven layers' names in the state dict, in the network's order: dense, norm1,
         up1, norm2, up2, norm3, up3. The default takes them in the state dict's own order.
 
@@ -167,7 +173,11 @@ def from_torch(state_dict: Mapping[str, Any], *, prefixes=None) -> dict:
     Raises:
       GGLError: not seven layers, or an entry or a shape that does not belong.
     """
-    arrays = {name: np.asarray(value) for name, value in state_dict.items()}
+    arrays = {
+        name: array
+        for name, array in foreign.read_or_take(state_dict_or_path).items()
+        if not name.endswith(".num_batches_tracked")
+    }
     if prefixes is None:
         prefixes = list(dict.fromkeys(name.rpartition(".")[0] for name in arrays))
     if len(prefixes) != 7:
@@ -175,30 +185,45 @@ def from_torch(state_dict: Mapping[str, Any], *, prefixes=None) -> dict:
             f"from_torch: found {len(prefixes)} layers ({', '.join(prefixes)}), needs 7: "
             "dense, norm1, up1, norm2, up2, norm3, up3; name them with prefixes="
         )
-    names = ("dense", "norm1", "up1", "norm2", "up2", "norm3", "up3")
+    layers = dict(zip(_LAYERS, prefixes, strict=True))
+    foreign.check_shapes(arrays, _torch_shapes(arrays, layers), what="the DCGAN generator")
 
     def to_last(x):
         # (c, 4, 4) flattened -> (4, 4, c) flattened, along the first axis
         return np.moveaxis(x.reshape(-1, 4, 4, *x.shape[1:]), 0, 2).reshape(x.shape)
 
     params, stats = {}, {}
-    try:
-        for name, prefix in zip(names, prefixes, strict=True):
-            weight, bias = arrays[f"{prefix}.weight"], arrays[f"{prefix}.bias"]
-            if name.startswith("norm"):
-                entries = [
-                    weight,
-                    bias,
-                    *(arrays[f"{prefix}.running_{s}"] for s in ("mean", "var")),
-                ]
-                scale, bias, mean, var = map(to_last, entries) if name == "norm1" else entries
-                params[name] = {"scale": scale, "bias": bias}
-                stats[name] = {"mean": mean, "var": var}
-            elif name == "dense":
-                params[name] = {"kernel": to_last(weight).T, "bias": to_last(bias)}
-            else:
-                params[name] = {"kernel": weight.transpose(0, 2, 3, 1), "bias": bias}
-    except (KeyError, ValueError) as error:
-        raise GGLError(f"from_torch: layer {prefix} does not fit as {name}: {error}") from error
+    for name, prefix in layers.items():
+        weight, bias = arrays[f"{prefix}.weight"], arrays[f"{prefix}.bias"]
+        if name.startswith("norm"):
+            entries = [weight, bias, *(arrays[f"{prefix}.running_{s}"] for s in ("mean", "var"))]
+            scale, bias, mean, var = map(to_last, entries) if name == "norm1" else entries
+            params[name] = {"scale": scale, "bias": bias}
+            stats[name] = {"mean": mean, "var": var}
+        elif name == "dense":
+            params[name] = {"kernel": to_last(weight).T, "bias": to_last(bias)}
+        else:
+            params[name] = {"kernel": weight.transpose(0, 2, 3, 1), "bias": bias}
     tree = {"params": params, "batch_stats": stats}
     return jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), tree)
+
+
+def _torch_shapes(arrays, layers: dict[str, str]) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of torch's tensors, with the width and latent size of these arrays."""
+    last, dense = arrays.get(f"{layers['up3']}.weight"), arrays.get(f"{layers['dense']}.weight")
+    width = last.shape[0] if last is not None and last.ndim == 4 else 64
+    latent_dim = dense.shape[1] if dense is not None and dense.ndim == 2 else 128
+    norms = {"norm1": 64 * width, "norm2": 2 * width, "norm3": width}
+    ups = {"up1": (4 * width, 2 * width), "up2": (2 * width, width), "up3": (width, 3)}
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, prefix in layers.items():
+        if name == "dense":
+            shapes[f"{prefix}.weight"] = (64 * width, latent_dim)
+            shapes[f"{prefix}.bias"] = (64 * width,)
+        elif name in norms:
+            for entry in ("weight", "bias", "running_mean", "running_var"):
+                shapes[f"{prefix}.{entry}"] = (norms[name],)
+        else:
+            shapes[f"{prefix}.weight"] = (*ups[name], 2, 2)
+            shapes[f"{prefix}.bias"] = (ups[name][1],)
+    return shapes

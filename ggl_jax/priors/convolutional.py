@@ -1,0 +1,353 @@
+"""Foreign generators as priors: a declared list of layers, and torch's weights for it.
+
+DCGANs differ in their layers' order, sizes and names, so the user states them, once, in values
+that JSON holds:
+
+    [{"kind": "conv_transpose", "name": "main.0", "features": 512, "kernel": 4, "bias": false},
+     {"kind": "batch_norm", "name": "main.1", "activation": "relu"},
+     ...
+     {"kind": "conv_transpose", "name": "main.12", "features": 3, "kernel": 4, "stride": 2,
+      "padding": 1, "activation": "tanh"}]
+
+`CELEBA32` is a full example.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from ggl_jax import foreign
+from ggl_jax.errors import GGLError
+from ggl_jax.images import from_signed
+from ggl_jax.types import Prior
+
+KINDS = ("dense", "reshape", "upsample", "conv", "conv_transpose", "batch_norm")
+ACTIVATIONS = {
+    "": lambda x, slope: x,
+    "relu": lambda x, slope: jax.nn.relu(x),
+    "leaky_relu": lambda x, slope: jax.nn.leaky_relu(x, slope),
+    "tanh": lambda x, slope: jnp.tanh(x),
+    "sigmoid": lambda x, slope: jax.nn.sigmoid(x),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Layer:
+    """One layer of a generator, after torch's layer of the same kind.
+
+    Attributes:
+      kind: "dense" (torch's Linear), "reshape" (to `shape`), "upsample" (nearest neighbour, twice
+        the size), "conv", "conv_transpose" or "batch_norm" (with the stored statistics).
+      name: what precedes `.weight` in the torch weights' names; empty for layers without weights.
+      features: output channels of dense, conv and conv_transpose.
+      kernel: side of the kernel.
+      stride: of conv and conv_transpose.
+      padding: of conv and conv_transpose, on each side, in torch's sense.
+      bias: whether there is one.
+      shape: (channels, height, width) of a reshape, in torch's order.
+      activation: applied after the layer: "", "relu", "leaky_relu", "tanh" or "sigmoid".
+      slope: of leaky_relu below zero.
+      eps: added to the variances of batch_norm.
+
+    Raises:
+      GGLError: a value out of its range.
+    """
+
+    kind: str
+    name: str = ""
+    features: int = 0
+    kernel: int = 1
+    stride: int = 1
+    padding: int = 0
+    bias: bool = True
+    shape: tuple[int, ...] = ()
+    activation: str = ""
+    slope: float = 0.2
+    eps: float = 1e-5
+
+    def __post_init__(self):
+        def check(name, good, allowed):
+            if not good:
+                value = getattr(self, name)
+                raise GGLError(
+                    f"layer {self.name or self.kind}: {name}={value!r} must be {allowed}"
+                )
+
+        def whole(name, low):
+            value = getattr(self, name)
+            good = isinstance(value, int) and not isinstance(value, bool) and value >= low
+            check(name, good, f"a whole number of at least {low}")
+
+        check("kind", self.kind in KINDS, f"one of {', '.join(KINDS)}")
+        known = [name or "''" for name in ACTIVATIONS]
+        check("activation", self.activation in ACTIVATIONS, f"one of {', '.join(known)}")
+        for name in ("slope", "eps"):
+            value = getattr(self, name)
+            check(name, isinstance(value, int | float) and value >= 0, "a number of at least 0")
+        check("bias", isinstance(self.bias, bool), "true or false")
+        weights = self.kind not in ("reshape", "upsample")
+        check(
+            "name",
+            isinstance(self.name, str) and bool(self.name) == weights,
+            "the layer's name in the torch weights" if weights else "left out",
+        )
+        if self.kind in ("dense", "conv", "conv_transpose"):
+            whole("features", 1)
+        for name, low in (("kernel", 1), ("stride", 1), ("padding", 0)):
+            whole(name, low)
+        if self.kind == "conv_transpose":
+            check("padding", self.padding < self.kernel, f"below kernel={self.kernel}")
+        if self.kind == "reshape":
+            shape = self.shape
+            good = isinstance(shape, Sequence) and not isinstance(shape, str) and len(shape) == 3
+            good = good and all(isinstance(size, int) and size > 0 for size in shape)
+            check("shape", good, "[channels, height, width], each at least 1")
+            object.__setattr__(self, "shape", tuple(shape))
+
+
+#: An Apache-2.0 generator of 32x32 CelebA faces: the arguments of `convolutional`.
+CELEBA32: dict[str, Any] = {
+    "latent_dim": 100,
+    "latents": "uniform",
+    "layers": (
+        Layer("conv_transpose", "generator_deconv.0.0", 256, 4, bias=False),
+        Layer("batch_norm", "generator_deconv.0.1"),
+        Layer("conv", "generator_deconv.1.0", 128, 3, 1, 1, bias=False),
+        Layer("batch_norm", "generator_deconv.1.1", activation="leaky_relu"),
+        Layer("conv_transpose", "generator_deconv.2.0", 64, 4, 2, 1, bias=False),
+        Layer("batch_norm", "generator_deconv.2.1", activation="leaky_relu"),
+        Layer("conv_transpose", "generator_deconv.3.0", 32, 4, 2, 1, bias=False),
+        Layer("batch_norm", "generator_deconv.3.1", activation="leaky_relu"),
+        Layer("conv_transpose", "generator_deconv.4.0", 3, 4, 2, 1, activation="tanh"),
+    ),
+}
+
+
+def _as_layers(layers) -> tuple[Layer, ...]:
+    if isinstance(layers, str | Mapping) or not isinstance(layers, Sequence) or not layers:
+        raise GGLError(f"layers must be a list of at least one layer, not {type(layers).__name__}")
+    known = {field.name for field in dataclasses.fields(Layer)}
+    made = []
+    for number, layer in enumerate(layers):
+        if not isinstance(layer, Layer):
+            if not isinstance(layer, Mapping) or "kind" not in layer:
+                raise GGLError(f"layers[{number}]={layer!r} must be an object with a kind")
+            if unknown := sorted(set(layer) - known):
+                raise GGLError(
+                    f"layers[{number}]: unknown {', '.join(unknown)}; known: "
+                    f"{', '.join(sorted(known))}"
+                )
+            layer = Layer(**layer)
+        made.append(layer)
+    names = [layer.name for layer in made if layer.name]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise GGLError(f"layers: the name {', '.join(twice)} is given twice")
+    if made[-1].activation not in ("tanh", "sigmoid"):
+        raise GGLError(
+            f"layers: the last activation is {made[-1].activation!r}; it must be tanh (images in "
+            "[-1, 1]) or sigmoid (in [0, 1])"
+        )
+    return tuple(made)
+
+
+def _walk(layers: tuple[Layer, ...], latent_dim: int):
+    """Yields each layer with its input's shape in torch's order, and the final shape with None."""
+    if not isinstance(latent_dim, int) or latent_dim < 1:
+        raise GGLError(f"latent_dim={latent_dim!r} must be a whole number of at least 1")
+    spatial = {"upsample", "conv", "conv_transpose"}
+    first = next((layer.kind for layer in layers if layer.kind != "batch_norm"), "")
+    shape: tuple[int, ...] = (latent_dim, 1, 1) if first in spatial else (latent_dim,)
+    for layer in layers:
+        where = f"layer {layer.name or layer.kind}"
+        if layer.kind in spatial and len(shape) != 3:
+            raise GGLError(f"{where}: needs a reshape before it")
+        if layer.kind in ("dense", "reshape") and len(shape) != 1:
+            raise GGLError(f"{where}: must come before any image layer")
+        yield layer, shape
+        if layer.kind == "dense":
+            shape = (layer.features,)
+        elif layer.kind == "reshape":
+            if math.prod(layer.shape) != shape[0]:
+                raise GGLError(f"{where}: {shape[0]} features do not fill shape={layer.shape}")
+            shape = layer.shape
+        elif layer.kind == "upsample":
+            shape = (shape[0], 2 * shape[1], 2 * shape[2])
+        elif layer.kind == "conv":
+            sides = [(s + 2 * layer.padding - layer.kernel) // layer.stride + 1 for s in shape[1:]]
+            shape = (layer.features, *sides)
+        elif layer.kind == "conv_transpose":
+            sides = [(s - 1) * layer.stride - 2 * layer.padding + layer.kernel for s in shape[1:]]
+            shape = (layer.features, *sides)
+        if min(shape) < 1:
+            raise GGLError(f"{where}: leaves no pixels")
+    yield None, shape
+
+
+def _torch_shapes(layers: tuple[Layer, ...], latent_dim: int) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the tensors in torch's weights, without the batch norms' counters."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for layer, (channels, *_) in _walk(layers, latent_dim):
+        if layer is None or not layer.name:
+            continue
+        side = (layer.kernel, layer.kernel)
+        if layer.kind == "batch_norm":
+            for part in ("weight", "bias", "running_mean", "running_var"):
+                shapes[f"{layer.name}.{part}"] = (channels,)
+            continue
+        shapes[f"{layer.name}.weight"] = {
+            "dense": (layer.features, channels),
+            "conv": (layer.features, channels, *side),
+            "conv_transpose": (channels, layer.features, *side),
+        }[layer.kind]
+        if layer.bias:
+            shapes[f"{layer.name}.bias"] = (layer.features,)
+    return shapes
+
+
+def _apply(layer: Layer, weights, x):
+    """One layer on [b features], or [b h w c]."""
+    if layer.kind == "dense":
+        x = x @ weights["kernel"]
+    elif layer.kind == "reshape":
+        x = x.reshape(-1, *layer.shape).transpose(0, 2, 3, 1)
+    elif layer.kind == "upsample":
+        x = x.repeat(2, axis=1).repeat(2, axis=2)
+    elif layer.kind == "batch_norm":
+        gain = weights["scale"] * jax.lax.rsqrt(weights["var"] + layer.eps)
+        x = x * gain + (weights["bias"] - weights["mean"] * gain)
+    else:
+        # A transposed convolution is a plain one over the input spread out by the stride; its
+        # kernel was turned around at import.
+        transposed = layer.kind == "conv_transpose"
+        stride, dilation = (1, layer.stride) if transposed else (layer.stride, 1)
+        pad = layer.kernel - 1 - layer.padding if transposed else layer.padding
+        x = jax.lax.conv_general_dilated(
+            x,
+            weights["kernel"],
+            (stride, stride),
+            ((pad, pad), (pad, pad)),
+            lhs_dilation=(dilation, dilation),
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        )
+    if layer.kind != "batch_norm" and "bias" in weights:
+        x = x + weights["bias"]
+    return ACTIVATIONS[layer.activation](x, layer.slope)
+
+
+def convolutional(
+    layers: Sequence[Layer | Mapping[str, Any]], *, latent_dim: int, latents: str = "normal"
+) -> Prior:
+    """A generator given by its list of layers, as an unconditional prior.
+
+    Batch norm uses its stored statistics, so an image depends on its own latent only. Labels are
+    ignored. If the first layer is spatial, a latent is an image of 1x1 pixels.
+
+    Args:
+      layers: `Layer`s, or mappings with their fields, such as those of a card. The last one's
+        activation tells the range: tanh for [-1, 1], sigmoid for [0, 1].
+      latent_dim: size of the latent, at least 1.
+      latents: their law: "normal" for N(0, I), "uniform" for U(-1, 1) in each entry.
+
+    Returns:
+      A `Prior` with `params = {"layer<number>": {...}}` for the layers with weights. `init` gives
+      random weights (an untrained prior); see `from_torch` for trained ones.
+
+    Raises:
+      GGLError: layers that do not fit together, or an argument out of its range.
+    """
+    made = _as_layers(layers)
+    *_, (_, shape) = _walk(made, latent_dim)
+    if len(shape) != 3 or shape[0] not in (1, 3):
+        raise GGLError(
+            f"layers: the output has the shape {list(shape)} (channels first); it must be an image "
+            "with 1 or 3 channels"
+        )
+    if latents not in ("normal", "uniform"):
+        raise GGLError(f"convolutional: latents={latents!r} must be 'normal' or 'uniform'")
+    torch_shapes = _torch_shapes(made, latent_dim)
+    first = next(s for _, s in _walk(made, latent_dim))
+
+    def init(key):
+        features = {f"{layer.name}.weight": layer.features for layer in made if layer.features}
+        arrays = {}
+        for number, (name, of) in enumerate(torch_shapes.items()):
+            if name in features:
+                scale = (math.prod(of) / features[name]) ** -0.5
+                arrays[name] = scale * jax.random.normal(jax.random.fold_in(key, number), of)
+            else:
+                one = name.endswith(("weight", "running_var"))
+                arrays[name] = jnp.ones(of) if one else jnp.zeros(of)
+        return _to_params(made, arrays)
+
+    def apply(params, z, labels=None):
+        del labels
+        x = z[:, None, None, :] if len(first) == 3 else z
+        for number, layer in enumerate(made):
+            x = _apply(layer, params.get(f"layer{number}", {}), x)
+        return from_signed(x) if made[-1].activation == "tanh" else x
+
+    def sample_latent(key, num):
+        if latents == "uniform":
+            return jax.random.uniform(key, (num, latent_dim), minval=-1.0)
+        return jax.random.normal(key, (num, latent_dim))
+
+    return Prior(
+        init, apply, sample_latent, latent_dim, (shape[1], shape[2], shape[0]), "convolutional"
+    )
+
+
+def _to_params(layers: tuple[Layer, ...], arrays: Mapping[str, Any]) -> dict:
+    """Torch's arrays under our names and axes; works on traced arrays too."""
+    params = {}
+    for number, layer in enumerate(layers):
+        if not layer.name:
+            continue
+        weight = arrays[f"{layer.name}.weight"]
+        if layer.kind == "batch_norm":
+            names = {"bias": "bias", "mean": "running_mean", "var": "running_var"}
+            entry = {ours: arrays[f"{layer.name}.{name}"] for ours, name in names.items()}
+            params[f"layer{number}"] = {"scale": weight, **entry}
+            continue
+        if layer.kind == "dense":
+            kernel = weight.T
+        elif layer.kind == "conv":
+            kernel = weight.transpose(2, 3, 1, 0)
+        else:
+            kernel = weight[:, :, ::-1, ::-1].transpose(2, 3, 0, 1)
+        params[f"layer{number}"] = {"kernel": kernel}
+        if layer.bias:
+            params[f"layer{number}"]["bias"] = arrays[f"{layer.name}.bias"]
+    return params
+
+
+def from_torch(
+    state_dict_or_path, layers: Sequence[Layer | Mapping[str, Any]], *, latent_dim: int
+) -> dict:
+    """Converts the torch weights of a generator to the params of `convolutional(layers)`.
+
+    Args:
+      state_dict_or_path: names to arrays or tensors, or a file (see `ggl_jax.foreign.read`).
+        The `num_batches_tracked` counters of the declared batch norms are ignored.
+      layers: as for `convolutional`.
+      latent_dim: size of the latent.
+
+    Returns:
+      The params, float32.
+
+    Raises:
+      GGLError: the file cannot be read; layers that do not fit together; or tensors that are
+        missing, unknown or of another shape. The message names them.
+    """
+    made = _as_layers(layers)
+    counters = {f"{e.name}.num_batches_tracked" for e in made if e.kind == "batch_norm"}
+    arrays = {
+        name: array
+        for name, array in foreign.read_or_take(state_dict_or_path).items()
+        if name not in counters
+    }
+    foreign.check_shapes(arrays, _torch_shapes(made, latent_dim), what="the declared layers")
+    return jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), _to_params(made, arrays))
