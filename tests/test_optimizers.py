@@ -7,7 +7,7 @@ import pytest
 
 from ggl_jax.adversary.optimizers import OPTIMIZERS, best_so_far, cma_es, make_optimizer
 from ggl_jax.errors import GGLError
-from ggl_jax.types import NONFINITE, OK
+from ggl_jax.types import NONFINITE, OK, STALLED
 
 OPTIONS = {"steps": 150, "population": 16}
 TARGET = jnp.asarray([0.5, -0.3, 0.8, -1.0])
@@ -49,7 +49,8 @@ def test_finds_the_minimum(name, problem):
     assert float(state.loss) < tolerance
     np.testing.assert_allclose(state.loss, loss_fn(state.latent[None])[0], rtol=1e-4, atol=1e-6)
     assert spent == 150 * optimizer.evaluations_per_step(2)
-    assert int(info.status) == OK
+    # An exact minimum stalls L-BFGS, rightly.
+    assert int(info.status) in (OK, STALLED)
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
