@@ -9,7 +9,15 @@ from ggl_jax.adversary.optimizers import OPTIMIZERS, best_so_far, cma_es, make_o
 from ggl_jax.errors import GGLError
 from ggl_jax.types import NONFINITE, OK, STALLED
 
-OPTIONS = {"steps": 150, "population": 16}
+OPTIONS = {
+    "steps": 150,
+    "population": 16,
+    "batch_size": 5,
+    "num_initial": 20,
+    "num_candidates": 200,
+    "max_points": 64,
+    "fit_steps": 20,
+}
 TARGET = jnp.asarray([0.5, -0.3, 0.8, -1.0])
 
 
