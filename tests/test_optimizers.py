@@ -7,9 +7,17 @@ import pytest
 
 from ggl_jax.adversary.optimizers import OPTIMIZERS, adam, best_so_far, cma_es, make_optimizer
 from ggl_jax.errors import GGLError
-from ggl_jax.types import NONFINITE, OK
+from ggl_jax.types import NONFINITE, OK, STALLED
 
-OPTIONS = {"steps": 150, "population": 16}
+OPTIONS = {
+    "steps": 150,
+    "population": 16,
+    "batch_size": 5,
+    "num_initial": 20,
+    "num_candidates": 200,
+    "max_points": 64,
+    "fit_steps": 20,
+}
 TARGET = jnp.asarray([0.5, -0.3, 0.8, -1.0])
 
 
@@ -49,7 +57,8 @@ def test_finds_the_minimum(name, problem):
     assert float(jnp.max(state.losses)) < tolerance  # both restarts
     np.testing.assert_allclose(state.losses, loss_fn(state.latents), rtol=1e-4, atol=1e-6)
     assert spent == 150 * optimizer.evaluations_per_step(2)
-    assert int(info.status) == OK
+    # An exact minimum stalls L-BFGS, rightly.
+    assert int(info.status) in (OK, STALLED)
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)

@@ -11,12 +11,16 @@ from collections.abc import Callable
 from ggl_jax.adversary.optimizers.adam import adam
 from ggl_jax.adversary.optimizers.base import BestState, best_so_far
 from ggl_jax.adversary.optimizers.cma_es import cma_es
+from ggl_jax.adversary.optimizers.lbfgs import lbfgs
+from ggl_jax.adversary.optimizers.turbo import turbo
 from ggl_jax.errors import GGLError
 from ggl_jax.types import Optimizer
 
 OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
     "adam": adam,
     "cma_es": cma_es,
+    "lbfgs": lbfgs,
+    "turbo": turbo,
 }
 
 
@@ -42,4 +46,13 @@ def make_optimizer(name: str, **options) -> Optimizer:
     return factory(**{k: v for k, v in options.items() if k in accepted and v is not None})
 
 
-__all__ = ["OPTIMIZERS", "BestState", "adam", "best_so_far", "cma_es", "make_optimizer"]
+__all__ = [
+    "OPTIMIZERS",
+    "BestState",
+    "adam",
+    "best_so_far",
+    "cma_es",
+    "lbfgs",
+    "make_optimizer",
+    "turbo",
+]
