@@ -14,7 +14,8 @@ from PIL import Image
 from ggl_jax import checkpoint
 from ggl_jax.adversary.attacks import ATTACKS
 from ggl_jax.audit import runner
-from ggl_jax.cli import _preset_defaults, run
+from ggl_jax.cli import run
+from ggl_jax.commands.audit import defaults
 from ggl_jax.priors import dcgan
 
 FIELDS = {
@@ -123,15 +124,15 @@ def test_default_search_goes_through_its_stages(prior_folder, tmp_path, capsys, 
 
 
 def test_presets_know_attacks_and_optimizers(capsys):
-    quick = _preset_defaults([])
+    quick = defaults([])
     assert (quick.optimizer, quick.pool, quick.refine) == ("adam", 200, "auto")
-    paper = _preset_defaults(["--preset", "paper"])
+    paper = defaults(["--preset", "paper"])
     published = ATTACKS["ggl"]
     assert (paper.steps, paper.refine) == (published.steps, "none")
     assert published.settings == {"optimizer": paper.optimizer, "population": paper.population}
-    other = _preset_defaults(["--optimizer", "cma_es"])
+    other = defaults(["--optimizer", "cma_es"])
     assert (other.pool, other.restarts, other.steps) == (None, None, 16)
-    assert _preset_defaults(["--attack=ig", "--preset", "standard"]).steps == 1000
+    assert defaults(["--attack=ig", "--preset", "standard"]).steps == 1000
 
 
 def test_config_json_reproduces_the_run(audit, tmp_path, capsys):

@@ -82,7 +82,7 @@ class Table1(Experiment):
     """
 
     title = "Table 1: optimisers, no defense"
-    published = {
+    published: ClassVar = {
         ("Adam", "none"): _psnr(13.70),
         ("TuRBO", "none"): _psnr(10.95),
         ("CMA-ES", "none"): _psnr(11.50),
@@ -141,7 +141,7 @@ class Table3(Experiment):
 
     title = "Table 3: attacks under defenses, CelebA"
     defenses: tuple[str, ...] = DEFENSES
-    published = {
+    published: ClassVar = {
         ("GGL", "noise:0.1"): _published(0.0780, 11.08, 0.1906, 0.0010),
         ("GGL", "clip:4"): _published(0.0760, 11.19, 0.1670, 0.0015),
         ("GGL", "sparsify:0.9"): _published(0.0768, 11.15, 0.1620, 0.0007),

@@ -1,0 +1,130 @@
+"""What several subcommands share: the console, the environment, folders and progress."""
+
+import hashlib
+import json
+import os
+import platform
+import time
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from ggl_jax.errors import GGLError
+
+console = Console()
+
+
+def fingerprint(*parts) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(
+            part if isinstance(part, bytes) else json.dumps(part, sort_keys=True).encode()
+        )
+    return digest.hexdigest()
+
+
+def environment() -> dict[str, str]:
+    """Versions and hardware that numbers depend on."""
+    import importlib.metadata as metadata
+
+    import jax
+
+    packages = ("ggl-jax", "jax", "jaxlib", "flax", "optax", "evosax", "orbax-checkpoint", "numpy")
+    versions = {}
+    for name in packages:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            versions[name] = "not installed"
+    devices = jax.devices()
+    return {
+        **versions,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "device": f"{len(devices)} x {devices[0].device_kind} ({devices[0].platform})",
+        "cpu": f"{cpu_name()}, {os.cpu_count()} cores",
+    }
+
+
+def cpu_name() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def check_config(out: Path, config: dict) -> None:
+    """Refuse a folder that holds another configuration; name what differs."""
+    path = out / "config.json"
+    if path.exists():
+        try:
+            old = json.loads(path.read_text())
+            same = {k: (old["options"].get(k), v) for k, v in config["options"].items()}
+            changed = [f"{k} ({a!r} there, {b!r} here)" for k, (a, b) in same.items() if a != b]
+            if old["inputs"] != config["inputs"]:
+                changed.append("the private images or the prior's weights")
+        except (json.JSONDecodeError, KeyError, TypeError, AttributeError):
+            raise GGLError(f"out: {path} is damaged; choose another --out") from None
+        if changed:
+            raise GGLError(
+                f"out: {out} holds an audit with other options: {', '.join(changed)}; choose "
+                "another --out or remove the folder"
+            )
+    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise GGLError(
+            f"out: {out} is not an empty folder and not an earlier audit; choose another --out"
+        )
+    out.mkdir(parents=True, exist_ok=True)
+    if not path.exists():
+        partial = path.with_suffix(".part")
+        partial.write_text(json.dumps(config, indent=2) + "\n")
+        partial.replace(path)
+
+
+def write_text(path: Path, text: str) -> None:
+    partial = path.with_suffix(".part")
+    partial.write_text(text)
+    partial.replace(path)
+
+
+class AuditBar:
+    """Live progress on a terminal; one line per cell and phase change elsewhere."""
+
+    def __init__(self, evaluations_note: str):
+        self.live = console.is_terminal
+        self.note = evaluations_note
+        self.last = ""
+        self.bar = Progress(
+            TextColumn("{task.description}", markup=False),
+            BarColumn(),
+            TextColumn("{task.fields[shown]}", markup=False),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not self.live,
+        )
+
+    def __enter__(self):
+        self.bar.__enter__()
+        self.task = self.bar.add_task("starting", total=1.0, shown="")
+        self.began = time.perf_counter()
+        return self
+
+    def __exit__(self, *error):
+        self.bar.__exit__(*error)
+
+    def __call__(self, phase, number, total, fraction, loss):
+        text = f"[{number + 1}/{total}] {phase}"
+        shown = "" if loss is None else f"loss {loss:.4g}"
+        if self.live:
+            self.bar.update(
+                self.task, description=text, completed=number + fraction, total=total, shown=shown
+            )
+        elif text != self.last:
+            console.print(f"{time.perf_counter() - self.began:7.1f} s  {text}", markup=False)
+        self.last = text

@@ -1,0 +1,358 @@
+"""``ggl-jax audit``: reconstruct private images from their defended gradients."""
+
+import argparse
+import dataclasses
+import datetime
+import json
+import shlex
+from pathlib import Path
+from typing import Literal
+
+from ggl_jax.commands._shared import (
+    AuditBar,
+    check_config,
+    console,
+    environment,
+    fingerprint,
+    write_text,
+)
+from ggl_jax.errors import GGLError
+
+#: What each preset sets besides the search. Presets differ in effort, never in what is measured.
+PRESETS: dict[str, dict] = {
+    "quick": {"indices": "0", "ceiling_steps": 300},
+    "standard": {"indices": "0:8", "ceiling_steps": 400},
+    "paper": {"indices": "0:8", "ceiling_steps": 400},
+}
+
+_ADAM = {"optimizer": "adam", "signed": False, "schedule": "ramp", "steps": 60}
+#: How each preset searches, by attack and, for ggl, by optimiser. Its default search is the one of
+#: lowest loss on public images (README); the paper's, CMA-ES as published, is that of its preset.
+SEARCHES: dict[str, dict[str, dict]] = {
+    "quick": {
+        "ggl": {**_ADAM, "pool": 200, "restarts": 4, "refine": "auto", "refine_steps": 100},
+        "ggl/cma_es": {"steps": 16},
+        "ggl/turbo": {"steps": 60},
+        "ggl/lbfgs": {"steps": 15, "restarts": 4},
+        "ggl/hybrid": {"steps": 8},
+        "dlg": {"steps": 60},
+        "idlg": {"steps": 60},
+        "ig": {"steps": 200},
+        "gi": {"steps": 200},
+    },
+    "standard": {
+        "ggl": {
+            **_ADAM,
+            **{"pool": 400, "restarts": 8, "finalists": 2, "final_steps": 100},
+            **{"refine": "auto", "refine_steps": 200},
+        },
+        "ggl/cma_es": {"steps": 100},
+        "ggl/turbo": {"steps": 100},
+        "ggl/lbfgs": {"steps": 60, "restarts": 8},
+        "ggl/hybrid": {"steps": 40},
+        "ig": {"steps": 1000},
+        "gi": {"steps": 1000},
+    },
+    "paper": {
+        "ggl": {"optimizer": "cma_es", "population": 50, "steps": 800},
+        "ggl/cma_es": {"population": 50, "steps": 800},
+        "ggl/turbo": {"steps": 100},
+    },
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class AuditCommand:
+    """Audit defenses: reconstruct private images from their defended gradients.
+
+    A client shares the (defended) gradient of its private image with a federated-learning server.
+    This command plays the server: it searches a face generator for the image whose own gradient
+    matches what was shared, and reports how near that comes to the private image, beside what
+    could have been guessed without any gradient. Results go to a folder as they are found; the same
+    command continues an interrupted run.
+    """
+
+    preset: Literal["quick", "standard", "paper"] = "quick"
+    """How much effort: quick (1 image; minutes on two CPU cores), standard (8 images, a longer
+    search) or paper (8 images, each attack as published; meant for a GPU). Options given here as
+    well win over the preset's; those that an attack or optimiser other than the default does not
+    know are left out of it."""
+    config: Path | None = None
+    """A config.json of an earlier run: start from all of its options."""
+    data: str = "embedded"
+    """Private images: embedded (a portrait that ships with scikit-image), embedded:faces,
+    embedded:nonfaces, a .npz file (uint8 images [n h w 3], labels), a folder of images, or
+    tfds:NAME[:SPLIT] such as tfds:celeb_a:test."""
+    indices: str = "0"
+    """Which of them: a number, a list such as 0,3,5, or a range such as 0:8."""
+    label: int | None = None
+    """Class label for every image, for data without labels."""
+    defenses: tuple[str, ...] = (
+        "none",
+        "noise:0.1",
+        "clip:4",
+        "sparsify:0.9",
+        "soteria:0.8",
+        "clip:4+noise:0.1",
+    )
+    """Defenses to audit, e.g. none noise:0.1 clip:4 sparsify:0.9 soteria:0.8. Join with + to apply
+    one after the other. noise: standard deviation; clip: l2 bound; sparsify and soteria: share
+    pruned."""
+    model: str = "resnet18"
+    """Federated model: resnet18, lenet or convnet, with random weights."""
+    batch_norm: Literal["eval", "train"] = "eval"
+    """Batch normalisation of the federated model: eval (running statistics, as published) or train
+    (each batch's own statistics)."""
+    num_classes: int | None = None
+    """Classes of the federated model; by default those of the data."""
+    prior: str = "dcgan32_faces"
+    """The adversary's generator: the name of one that ships with the tool, or a checkpoint folder
+    made by ggl-jax train-prior."""
+    batch_size: int = 1
+    """Private images in each shared update."""
+    local_steps: int = 1
+    """Local SGD steps behind each shared update: 1 for a plain gradient, more for FedAvg."""
+    local_learning_rate: float = 0.01
+    """Step size of the local steps."""
+    attack: str = "ggl"
+    """Attack: ggl (generative gradient leakage), or a baseline on pixels: dlg, idlg, ig (inverting
+    gradients), gi (GradInversion). Options below that are not set are as that attack's authors
+    published."""
+    adaptive: bool | None = None
+    """Whether candidates' gradients go through the estimated defense before they are compared
+    (published: True for ggl, False for the baselines)."""
+    optimizer: str | None = None
+    """Search: cma_es and turbo (gradient-free), adam, lbfgs, or hybrid (cma_es whose candidates are
+    refined by gradient steps)."""
+    population: int | None = None
+    """Candidates per step of cma_es and hybrid."""
+    steps: int | None = None
+    """Search steps."""
+    restarts: int | None = None
+    """Independent searches in one batch; the lowest loss wins."""
+    pool: int | None = None
+    """Random samples of the prior that are compared first; the best start the searches."""
+    start: Literal["zeros", "prior", "uniform", "normal"] | None = None
+    """Where searches start without a pool: zeros, a sample of the prior, uniform in [0, 1], or
+    normal."""
+    bound: Literal["none", "tanh"] | None = None
+    """tanh keeps every latent entry within (-1, 1)."""
+    learning_rate: float | None = None
+    """Step size of adam (default 0.1)."""
+    schedule: Literal["step", "ramp"] | None = None
+    """Step sizes of adam: step (x 0.1 at 3/8, 5/8, 7/8) or ramp (warm-up and cosine ramp-down)."""
+    signed: bool | None = None
+    """Whether adam sees only the gradient's sign."""
+    sigma0: float | None = None
+    """Initial step size of cma_es and hybrid (default 1.0)."""
+    compare: Literal["published", "support", "undefended", "likelihood"] = "published"
+    """What is compared: published; support (sparsified updates on the entries that were shared);
+    undefended (Soteria's layer left out); likelihood (of the estimated noise)."""
+    distance: Literal["squared_l2", "cosine"] | None = None
+    """Distance between updates."""
+    regularizer: str | None = None
+    """Penalties on the candidate, as name:weight joined by +, or none. Names: kld, norm,
+    gaussian, total_variation, l2, group (consistency of the restarts)."""
+    finalists: int = 0
+    """So many of the restarts go on by adam, for final-steps; 0 for none."""
+    final_steps: int = 100
+    """Adam's steps on the finalists."""
+    refine: Literal["none", "pixels", "auto"] = "none"
+    """Go on from the result in pixel space: none, pixels, or auto (pixels, unless the defense adds
+    noise, which pixels would fit)."""
+    refine_steps: int = 300
+    """Steps of the refinement."""
+    fidelity: Literal["paper", "code"] = "paper"
+    """Where the paper and its published code differ: follow the paper, or the code."""
+    method: Literal["auto", "fused", "direct"] = "auto"
+    """How matching losses are computed: fused (without each candidate's gradient), direct, or the
+    cheaper of the two."""
+    precision: Literal["default", "bfloat16", "tensorfloat32", "float32"] | None = None
+    """Precision of matrix products on accelerators (default: JAX's own, TF32 on recent GPUs)."""
+    chunk_size: int | None = None
+    """Candidates evaluated at once; by default as many as memory allows."""
+    instances: int | None = None
+    """Images whose searches run in one batch (default: 1 on a CPU, 8 on a GPU)."""
+    num_controls: int = 400
+    """Random samples of the prior for the controls."""
+    ceiling_steps: int = 300
+    """Steps of the prior's direct fit to the private image (the ceiling)."""
+    suspects: int = 99
+    """Other images of the same data, at most, among which the private one is to be told by its
+    reconstruction; 0 for none."""
+    lpips: Literal["vgg", "alex", "squeeze"] = "vgg"
+    """Network behind the LPIPS score: vgg (as in the paper), alex or squeeze. Its weights come with
+    ggl-jax weights; without them the audit leaves LPIPS out."""
+    seed: int = 0
+    """Seed of the model's weights, the noise and the search."""
+    out: Path | None = None
+    """Folder for the results; by default ggl-audit-<fingerprint of the options> here."""
+
+
+def defaults(argv: list[str]) -> AuditCommand:
+    """The audit options before the user's own: a preset's, or those of a ``config.json``.
+
+    They are read first, so that ``--help`` shows the values that will really be used.
+    """
+    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    finder.add_argument("--preset")
+    finder.add_argument("--attack", default="ggl")
+    finder.add_argument("--optimizer")
+    finder.add_argument("--config", type=Path)
+    found, _ = finder.parse_known_args(argv)
+    if found.config is not None:
+        return read_config(found.config)
+    preset = found.preset if found.preset in PRESETS else "quick"
+    chosen = found.attack if found.optimizer is None else f"{found.attack}/{found.optimizer}"
+    if chosen == "ggl/adam" and preset != "paper":
+        chosen = "ggl"
+    search = SEARCHES[preset].get(chosen, {})
+    return AuditCommand(**{"preset": preset, **PRESETS[preset], **search})
+
+
+def read_config(path: Path) -> AuditCommand:
+    try:
+        options = json.loads(path.read_text())["options"]
+        options["defenses"] = tuple(options["defenses"])
+        known = {f.name for f in dataclasses.fields(AuditCommand)}
+        return AuditCommand(**{k: v for k, v in options.items() if k in known})
+    except FileNotFoundError:
+        raise GGLError(f"config: {path} does not exist; give a run's config.json") from None
+    except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError):
+        raise GGLError(f"config: {path} is not a config.json of ggl-jax audit") from None
+
+
+def _options(command: AuditCommand) -> dict:
+    """The options that determine the results, as they go into ``config.json``."""
+    options = dataclasses.asdict(command)
+    for name in ("out", "config"):
+        options.pop(name)
+    options["defenses"] = list(command.defenses)
+    return options
+
+
+def run(command: AuditCommand, argv: list[str]) -> int:
+    """``ggl-jax audit``."""
+    import numpy as np
+
+    from ggl_jax.adversary.strategy import AttackSettings
+    from ggl_jax.audit import data as audit_data
+    from ggl_jax.audit import figure, report
+    from ggl_jax.audit.runner import AuditInterrupted, ClientSettings, audit
+    from ggl_jax.client.defenses import parse
+    from ggl_jax.client.models import get_model
+    from ggl_jax.priors import load_prior
+
+    # Cheap checks first: a typing error should not cost a minute of work.
+    for spec in command.defenses:
+        parse(spec, fidelity=command.fidelity)
+    prior, prior_params, card = load_prior(command.prior)
+    size = prior.image_shape[0]
+    dataset = audit_data.load(
+        command.data, image_size=size, indices=command.indices, labels=command.label
+    )
+    audit_data.check_prior_overlap(dataset, card, allow_held_out=True)
+    if dataset.labels is None:
+        raise GGLError(
+            f"data: {command.data} has no labels; add a labels.csv (file,label) or give --label 0"
+        )
+    num_classes = command.num_classes or max(
+        2, dataset.num_classes or 0, int(np.max(dataset.labels)) + 1
+    )
+    options = {"batch_norm": command.batch_norm} if command.model != "lenet" else {}
+    model = get_model(
+        command.model, num_classes=num_classes, image_shape=prior.image_shape, **options
+    )
+    options = _options(command)
+    inputs = {
+        "images": fingerprint(dataset.images.tobytes(), np.asarray(dataset.labels).tobytes()),
+        "prior": card["sha256"],
+    }
+    out = command.out or Path(f"ggl-audit-{fingerprint(options, inputs)[:8]}")
+    shown_command = "ggl-jax " + shlex.join(argv)
+    env = environment()
+    check_config(
+        out, {"command": shown_command, "options": options, "inputs": inputs, "environment": env}
+    )
+    settings = AttackSettings(
+        **{f.name: getattr(command, f.name) for f in dataclasses.fields(AttackSettings)}
+    )
+    client = ClientSettings(command.batch_size, command.local_steps, command.local_learning_rate)
+    num = len(dataset.images)
+    console.print(
+        f"Auditing {len(command.defenses)} defenses on {num} image{'s' * (num != 1)} of "
+        f"{command.data}: {model.name}, prior {card['name']}, attack {command.attack}. "
+        f"Results: {out}/",
+        markup=False,
+        soft_wrap=True,
+    )
+    interrupted = False
+    with AuditBar("") as bar:
+        try:
+            result = audit(
+                dataset.images,
+                dataset.labels,
+                model=model,
+                prior=prior,
+                prior_params=prior_params,
+                defenses=command.defenses,
+                names=dataset.names,
+                instance_ids=dataset.indices,
+                others=_others(command, dataset, size),
+                client=client,
+                settings=settings,
+                num_controls=command.num_controls,
+                ceiling_steps=command.ceiling_steps,
+                lpips=command.lpips,
+                seed=command.seed,
+                out=out,
+                progress=bar,
+            )
+        except AuditInterrupted as stop:
+            result, interrupted = stop.result, True
+    if result.rows:
+        summaries = report.summarize(result.rows)
+        title = f"{model.name}, prior {card['name']}, {command.attack}, seed {command.seed}"
+        figure.draw(result, out / "figure.png", title=title)
+        date = datetime.date.today().isoformat()
+        where = f"{date}; {env['device']}; {env['cpu']}; jax {env['jax']}; {num} images"
+        write_text(
+            out / "summary.md",
+            report.markdown(summaries, command=shown_command, environment=where),
+        )
+        for table in report.terminal_tables(summaries):
+            console.print(table)
+        console.print(report.LEGEND, style="dim")
+        console.print()
+        for sentence in report.in_words(summaries):
+            console.print(sentence, markup=False)
+        console.print(
+            f"\nPictures: {out}/figure.png; all numbers: {out}/results.jsonl",
+            markup=False,
+            soft_wrap=True,
+        )
+    if interrupted:
+        console.print(
+            f"Interrupted. {len(result.rows)} finished results are kept in {out}/; the same "
+            "command goes on from there.",
+            markup=False,
+        )
+        return 130
+    return 0
+
+
+def _others(command: AuditCommand, dataset, size: int):
+    """Images [m h w c] of the same data, none of them audited; None where there are none."""
+    import numpy as np
+
+    from ggl_jax.audit import data as audit_data
+
+    if command.suspects < 0:
+        raise GGLError(f"suspects: got {command.suspects}, allowed: whole numbers of at least 0")
+    left = np.setdiff1d(np.arange(dataset.size), dataset.indices)
+    chosen = np.random.default_rng(command.seed).permutation(left)[: command.suspects]
+    if not len(chosen):
+        return None
+    return audit_data.load(
+        command.data, image_size=size, indices=sorted(chosen.tolist()), labels=command.label
+    ).images

@@ -1,0 +1,33 @@
+"""``ggl-jax sample-prior``: a grid of random samples."""
+
+import dataclasses
+from pathlib import Path
+
+from ggl_jax.commands._shared import console
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplePriorCommand:
+    """Draw a grid of random samples from a prior, to see what it believes images look like."""
+
+    prior: str = "dcgan32_faces"
+    """Name of a shipped prior, or a checkpoint folder."""
+    num: int = 64
+    """Number of samples."""
+    seed: int = 0
+    """Seed of the samples."""
+    out: Path = Path("samples.png")
+    """The PNG to write."""
+
+
+def run(command: SamplePriorCommand, argv: list[str]) -> int:
+    """``ggl-jax sample-prior``."""
+    del argv
+    import jax
+
+    from ggl_jax.priors import load_prior, samples
+
+    prior, params, card = load_prior(command.prior)
+    samples(prior, params, jax.random.key(command.seed), command.num, path=command.out)
+    console.print(f"{command.num} samples of {card['name']} are in {command.out}", markup=False)
+    return 0
