@@ -19,6 +19,7 @@ from ggl_jax.commands import (
     audit,
     import_prior,
     info,
+    reproduce,
     sample_prior,
     score_prior,
     train_prior,
@@ -31,6 +32,7 @@ from ggl_jax.errors import GGLError
 #: ``ggl_jax/commands`` and one line here.
 COMMANDS: dict[str, tuple[type, Callable[[Any, list[str]], int]]] = {
     "audit": (audit.AuditCommand, audit.run),
+    "reproduce": (reproduce.ReproduceCommand, reproduce.run),
     "train-prior": (train_prior.TrainPriorCommand, train_prior.run),
     "sample-prior": (sample_prior.SamplePriorCommand, sample_prior.run),
     "score-prior": (score_prior.ScorePriorCommand, score_prior.run),

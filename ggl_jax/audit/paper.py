@@ -18,8 +18,12 @@ from ggl_jax.audit.runner import AuditResult
 
 SCALES = ("quick", "paper")
 #: The paper's columns, and how many decimals it gives.
-COLUMNS = (("mse_i", "MSE-I", 4), ("psnr_paper", "PSNR", 2), ("lpips", "LPIPS", 4))
-COLUMNS += (("mse_r", "MSE-R", 4),)
+COLUMNS = (
+    ("mse_i", "MSE-I", 4),
+    ("psnr_paper", "PSNR", 2),
+    ("lpips", "LPIPS", 4),
+    ("mse_r", "MSE-R", 4),
+)
 DEFENSES = ("noise:0.1", "clip:4", "sparsify:0.9", "soteria:0.8")
 
 _NUMBERS = ("mse_i", "psnr_paper", "lpips", "mse_r")
@@ -61,13 +65,13 @@ def _ggl(scale: str, **options) -> AttackSettings:
             **{"optimizer": "adam", "signed": False, "schedule": "ramp"},
             **{"pool": 200, "restarts": 4, "steps": 60},
         }
-    return AttackSettings(**{**settings, **options})  # type: ignore[arg-type]
+    return AttackSettings(**{**settings, **options})
 
 
 def _baseline(name: str, scale: str, **options) -> AttackSettings:
     steps = {"dlg": 100, "idlg": 100, "ig": 150, "gi": 150}[name]
     settings = {} if scale == "paper" else {"steps": steps, "restarts": 2}
-    return AttackSettings(**{"attack": name, **settings, **options})  # type: ignore[arg-type]
+    return AttackSettings(**{"attack": name, **settings, **options})
 
 
 @dataclasses.dataclass(frozen=True)

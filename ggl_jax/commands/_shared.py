@@ -92,11 +92,16 @@ def write_text(path: Path, text: str) -> None:
 
 
 class AuditBar:
-    """Live progress on a terminal; one line per cell and phase change elsewhere."""
+    """Live progress on a terminal; one line per cell and phase change elsewhere.
 
-    def __init__(self, evaluations_note: str):
+    Args:
+        audits: how many audits of equal size it will be the ``progress`` of, one after the other.
+    """
+
+    def __init__(self, audits: int = 1):
+        self.audits = audits
+        self.name, self.index = "", 0
         self.live = console.is_terminal
-        self.note = evaluations_note
         self.last = ""
         self.bar = Progress(
             TextColumn("{task.description}", markup=False),
@@ -118,8 +123,13 @@ class AuditBar:
     def __exit__(self, *error):
         self.bar.__exit__(*error)
 
+    def begin(self, name: str, index: int) -> None:
+        """The audit that follows: its name, and how many went before."""
+        self.name, self.index = f"{name}: ", index
+
     def __call__(self, phase, number, total, fraction, loss):
-        text = f"[{number + 1}/{total}] {phase}"
+        number, total = self.index * total + number, self.audits * total
+        text = f"[{number + 1}/{total}] {self.name}{phase}"
         shown = "" if loss is None else f"loss {loss:.4g}"
         if self.live:
             self.bar.update(

@@ -287,7 +287,7 @@ def run(command: AuditCommand, argv: list[str]) -> int:
         soft_wrap=True,
     )
     interrupted = False
-    with AuditBar("") as bar:
+    with AuditBar() as bar:
         try:
             result = audit(
                 dataset.images,

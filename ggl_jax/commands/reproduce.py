@@ -1,0 +1,135 @@
+"""``ggl-jax reproduce``: the paper's experiments, ours beside the paper's numbers."""
+
+import dataclasses
+import datetime
+import shlex
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+from ggl_jax.commands._shared import (
+    AuditBar,
+    check_config,
+    console,
+    environment,
+    fingerprint,
+    write_text,
+)
+from ggl_jax.errors import GGLError
+
+
+@dataclasses.dataclass(frozen=True)
+class ReproduceCommand:
+    """Run one of the paper's CelebA experiments: its table or figure, ours beside the paper's.
+
+    Writes table.md, figure.png and one folder for each search; the same command goes on where it
+    was interrupted.
+    """
+
+    experiment: tyro.conf.Positional[
+        Literal["table1", "table2", "table3", "figure4", "figure6", "figure7"]
+    ]
+    """table1 and figure4: optimisers; table2: distances and regularisers; table3 and figure6:
+    attacks under defenses; figure7: leakage by a defense's strength."""
+    data: str
+    """Private images, as for ggl-jax audit: a .npz file, a folder, or tfds:celeb_a."""
+    images: int = 4
+    """How many of them, the first ones."""
+    scale: Literal["quick", "paper"] = "quick"
+    """quick (shorter searches, for CPUs) or paper (the published lengths, meant for a GPU)."""
+    prior: str = "dcgan32_faces"
+    """The adversary's generator, as for ggl-jax audit."""
+    lpips: Literal["vgg", "alex", "squeeze"] = "vgg"
+    """Network behind the LPIPS score."""
+    seed: int = 0
+    """Seed of the model's weights, the noise and the searches."""
+    out: Path | None = None
+    """Folder for the results; by default ggl-EXPERIMENT-SCALE here."""
+
+
+def run(command: ReproduceCommand, argv: list[str]) -> int:
+    """``ggl-jax reproduce``."""
+    import numpy as np
+    from rich.markdown import Markdown
+
+    from ggl_jax.audit import data as audit_data
+    from ggl_jax.audit import paper
+    from ggl_jax.audit.runner import AuditInterrupted, AuditResult, audit
+    from ggl_jax.client.models import get_model
+    from ggl_jax.priors import load_prior
+
+    if command.images < 1:
+        raise GGLError(f"images: got {command.images}, allowed: whole numbers of at least 1")
+    experiment = paper.EXPERIMENTS[command.experiment]()
+    prior, prior_params, card = load_prior(command.prior)
+    dataset = audit_data.load(
+        command.data, image_size=prior.image_shape[0], indices=f"0:{command.images}"
+    )
+    audit_data.check_prior_overlap(dataset, card, allow_held_out=True)
+    if dataset.labels is None:
+        raise GGLError(f"data: {command.data} has no labels; the experiments need them")
+    model = get_model(
+        "resnet18",
+        num_classes=max(2, dataset.num_classes or 0, int(np.max(dataset.labels)) + 1),
+        image_shape=prior.image_shape,
+    )
+    out = command.out or Path(f"ggl-{command.experiment}-{command.scale}")
+    options = dataclasses.asdict(command)
+    options.pop("out")
+    shown = "ggl-jax " + shlex.join(argv)
+    env = environment()
+    inputs = {"images": fingerprint(dataset.images.tobytes()), "prior": card["sha256"]}
+    check_config(out, {"command": shown, "options": options, "inputs": inputs, "environment": env})
+    searches = experiment.searches(command.scale)
+    console.print(
+        f"{experiment.title}: {len(searches)} searches, {len(experiment.defenses)} defenses, "
+        f"{command.images} images, scale {command.scale}. Results: {out}/",
+        markup=False,
+        soft_wrap=True,
+    )
+    results: dict[str, AuditResult] = {}
+    interrupted = False
+    with AuditBar(len(searches)) as bar:
+        for number, (name, settings) in enumerate(searches.items()):
+            bar.begin(name, number)
+            try:
+                results[name] = audit(
+                    dataset.images,
+                    dataset.labels,
+                    model=model,
+                    prior=prior,
+                    prior_params=prior_params,
+                    defenses=experiment.defenses,
+                    names=dataset.names,
+                    instance_ids=dataset.indices,
+                    settings=settings,
+                    lpips=command.lpips,
+                    seed=command.seed,
+                    out=out / _folder(name),
+                    progress=bar,
+                )
+            except AuditInterrupted as stop:
+                interrupted = True
+                if stop.result.rows:
+                    results[name] = stop.result
+                break
+    if results:
+        date = datetime.date.today().isoformat()
+        where = (
+            f"{date}; {env['device']}; {env['cpu']}; jax {env['jax']}; {command.images} images; "
+            f"seed {command.seed}; prior {card['name']}"
+        )
+        text = paper.markdown(experiment, results, command=shown, where=where)
+        write_text(out / "table.md", text)
+        paper.draw(experiment, results, out / "figure.png")
+        console.print(Markdown(text))
+        console.print(f"Table: {out}/table.md; pictures: {out}/figure.png", markup=False)
+    if interrupted:
+        console.print("Interrupted. The same command goes on from here.", markup=False)
+        return 130
+    return 0
+
+
+def _folder(name: str) -> str:
+    return "".join(c if c.isalnum() else "_" for c in name.lower())
