@@ -142,8 +142,8 @@ def terminal_tables(summaries: Sequence[DefenseSummary]) -> list[Table]:
     )
     for heading, _ in COLUMNS:
         # A name that is too long is folded: cut short, it could be another defense's.
-        justify = "left" if heading == "Defense" else "right"
-        scores.add_column(heading, justify=justify, overflow="fold")
+        left = heading == "Defense"
+        scores.add_column(heading, justify="left" if left else "right", overflow="fold")
     for summary in summaries:
         scores.add_row(*(cell(summary) for _, cell in COLUMNS))
     known = Table(title="What the server read off the update", title_justify="left")
