@@ -346,6 +346,8 @@ def split(tensors):
 
 def test_weights_from_files(tensors, shelf, tmp_path, capsys):
     assert weights.load_lpips("squeeze") is None
+    assert run(["weights", "lpips-squeeze", "--from"]) == 2
+    one_error_line(capsys, "from", "no file")
     network, lin = tmp_path / "network.npz", tmp_path / "lin.npz"
     np.savez(network, **split(tensors)[0])
     np.savez(lin, **split(tensors)[1])

@@ -17,6 +17,8 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
+from ggl_jax.errors import GGLError
+
 
 @dataclasses.dataclass(frozen=True)
 class WeightsCommand:
@@ -30,7 +32,9 @@ class WeightsCommand:
     name: tyro.conf.Positional[Literal["lpips-vgg", "lpips-alex", "lpips-squeeze"]]
     """Which: lpips-vgg (553 MB to fetch, 59 MB kept; the paper's), lpips-alex (244 MB, 10 MB) or
     lpips-squeeze (5 MB, 3 MB)."""
-    files: Annotated[tuple[Path, ...], tyro.conf.arg(name="from", metavar="FILE [FILE ...]")] = ()
+    files: Annotated[
+        tuple[Path, ...] | None, tyro.conf.arg(name="from", metavar="FILE [FILE ...]")
+    ] = None
     """Read these files instead of downloading: .pth, .npz or .safetensors with torch's names. Give
     the network's file and LPIPS' linear layers, or one file with both. Only names and shapes are
     checked."""
@@ -43,6 +47,8 @@ def run(command: WeightsCommand, argv: list[str]) -> int:
     """``ggl-jax weights``."""
     from ggl_jax.audit import weights
 
+    if command.files == ():
+        raise GGLError("from: names no file; give one or more, or leave --from out to download")
     console = Console()
     bar = Progress(
         TextColumn("{task.description}", markup=False),
@@ -66,7 +72,7 @@ def run(command: WeightsCommand, argv: list[str]) -> int:
         with bar:
             path = weights.install(
                 command.name,
-                files=command.files,
+                files=command.files or (),
                 out=command.out,
                 command="ggl-jax " + shlex.join(argv),
                 progress=progress,
