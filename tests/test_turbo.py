@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ggl_jax.adversary.optimizers import turbo
 from ggl_jax.adversary.optimizers import gaussian_process as gp
+from ggl_jax.adversary.optimizers import turbo
 from ggl_jax.adversary.optimizers.turbo import (
     candidates_around,
     latin_hypercube,
