@@ -207,7 +207,7 @@ def test_budget_counts_every_candidate_that_the_loss_sees(name):
 
 
 def test_hybrid_ranks_by_basins_and_remembers_them():
-    # Flat but for a well at 0 that samples (16 deviations away) never meet, only gradients point to.
+    # The minimum is 160 deviations away: samples never meet it, gradients lead there.
     def funnel(z):
         return jnp.sqrt(jnp.sum(z**2, axis=1))
 
