@@ -11,6 +11,7 @@ from collections.abc import Callable
 from ggl_jax.adversary.optimizers.adam import adam
 from ggl_jax.adversary.optimizers.base import BestState, best_so_far
 from ggl_jax.adversary.optimizers.cma_es import cma_es
+from ggl_jax.adversary.optimizers.hybrid import hybrid
 from ggl_jax.adversary.optimizers.lbfgs import lbfgs
 from ggl_jax.adversary.optimizers.turbo import turbo
 from ggl_jax.errors import GGLError
@@ -19,6 +20,7 @@ from ggl_jax.types import Optimizer
 OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
     "adam": adam,
     "cma_es": cma_es,
+    "hybrid": hybrid,
     "lbfgs": lbfgs,
     "turbo": turbo,
 }
@@ -52,6 +54,7 @@ __all__ = [
     "adam",
     "best_so_far",
     "cma_es",
+    "hybrid",
     "lbfgs",
     "make_optimizer",
     "turbo",
