@@ -164,8 +164,9 @@ def test_reaches_its_target_within_its_budget(name, problem):
     assert np.all(evaluations > 0.9 * budget)
     # An exact minimum stalls L-BFGS, rightly.
     assert np.all((statuses == OK) | ((statuses == STALLED) & (name == "lbfgs")))
-    # The target is none that chance reaches: 20 random searches of this budget all miss it.
-    assert np.all(random_search(PROBLEMS[problem], budget, 20) > targets[problem])
+    # The target is none that chance reaches: 19 of 20 random searches of this budget miss it, so
+    # three of three by chance has a probability of about 1e-4.
+    assert np.sum(random_search(PROBLEMS[problem], budget, 20) < targets[problem]) <= 1
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
@@ -215,7 +216,7 @@ def test_budget_counts_every_candidate_that_the_loss_sees(name):
     assert program.out_avals[-3].shape == (sum(seen),)
 
 
-def test_hybrid_ranks_by_basins_and_remembers_them():
+def test_hybrid_remembers_basins():
     # The minimum is 160 deviations away: samples never meet it, gradients lead there.
     def funnel(z):
         return jnp.sqrt(jnp.sum(z**2, axis=1))
@@ -250,6 +251,21 @@ def test_hybrid_ranks_by_basins_and_remembers_them():
 def test_bad_hybrid_options_are_named(options, word):
     with pytest.raises(GGLError, match=word):
         hybrid(**options)
+
+
+def test_hybrid_ranks_by_basins():
+    # Samples are better on the left (1 against 4), but only the right leads further down.
+    def fork(z):
+        return jnp.where(z[:, 0] > 0, 4 - z[:, 0], 1.0)
+
+    def mean_after(optimizer):
+        state = optimizer.init(jax.random.key(0), jnp.zeros((2, 4)))
+        state, _ = optimizer.step(jax.random.key(1), state, fork)
+        return state.mean[:, 0]
+
+    assert float(jnp.max(mean_after(cma_es(population=400)))) < -0.3
+    refined = hybrid(population=400, refine=400, refine_steps=10, refine_rate=1.0)
+    assert float(jnp.min(mean_after(refined))) > 0.3
 
 
 def test_cma_es_survives_failed_and_tied_candidates():
