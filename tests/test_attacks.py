@@ -1,5 +1,7 @@
 """The attacks: published settings, adaptivity, stages, and what each searches."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,9 +12,10 @@ import ggl_jax as gx
 from ggl_jax.adversary.attacks import ATTACKS, make_attack, pixel_refinement, resolve
 from ggl_jax.adversary.losses import parse_regularizer
 from ggl_jax.adversary.search import Stage, run_stages
+from ggl_jax.adversary.strategy import mean_image
 from ggl_jax.errors import GGLError
 from ggl_jax.priors.pixels import pixels_of
-from ggl_jax.types import Problem
+from ggl_jax.types import Candidates, Problem
 
 
 class SmoothNet(nn.Module):
@@ -116,7 +119,7 @@ def test_refinement_leaves_the_prior_behind(model, variables, tiny_images, tiny_
     problem = problem._replace(prior_params=tiny_prior.init(jax.random.key(0)))
     search = make_attack("ggl", model, tiny_prior, defense=defense, population=8, steps=5)
     refine = pixel_refinement(
-        model, steps=150, learning_rate=0.05, regularizer="total_variation:1e-6", defense=defense
+        model, steps=150, learning_rate=0.05, regularizer="none", defense=defense
     )
     stages = [
         Stage(search, 5),
@@ -158,3 +161,41 @@ def test_likelihood_scales_by_the_noise(model, variables, tiny_images, tiny_prio
     # Minus log-likelihood: at any other level of noise it is as if the update told more or less.
     gaussian = parse_regularizer("gaussian")(jnp.full((1, 2, 3), 2.0), tiny_images[None])
     assert float(gaussian[0]) == pytest.approx(0.5 * 6 * 4)
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.01])
+def test_relative_distances(noise, model, variables, tiny_images, tiny_prior):
+    _, problem = problem_of(model, variables, tiny_images[0], 1)
+    problem = problem._replace(estimated={"sigma": jnp.float32(noise)})
+    losses = {}
+    for relative in (False, True):
+        attack = make_attack(
+            "gi", model, tiny_prior, steps=1, restarts=1, relative=relative, regularizer="none"
+        )
+        key = jax.random.key(0)
+        state = attack.init(key, problem, pixels_of(tiny_images[None, 1:]))
+        losses[relative] = float(attack.step(key, problem, state)[1].losses[0])
+    leaves = jax.tree.leaves(problem.observed)
+    squares, entries = sum(float(jnp.sum(y**2)) for y in leaves), sum(y.size for y in leaves)
+    left = max(squares - entries * noise**2, 1e-3 * squares)
+    assert losses[True] == pytest.approx(losses[False] / left, rel=1e-3)
+
+
+def test_noise_changes_what_is_combined_and_refined(tiny_model, tiny_prior):
+    settings = gx.AttackSettings(
+        optimizer="adam", restarts=4, finalists=2, combine="auto", refine="auto", steps=3
+    )
+    names = {
+        spec: [stage.attack.name for stage in gx.make_stages(
+            settings, tiny_model, tiny_prior, gx.parse(spec))[0]]
+        for spec in ("clip:1", "clip:1+noise:0.1")
+    }  # fmt: skip
+    assert names == {"clip:1": ["ggl", "ggl", "refine"], "clip:1+noise:0.1": ["ggl"]}
+    images = jnp.stack([jnp.full((1, 2, 2, 1), value) for value in (0.2, 0.4, 1.8)])[None]
+    found = Candidates(None, images, None, None, None)
+    np.testing.assert_allclose(mean_image(found), jnp.full((1, 1, 2, 2, 1), 1.6 / 3), rtol=1e-6)
+    with pytest.raises(GGLError, match="combine: got 'average'"):
+        gx.make_stages(
+            dataclasses.replace(settings, combine="average"), tiny_model, tiny_prior,
+            gx.parse("none"),
+        )  # fmt: skip

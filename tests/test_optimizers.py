@@ -90,7 +90,7 @@ CASES = {
     "turbo": Case(
         160,
         {
-            "batch_size": 8,
+            "round_size": 8,
             "num_initial": 24,
             "num_candidates": 300,
             "fit_steps": 20,

@@ -18,7 +18,7 @@ from ggl_jax.adversary.optimizers.turbo import (
 )
 from ggl_jax.errors import GGLError
 
-SMALL = {"batch_size": 4, "num_initial": 8, "num_candidates": 100, "fit_steps": 10}
+SMALL = {"round_size": 4, "num_initial": 8, "num_candidates": 100, "fit_steps": 10}
 
 
 @pytest.fixture(scope="module")
@@ -286,7 +286,7 @@ def test_restarts_are_independent_runs():
     ("options", "word"),
     [
         ({"steps": 0}, "steps"),
-        ({"batch_size": 0}, "batch_size"),
+        ({"round_size": 0}, "round_size"),
         ({"num_initial": 1}, "num_initial"),
         ({"half_width": 0.0}, "half_width"),
         ({"num_candidates": 5}, "num_candidates"),

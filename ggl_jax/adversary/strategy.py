@@ -10,10 +10,13 @@ from ggl_jax.adversary.attacks import make_attack, pixel_refinement, resolve
 from ggl_jax.adversary.search import Stage
 from ggl_jax.errors import GGLError
 from ggl_jax.priors.pixels import pixels_of
-from ggl_jax.types import Defense, Model, Prior
+from ggl_jax.types import Candidates, Defense, Model, Prior
 
 #: Whether pixels are refined after the search: never, always, or wherever no noise was added.
 REFINEMENTS = ("none", "pixels", "auto")
+#: What the result is: the restart of lowest loss, the mean image of all restarts, or the mean
+#: wherever noise was added, else the best.
+COMBINATIONS = ("best", "mean", "auto")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,10 +41,12 @@ class AttackSettings:
     sigma0: float | None = None
     finalists: int = 0
     final_steps: int = 100
+    combine: str = "best"
     refine: str = "none"
     refine_steps: int = 300
     compare: str = "published"
     distance: str | None = None
+    relative: bool | None = None
     regularizer: str | None = None
     fidelity: str = "paper"
     method: str = "auto"
@@ -51,7 +56,26 @@ class AttackSettings:
 
 
 #: Fields that say nothing to an attack by itself.
-_NOT_THE_ATTACKS = ("attack", "finalists", "final_steps", "refine", "refine_steps", "compare")
+_NOT_THE_ATTACKS = (
+    *("attack", "finalists", "final_steps", "combine", "refine", "refine_steps", "compare"),
+    "instances",
+)
+
+
+def combines(settings: AttackSettings, defense: Defense) -> bool:
+    """Whether the result is the mean image of the restarts.
+
+    Under noise a loss tells the restarts' likenesses apart no longer: the best by loss is one of
+    several guesses, whose mean is nearer to the private image than most of them, and than any of
+    them knowably is.
+    """
+    if settings.combine not in COMBINATIONS:
+        raise GGLError(f"combine: got {settings.combine!r}, allowed: {', '.join(COMBINATIONS)}")
+    return settings.combine == "mean" or (settings.combine == "auto" and _adds_noise(defense))
+
+
+def _adds_noise(defense: Defense) -> bool:
+    return any(stage.partition(":")[0] == "noise" for stage in defense.name.split("+"))
 
 
 def make_stages(
@@ -67,8 +91,9 @@ def make_stages(
     """The stages of a search, for :func:`ggl_jax.adversary.search.run_stages`.
 
     First the attack itself. Then, with ``settings.finalists`` = f > 0, the f best of its restarts
-    go on by Adam for ``final_steps``. Then, with ``settings.refine`` "pixels" (or "auto", unless
-    the defense adds noise, which pixels would fit), the best is refined in pixels.
+    go on by Adam for ``final_steps`` (unless all restarts are to be combined). Then, with
+    ``settings.refine`` "pixels" (or "auto", unless the defense adds noise, which pixels would
+    fit), the best, or the mean, is refined in pixels.
 
     Args:
         settings: see there.
@@ -106,7 +131,8 @@ def make_stages(
         )
     attack = make_attack(settings.attack, model, prior, defense=defense, **given)
     stages = [Stage(attack, resolved["steps"])]
-    if settings.finalists:
+    mean = combines(settings, defense)
+    if settings.finalists and not mean:
         by_adam = {
             "optimizer": "adam",
             "signed": False,
@@ -117,7 +143,7 @@ def make_stages(
         }
         last = make_attack(settings.attack, model, prior, defense=defense, **(given | by_adam))
         stages.append(Stage(last, settings.final_steps, _best_points(settings.finalists)))
-    if settings.refine == "pixels" or (settings.refine == "auto" and "noise" not in defense.name):
+    if settings.refine == "pixels" or (settings.refine == "auto" and not _adds_noise(defense)):
         shared = ("distance", "likelihood", "fidelity", "method", "precision", "chunk_size")
         refinement = pixel_refinement(
             model,
@@ -128,7 +154,9 @@ def make_stages(
             local_learning_rate=local_learning_rate,
             **{name: resolved[name] for name in shared if name in resolved},
         )
-        stages.append(Stage(refinement, settings.refine_steps, _best_pixels))
+        stages.append(
+            Stage(refinement, settings.refine_steps, _mean_pixels if mean else _best_pixels)
+        )
     return stages, resolved
 
 
@@ -138,3 +166,15 @@ def _best_points(num: int):
 
 def _best_pixels(candidates):
     return jax.vmap(pixels_of)(jnp.clip(candidates.images[:, :1], 0.0, 1.0))
+
+
+def _mean_pixels(candidates):
+    return jax.vmap(pixels_of)(mean_image(candidates)[:, None])
+
+
+def mean_image(candidates: Candidates) -> jax.Array:
+    """The mean over the restarts, [i b h w c], of candidates [i r ...], each within [0, 1].
+
+    Images of a batch are averaged place by place, which takes distinct labels.
+    """
+    return jnp.mean(jnp.clip(candidates.images, 0.0, 1.0), axis=1)

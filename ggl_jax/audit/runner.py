@@ -16,7 +16,7 @@ from PIL import Image
 from ggl_jax.adversary import estimation
 from ggl_jax.adversary.labels import infer_labels, public_expectations
 from ggl_jax.adversary.search import Stage, run_stages
-from ggl_jax.adversary.strategy import AttackSettings, make_stages
+from ggl_jax.adversary.strategy import AttackSettings, combines, make_stages, mean_image
 from ggl_jax.audit import metrics
 from ggl_jax.audit.controls import Controls, prior_controls
 from ggl_jax.client import defenses as client_defenses
@@ -438,7 +438,9 @@ def _run_group(
         problems,
         callback=lambda done, losses: report("search", done / steps, float(jnp.mean(losses))),
     )
-    reconstructed = np.clip(np.asarray(outcome.images), 0.0, 1.0)
+    combined = programs.stages[-1].attack.name != "refine" and combines(settings, defense)
+    images = mean_image(outcome.candidates) if combined else outcome.images
+    reconstructed = np.clip(np.asarray(images), 0.0, 1.0)
     # The wall-clock time of a group is shared by its cells.
     search_seconds = (time.perf_counter() - search_began) / len(group)
     seconds = (time.perf_counter() - began) / len(group)
@@ -473,6 +475,7 @@ def _run_group(
                 "attack": settings.attack,
                 "adaptive": programs.search["adaptive"],
                 "optimizer": programs.search["optimizer"],
+                "combined": combines(settings, defense),
                 "refined": programs.stages[-1].attack.name == "refine",
                 "fidelity": settings.fidelity,
                 "seed": seed,

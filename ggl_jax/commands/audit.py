@@ -25,12 +25,16 @@ PRESETS: dict[str, dict] = {
     "paper": {"indices": "0:8", "ceiling_steps": 400},
 }
 
-_ADAM = {"optimizer": "adam", "signed": False, "schedule": "ramp", "steps": 60}
+_ADAM = {
+    **{"optimizer": "adam", "signed": False, "schedule": "ramp", "steps": 60},
+    **{"relative": True, "regularizer": "kld:0.00125", "combine": "auto", "refine": "auto"},
+    "compare": "support",
+}
 #: How each preset searches, by attack and, for ggl, by optimiser. Its default search is the one of
 #: lowest loss on public images (README); the paper's, CMA-ES as published, is that of its preset.
 SEARCHES: dict[str, dict[str, dict]] = {
     "quick": {
-        "ggl": {**_ADAM, "pool": 200, "restarts": 4, "refine": "auto", "refine_steps": 100},
+        "ggl": {**_ADAM, "pool": 200, "restarts": 4, "refine_steps": 100},
         "ggl/cma_es": {"steps": 16},
         "ggl/turbo": {"steps": 60},
         "ggl/lbfgs": {"steps": 15, "restarts": 4},
@@ -44,7 +48,7 @@ SEARCHES: dict[str, dict[str, dict]] = {
         "ggl": {
             **_ADAM,
             **{"pool": 400, "restarts": 8, "finalists": 2, "final_steps": 100},
-            **{"refine": "auto", "refine_steps": 200},
+            "refine_steps": 200,
         },
         "ggl/cma_es": {"steps": 100},
         "ggl/turbo": {"steps": 100},
@@ -150,6 +154,9 @@ class AuditCommand:
     undefended (Soteria's layer left out); likelihood (of the estimated noise)."""
     distance: Literal["squared_l2", "cosine"] | None = None
     """Distance between updates."""
+    relative: bool | None = None
+    """Divide distances by that of an update of zero, so that penalties weigh as much under each
+    defense (published: False)."""
     regularizer: str | None = None
     """Penalties on the candidate, as name:weight joined by +, or none. Names: kld, norm,
     gaussian, total_variation, l2, group (consistency of the restarts)."""
@@ -157,6 +164,9 @@ class AuditCommand:
     """So many of the restarts go on by adam, for final-steps; 0 for none."""
     final_steps: int = 100
     """Adam's steps on the finalists."""
+    combine: Literal["best", "mean", "auto"] = "best"
+    """What the result is: best (the restart of lowest loss), mean (the mean image of all restarts),
+    or auto (mean where noise was added, else best)."""
     refine: Literal["none", "pixels", "auto"] = "none"
     """Go on from the result in pixel space: none, pixels, or auto (pixels, unless the defense adds
     noise, which pixels would fit)."""

@@ -10,8 +10,8 @@ def pixel_refinement(
     model: Model,
     *,
     steps: int = 300,
-    learning_rate: float = 0.02,
-    regularizer: str = "total_variation:1",
+    learning_rate: float = 0.04,
+    regularizer: str = "total_variation:0.012",
     **options,
 ) -> Attack:
     """Go on from given images with the same matching loss, free of the prior but kept smooth.
@@ -24,7 +24,8 @@ def pixel_refinement(
         steps: Adam steps, at least 1.
         learning_rate: of Adam, in the networks' [-1, 1] range of pixels, > 0; warm-up over the
             first 5 % of the steps, cosine ramp-down over the last 25 %.
-        regularizer: see :func:`ggl_jax.adversary.losses.parse_regularizer`.
+        regularizer: beside the distance relative to that of an update of zero; see
+            :func:`ggl_jax.adversary.losses.parse_regularizer`.
         **options: see :func:`search_attack`.
 
     Returns:
@@ -35,5 +36,11 @@ def pixel_refinement(
         steps=steps, learning_rate=learning_rate, schedule="ramp", signed=False, box=1.0
     )
     return search_attack(
-        "refine", model, pixels(model.image_shape), optimizer, regularizer=regularizer, **options
+        "refine",
+        model,
+        pixels(model.image_shape),
+        optimizer,
+        regularizer=regularizer,
+        relative=True,
+        **options,
     )

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from ggl_jax.adversary.estimation import noise_variance
-from ggl_jax.adversary.losses import parse_regularizer
+from ggl_jax.adversary.losses import parse_regularizer, resolve_distance, tree_statistics
 from ggl_jax.adversary.matching import matching_loss
 from ggl_jax.adversary.optimizers import BestState, best_so_far
 from ggl_jax.errors import GGLError
@@ -29,6 +29,7 @@ def search_attack(
     soft_labels: bool = False,
     distance: str = "squared_l2",
     likelihood: bool = False,
+    relative: bool = False,
     regularizer: str = "none",
     fidelity: str = "paper",
     method: str = "auto",
@@ -59,9 +60,11 @@ def search_attack(
         bound: "none", or "tanh" to search an unbounded vector whose tanh is the latent.
         soft_labels: search the labels, too, as logits that start at N(0, 1).
         distance: "squared_l2" (D1) or "cosine" (D2).
-        likelihood: divide the distance by twice the estimated noise's variance, where there is
-            noise: with squared l2, minus the logarithm of the update's likelihood. The balance with
-            the regularisers then follows the noise.
+        likelihood: where there is noise, divide the distance by twice its estimated variance: with
+            squared l2, minus the logarithm of the update's likelihood.
+        relative: divide the distance by that of an update of zero (for squared l2 |y|^2, less what
+            the estimated noise adds to it), so that a regulariser weighs as much under each
+            defense: Soteria's updates are fifty times smaller than undefended ones.
         regularizer: a weighted sum by name such as "kld:0.1+norm:1e-4"; "none" for none.
         fidelity: "paper", or "code" for the published code's forms of distance and regulariser.
         method: "auto", "fused" or "direct" evaluation of the matching loss.
@@ -126,11 +129,25 @@ def search_attack(
             local_steps=local_steps,
             learning_rate=local_learning_rate,
         )
-        if not likelihood:
+        if not (likelihood or relative):
             return distance_to
         variance = noise_variance(problem.estimated)
-        scale = jnp.where(variance > 0, 0.5 / jnp.where(variance > 0, variance, 1.0), 1.0)
+        scale = 1.0 / energy(problem.observed, variance) if relative else 1.0
+        if likelihood:
+            scale = jnp.where(variance > 0, 0.5 / jnp.where(variance > 0, variance, 1.0), scale)
         return lambda images, labels: scale * distance_to(images, labels)
+
+    def energy(observed, variance):
+        """The distance of an update of zero, the noise's share taken off; above 0."""
+        chosen = resolve_distance(distance, fidelity=fidelity)
+        reference = chosen.at_zero(tree_statistics(observed, observed))
+        if chosen.scales is None:  # else the distance is relative by itself
+            squares = sum(jnp.sum(y**2) for y in jax.tree.leaves(observed))
+            entries = sum(y.size for y in jax.tree.leaves(observed))
+            # The estimate of the noise is off by more than what is left under strong noise.
+            left = jnp.maximum(squares - entries * variance, 1e-3 * squares)
+            reference = reference * left / jnp.where(squares > 0, squares, 1.0)
+        return jnp.where(reference > 0, reference, 1.0)
 
     def loss_fn_of(problem):
         distance_to = distance_of(problem)

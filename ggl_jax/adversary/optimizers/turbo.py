@@ -127,7 +127,7 @@ def candidates_around(
 def turbo(
     *,
     steps: int = 100,
-    batch_size: int = 10,
+    round_size: int = 10,
     num_initial: int = 256,
     half_width: float = 2.0,
     num_candidates: int = 5000,
@@ -138,22 +138,22 @@ def turbo(
 ) -> Optimizer:
     """TuRBO-1, the paper's Bayesian optimisation, for searches of some thousand evaluations.
 
-    A Gaussian process models the losses in a box. Each round draws ``batch_size`` functions from
+    A Gaussian process models the losses in a box. Each round draws ``round_size`` functions from
     it and evaluates, for each, the candidate in the trust region where that function is lowest
     (Thompson sampling). Each restart is a run of its own; one step costs
-    ``restarts * batch_size`` evaluations, in the initial design as well.
+    ``restarts * round_size`` evaluations, in the initial design as well.
 
     Args:
         steps: rounds of the search, which set the size of the arrays; at least 1. The paper grants
             1,000 evaluations: 100 rounds of 10.
-        batch_size: candidates per restart and round, at least 1.
+        round_size: candidates per restart and round, at least 1.
         num_initial: size of the initial Latin hypercube, at least 2; rounded up to whole rounds.
         half_width: the box is [-half_width, half_width] along every axis, > 0. With sampled latents
             of a standard normal prior, 2 covers 95 % of each entry.
         num_candidates: at most this many candidates per round (100 per dimension below that).
         success_tolerance: successes in a row that double the trust region.
         failure_tolerance: failures in a row that halve it. 13 in the attack's published setting;
-            TuRBO's own default is ceil(max(4 / batch_size, z / batch_size)).
+            TuRBO's own default is ceil(max(4 / round_size, z / round_size)).
         fit_steps: Adam steps on the process's hyper-parameters in every round, at least 1.
         max_points: most points that the process holds; above it those furthest from the best are
             dropped. A round's time grows with its third power. At least the initial design and one
@@ -175,18 +175,18 @@ def turbo(
         features with an exact correction instead of jointly at all candidates, float32.
     """
     require(steps >= 1, "steps", steps, "whole numbers of at least 1")
-    require(batch_size >= 1, "batch_size", batch_size, "whole numbers of at least 1")
+    require(round_size >= 1, "round_size", round_size, "whole numbers of at least 1")
     require(num_initial >= 2, "num_initial", num_initial, "whole numbers of at least 2")
     require(half_width > 0, "half_width", half_width, "numbers above 0")
-    require(num_candidates >= batch_size, "num_candidates", num_candidates, "at least batch_size")
+    require(num_candidates >= round_size, "num_candidates", num_candidates, "at least round_size")
     require(success_tolerance >= 1, "success_tolerance", success_tolerance, "at least 1")
     require(failure_tolerance >= 1, "failure_tolerance", failure_tolerance, "at least 1")
     require(fit_steps >= 1, "fit_steps", fit_steps, "whole numbers of at least 1")
-    design_rounds = math.ceil(num_initial / batch_size)
-    design_size = design_rounds * batch_size
-    least = design_size + batch_size
+    design_rounds = math.ceil(num_initial / round_size)
+    design_size = design_rounds * round_size
+    least = design_size + round_size
     require(max_points >= least, "max_points", max_points, f"at least {least} with this design")
-    capacity = min(max_points, max(steps * batch_size, batch_size))
+    capacity = min(max_points, max(steps * round_size, round_size))
 
     def empty_losses(num):
         return jnp.full((num, capacity), jnp.inf, jnp.float32)
@@ -206,7 +206,7 @@ def turbo(
 
     def from_design(state):
         # The index is cut to the design's length by dynamic_slice; such rounds are never used.
-        return jax.lax.dynamic_slice_in_dim(state.design, state.rounds * batch_size, batch_size)
+        return jax.lax.dynamic_slice_in_dim(state.design, state.rounds * round_size, round_size)
 
     def from_model(key, state):
         key_candidates, key_sample = jax.random.split(key)
@@ -223,10 +223,10 @@ def turbo(
             centre,
             hyper.lengthscale,
             state.region.length,
-            max(batch_size, min(100 * centre.shape[0], num_candidates)),
+            max(round_size, min(100 * centre.shape[0], num_candidates)),
         )
         draws = sample_posterior(
-            key_sample, hyper, state.points, targets, mask, queries, num=batch_size
+            key_sample, hyper, state.points, targets, mask, queries, num=round_size
         )
 
         def choose(taken, draw):
@@ -243,7 +243,7 @@ def turbo(
         # Empty rows are filled first; then those furthest from the best point go.
         distance = jnp.sum((state.points - state.points[best_index]) ** 2, axis=1)
         distance = jnp.where(jnp.isfinite(state.losses), distance, jnp.inf)
-        _, rows = jax.lax.top_k(distance, batch_size)
+        _, rows = jax.lax.top_k(distance, round_size)
         updated = update_region(
             state.region,
             jnp.min(losses) < best - IMPROVEMENT * jnp.abs(best),
@@ -286,7 +286,7 @@ def turbo(
         # turns the branch into a selection).
         with jax.default_matmul_precision("highest"):
             points = jax.lax.cond(jnp.all(designing), design_only, propose, key_model, state)
-        latents = half_width * (2 * points.reshape(num_restarts * batch_size, num_dims) - 1)
+        latents = half_width * (2 * points.reshape(num_restarts * round_size, num_dims) - 1)
         losses = loss_fn(latents)
         state = jax.vmap(absorb)(key_design, state, points, losses.reshape(num_restarts, -1))
         return state, make_info(latents, losses)
@@ -294,6 +294,6 @@ def turbo(
     return Optimizer(
         init=init,
         step=step,
-        evaluations_per_step=lambda num_restarts: num_restarts * batch_size,
+        evaluations_per_step=lambda num_restarts: num_restarts * round_size,
         name="turbo",
     )
