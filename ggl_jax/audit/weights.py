@@ -17,7 +17,7 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,7 +25,7 @@ import jax
 import numpy as np
 import platformdirs
 
-from ggl_jax import checkpoint
+from ggl_jax import checkpoint, foreign
 from ggl_jax.audit import lpips
 from ggl_jax.errors import GGLError
 from ggl_jax.types import PyTree
@@ -272,78 +272,9 @@ def _fetch(source: Source, part: Path, progress: Progress | None) -> None:
                     progress(source.filename, have, source.size)
 
 
-# --- files ------------------------------------------------------------------------------------
-
-
 def _require(module: str, path: Path | str) -> None:
     if importlib.util.find_spec(module) is None:
         raise GGLError(f"{path}: reading this file needs {module}; {_CONVERT}")
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:160]
-
-
-def _read_torch(path: Path) -> dict[str, np.ndarray]:
-    _require("torch", path)
-    import torch
-
-    state = torch.load(path, map_location="cpu", weights_only=True)
-    if not isinstance(state, Mapping) or not all(
-        isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in state.items()
-    ):
-        raise ValueError("not a flat dict of tensors by name")
-    # numpy has no bfloat16
-    floats = {n: t.detach().float() if t.is_floating_point() else t for n, t in state.items()}
-    return {name: tensor.numpy() for name, tensor in floats.items()}
-
-
-def _read_numpy(path: Path) -> dict[str, np.ndarray]:
-    with np.load(path, allow_pickle=False) as file:
-        if not isinstance(file, np.lib.npyio.NpzFile):
-            raise ValueError("not an archive of named arrays")
-        return dict(file)
-
-
-def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
-    _require("safetensors", path)
-    from safetensors.numpy import load_file
-
-    return load_file(path)
-
-
-_READERS: dict[str, Callable[[Path], dict[str, np.ndarray]]] = {
-    ".pth": _read_torch,
-    ".pt": _read_torch,
-    ".npz": _read_numpy,
-    ".safetensors": _read_safetensors,
-}
-
-
-def read_tensors(path) -> dict[str, np.ndarray]:
-    """Read named arrays from a file of weights; code that it may hold is never run.
-
-    Args:
-        path: `.pth` or `.pt` (needs torch), `.safetensors` (needs safetensors), or `.npz`.
-
-    Raises:
-        GGLError: another kind of file, a missing, damaged or unsafe one, or one that holds
-            something else than named arrays.
-    """
-    path = Path(path)
-    if path.suffix not in _READERS:
-        raise GGLError(f"from: {path} is none of {', '.join(_READERS)}")
-    if not path.is_file():
-        raise GGLError(f"from: {path} does not exist or is not a file")
-    try:
-        return _READERS[path.suffix](path)
-    except GGLError:
-        raise
-    # Damaged files surface as whatever the parser met first, an attack as UnpicklingError.
-    except Exception as error:
-        raise GGLError(
-            f"from: {path} holds no named arrays that can be read safely ({_first_line(error)})"
-        ) from error
 
 
 # --- installation -----------------------------------------------------------------------------
@@ -373,7 +304,7 @@ def install(
         The checkpoint's folder, `out/name`; an older one there is replaced.
 
     Raises:
-        GGLError: see `download`, `read_tensors` and `ggl_jax.audit.lpips.from_torch`.
+        GGLError: see `download`, `ggl_jax.foreign.read` and `ggl_jax.audit.lpips.from_torch`.
     """
     if name not in SOURCES:
         raise GGLError(f"weights: got {name!r}, allowed: {', '.join(SOURCES)}")
@@ -391,7 +322,7 @@ def install(
         ]
     tensors: dict[str, np.ndarray] = {}
     for path in paths:
-        found = read_tensors(path)
+        found = foreign.read(path)
         if twice := sorted(tensors.keys() & found.keys()):
             raise GGLError(f"from: {twice[0]} is in {path} and in a file before it")
         tensors |= found
