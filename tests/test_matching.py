@@ -466,6 +466,20 @@ def test_kernel_gradient_on_its_own():
         np.testing.assert_allclose(jnp.moveaxis(g, 0, -2), pull_back(d)[1], atol=1e-12)
 
 
+def test_memory_bounds_what_is_computed_at_once(tiny_model, tiny_variables, tiny_images):
+    # The program for a small allowance needs less memory, and gives the same losses.
+    observed = gx.gradient(tiny_model, tiny_variables, tiny_images[:1], jnp.asarray([1]))
+    images = jax.random.uniform(jax.random.key(0), (256, 1, 8, 8, 3))
+    needed, losses = [], []
+    for memory in (1.0, 1e-4):
+        loss = matching.matching_loss(tiny_model, tiny_variables, observed, memory=memory)
+        compiled = jax.jit(loss).lower(images, jnp.asarray([1])).compile()
+        needed.append(compiled.memory_analysis().temp_size_in_bytes)
+        losses.append(compiled(images, jnp.asarray([1])))
+    assert needed[1] < 0.5 * needed[0]
+    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-4)
+
+
 @pytest.mark.parametrize(
     ("options", "word"),
     [
@@ -474,6 +488,7 @@ def test_kernel_gradient_on_its_own():
         ({"distance": "l7"}, "l7"),
         ({"precision": "int8"}, "precision"),
         ({"local_steps": 0}, "local_steps"),
+        ({"memory": 0.0}, "memory"),
         ({"exact_below": -1.0}, "exact_below"),
         ({"fidelity": "exact"}, "fidelity"),
     ],

@@ -52,6 +52,7 @@ class AttackSettings:
     method: str = "auto"
     precision: str | None = None
     chunk_size: int | None = None
+    memory: float | None = None
     instances: int | None = None
 
 
@@ -132,6 +133,8 @@ def make_stages(
     attack = make_attack(settings.attack, model, prior, defense=defense, **given)
     stages = [Stage(attack, resolved["steps"])]
     mean = combines(settings, defense)
+    # Reduced precision is for the early search; near the optimum differences are small.
+    last_precision = None if settings.precision is None else "float32"
     if settings.finalists and not mean:
         by_adam = {
             "optimizer": "adam",
@@ -140,15 +143,17 @@ def make_stages(
             "steps": settings.final_steps,
             "restarts": settings.finalists,
             "pool": 0,
+            "precision": last_precision,
         }
         last = make_attack(settings.attack, model, prior, defense=defense, **(given | by_adam))
         stages.append(Stage(last, settings.final_steps, _best_points(settings.finalists)))
     if settings.refine == "pixels" or (settings.refine == "auto" and not _adds_noise(defense)):
-        shared = ("distance", "likelihood", "fidelity", "method", "precision", "chunk_size")
+        shared = ("distance", "likelihood", "fidelity", "method", "chunk_size", "memory")
         refinement = pixel_refinement(
             model,
             steps=settings.refine_steps,
             defense=defense if resolved["adaptive"] else None,
+            precision=last_precision,
             batch_size=batch_size,
             local_steps=local_steps,
             local_learning_rate=local_learning_rate,

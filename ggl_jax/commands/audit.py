@@ -178,9 +178,12 @@ class AuditCommand:
     """How matching losses are computed: fused (without each candidate's gradient), direct, or the
     cheaper of the two."""
     precision: Literal["default", "bfloat16", "tensorfloat32", "float32"] | None = None
-    """Precision of matrix products on accelerators (default: JAX's own, TF32 on recent GPUs)."""
+    """Precision of the search's matrix products on accelerators (default: JAX's own, TF32 on recent
+    GPUs). Finalists and refinement then run in float32."""
     chunk_size: int | None = None
     """Candidates evaluated at once; by default as many as memory allows."""
+    memory: float | None = None
+    """Gigabytes for the candidates that are evaluated at once, in place of that choice."""
     instances: int | None = None
     """Images whose searches run in one batch (default: 1 on a CPU, 8 on a GPU)."""
     num_controls: int = 400

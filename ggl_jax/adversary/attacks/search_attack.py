@@ -37,6 +37,7 @@ def search_attack(
     local_steps: int = 1,
     local_learning_rate: float = 0.01,
     chunk_size: int | None = None,
+    memory: float | None = None,
 ) -> Attack:
     """Search a prior's latents for the images whose update matches the observed one.
 
@@ -72,6 +73,7 @@ def search_attack(
         local_steps: SGD steps in the client's update; 1 for a plain gradient.
         local_learning_rate: their step size.
         chunk_size: candidates evaluated at once; None chooses by memory.
+        memory: gigabytes for them, in place of that choice.
 
     Returns:
         An :class:`Attack`.
@@ -126,6 +128,7 @@ def search_attack(
             method=method,
             precision=precision,
             chunk_size=chunk_size,
+            memory=memory,
             local_steps=local_steps,
             learning_rate=local_learning_rate,
         )

@@ -46,6 +46,7 @@ def matching_loss(
     fidelity: str = "paper",
     method: str = "auto",
     chunk_size: int | None = None,
+    memory: float | None = None,
     local_steps: int = 1,
     learning_rate: float = 0.01,
     precision: str | None = None,
@@ -70,6 +71,7 @@ def matching_loss(
         chunk_size: candidates at once, at least 1; None chooses from the model's activations and
             the memory (256 MiB on the CPU, where larger chunks are slower; half of what is free on
             an accelerator). Chunks run one after the other inside the compiled program.
+        memory: gigabytes for one chunk's activations and cotangents, > 0, in place of that choice.
         local_steps: SGD steps in the client's update, at least 1; 1 for a plain gradient.
         learning_rate: step size of those steps.
         precision: of matrix products and convolutions on accelerators: None for JAX's default
@@ -119,6 +121,8 @@ def matching_loss(
     _check_choice("precision", precision, PRECISIONS)
     _check_count("chunk_size", 1 if chunk_size is None else chunk_size)
     _check_count("local_steps", local_steps)
+    if memory is not None and not memory > 0:
+        raise GGLError(f"memory: got {memory!r}, allowed: gigabytes above 0")
     if not exact_below >= 0:
         raise GGLError(f"exact_below: got {exact_below!r}, allowed: numbers >= 0")
     _check_update(observed, variables["params"])
@@ -171,7 +175,7 @@ def matching_loss(
             labels = jnp.broadcast_to(labels, (images.shape[0], *labels.shape))
         with jax.default_matmul_precision(precision):
             program = trace(model, variables, jax.ShapeDtypeStruct(images.shape[1:], images.dtype))
-            size = chunk_size or _chunk_size(program, images.dtype.itemsize)
+            size = chunk_size or _chunk_size(program, images.dtype.itemsize, memory)
             losses_of = losses_for(program)
             if images.shape[0] > size:
                 # Or the residuals of all chunks would be kept for the backward pass.
@@ -204,18 +208,20 @@ def plan(model: Model, variables: PyTree, *, batch_size: int = 1) -> dict[str, s
     return {name: kinds.get(leaf, "autodiff") for leaf, name in enumerate(names)}
 
 
-def _chunk_size(program: Program, itemsize: int) -> int:
+def _chunk_size(program: Program, itemsize: int, memory: float | None) -> int:
     """Candidates that fit into the memory set aside for a chunk, at least 1."""
-    budget = OTHER_CHUNK_BYTES
+    budget: float = OTHER_CHUNK_BYTES
     device = jax.local_devices()[0]
-    if jax.default_backend() == "cpu":
+    if memory is not None:
+        budget = memory * 2**30
+    elif jax.default_backend() == "cpu":
         budget = CPU_CHUNK_BYTES
     else:
         stats = device.memory_stats() or {}
         if "bytes_limit" in stats:
             budget = (stats["bytes_limit"] - stats.get("bytes_in_use", 0)) // 2
     # Activations, and their cotangents.
-    return max(1, budget // (2 * program.activations * itemsize))
+    return max(1, int(budget // (2 * program.activations * itemsize)))
 
 
 def _check_choice(name, value, allowed):
