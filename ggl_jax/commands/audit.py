@@ -34,7 +34,7 @@ _ADAM = {
 #: lowest loss on public images (README); the paper's, CMA-ES as published, is that of its preset.
 SEARCHES: dict[str, dict[str, dict]] = {
     "quick": {
-        "ggl": {**_ADAM, "pool": 200, "restarts": 4, "refine_steps": 100},
+        "ggl": {**_ADAM, "pool": 100, "restarts": 4, "steps": 40, "refine_steps": 60},
         "ggl/cma_es": {"steps": 16},
         "ggl/turbo": {"steps": 60},
         "ggl/lbfgs": {"steps": 15, "restarts": 4},
@@ -47,8 +47,8 @@ SEARCHES: dict[str, dict[str, dict]] = {
     "standard": {
         "ggl": {
             **_ADAM,
-            **{"pool": 400, "restarts": 8, "finalists": 2, "final_steps": 100},
-            "refine_steps": 200,
+            **{"pool": 200, "restarts": 8, "finalists": 2, "final_steps": 60},
+            "refine_steps": 120,
         },
         "ggl/cma_es": {"steps": 100},
         "ggl/turbo": {"steps": 100},

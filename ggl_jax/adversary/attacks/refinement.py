@@ -11,7 +11,7 @@ def pixel_refinement(
     *,
     steps: int = 300,
     learning_rate: float = 0.04,
-    regularizer: str = "total_variation:0.012",
+    regularizer: str = "total_variation:0.03",
     **options,
 ) -> Attack:
     """Go on from given images with the same matching loss, free of the prior but kept smooth.
