@@ -21,7 +21,15 @@ from ggl_jax.adversary.estimation import estimate
 from ggl_jax.adversary.labels import infer_labels
 from ggl_jax.adversary.losses import DISTANCES, REGULARIZERS
 from ggl_jax.adversary.matching import matching_loss
-from ggl_jax.adversary.optimizers import OPTIMIZERS, adam, best_so_far, cma_es
+from ggl_jax.adversary.optimizers import (
+    OPTIMIZERS,
+    adam,
+    best_so_far,
+    cma_es,
+    hybrid,
+    lbfgs,
+    turbo,
+)
 from ggl_jax.adversary.search import Stage, run_search, run_stages
 from ggl_jax.adversary.strategy import AttackSettings, make_stages
 from ggl_jax.audit.data import load
@@ -85,7 +93,9 @@ __all__ = [
     "grad_inversion",
     "gradient",
     "idlg",
+    "hybrid",
     "infer_labels",
+    "lbfgs",
     "inverting_gradients",
     "lenet",
     "load",
@@ -105,4 +115,5 @@ __all__ = [
     "soteria",
     "sparsify",
     "ssim",
+    "turbo",
 ]

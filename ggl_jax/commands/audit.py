@@ -54,6 +54,8 @@ SEARCHES: dict[str, dict[str, dict]] = {
         "ggl/turbo": {"steps": 100},
         "ggl/lbfgs": {"steps": 60, "restarts": 8},
         "ggl/hybrid": {"steps": 40},
+        "dlg": {"steps": 400},
+        "idlg": {"steps": 400},
         "ig": {"steps": 1000},
         "gi": {"steps": 1000},
     },

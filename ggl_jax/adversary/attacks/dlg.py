@@ -13,7 +13,8 @@ def dlg(
     Args:
         model: the federated model.
         prior: unused; pixels are searched.
-        optimizer: published: L-BFGS, 300 steps at 32x32, 1,200 at 224x224.
+        optimizer: published: L-BFGS, 300 iterations at 32x32, 1,200 at 224x224; see
+            :data:`ggl_jax.adversary.attacks.ATTACKS` for what an iteration costs.
         start: published: normal noise.
         **options: see :func:`search_attack`. Published: squared l2, no regulariser, no ``defense``.
 
