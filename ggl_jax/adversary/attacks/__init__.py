@@ -58,8 +58,8 @@ def _published(build, adaptive, steps, **settings):
     return Published(build, adaptive, steps, MappingProxyType(settings))
 
 
-#: Attacks by name. The baselines' 4 trials are the paper's. Its 300 iterations of L-BFGS are torch's,
-#: of up to 20 evaluations each; a step here is one evaluation, and a converged search stops.
+#: Attacks by name. The baselines' 4 trials are the paper's. Its 300 iterations of L-BFGS are
+#: torch's, of up to 20 evaluations; a step here is one evaluation, and a converged search stops.
 ATTACKS: dict[str, Published] = {
     "ggl": _published(ggl, True, 800, optimizer="cma_es", population=50),
     "dlg": _published(dlg, False, 6000, optimizer="lbfgs", restarts=4),
