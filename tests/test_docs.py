@@ -1,0 +1,43 @@
+"""The documents' examples run, and what they name exists."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+import ggl_jax as gx
+
+ROOT = Path(__file__).parents[1]
+
+
+def blocks(path):
+    return re.findall(r"```python\n(.*?)```", path.read_text(), re.S)
+
+
+def test_extending_works_as_shown(capsys):
+    registries = (gx.DEFENSES, gx.OPTIMIZERS, gx.ATTACKS, gx.METRICS)
+    before = [dict(registry) for registry in registries]
+    try:
+        exec("\n".join(blocks(ROOT / "docs" / "extend.md")), {})
+    finally:
+        for registry, entries in zip(registries, before, strict=True):
+            registry.clear()
+            registry.update(entries)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == ["none", "rounding:0.1"]
+    assert "'step': 0.1" in lines[1]
+
+
+@pytest.mark.parametrize(
+    "document", ["README.md", *(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md"))]
+)
+def test_paths_and_commands_exist(document):
+    from ggl_jax.cli import COMMANDS
+
+    text = (ROOT / document).read_text()
+    for path in re.findall(r"`((?:ggl_jax|docs|tests|benchmarks|checkpoints)/[\w./-]*)`", text):
+        assert (ROOT / path).exists(), path
+    for command in re.findall(r"ggl-jax ([a-z][a-z-]+)", text):
+        assert command in COMMANDS, command
+    for module in re.findall(r"python -m (benchmarks\.\w+)", text):
+        assert (ROOT / (module.replace(".", "/") + ".py")).exists(), module
