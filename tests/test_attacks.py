@@ -13,6 +13,7 @@ from ggl_jax.adversary.attacks import ATTACKS, make_attack, pixel_refinement, re
 from ggl_jax.adversary.losses import parse_regularizer
 from ggl_jax.adversary.search import Stage, run_stages
 from ggl_jax.adversary.strategy import mean_image
+from ggl_jax.audit import data
 from ggl_jax.errors import GGLError
 from ggl_jax.priors.pixels import pixels_of
 from ggl_jax.types import Candidates, Problem
@@ -199,3 +200,18 @@ def test_noise_changes_what_is_combined_and_refined(tiny_model, tiny_prior):
             dataclasses.replace(settings, combine="average"), tiny_model, tiny_prior,
             gx.parse("none"),
         )  # fmt: skip
+
+
+def test_dlg_inverts_lenet_and_fails_under_noise():
+    image = data.load("embedded", image_size=16).images[0]
+    model = gx.lenet(num_classes=10, image_shape=(16, 16, 3))
+    variables = model.init(jax.random.key(0))
+    attack = make_attack("dlg", model, None, steps=300, restarts=1)
+    found = {}
+    for spec in ("none", "noise:0.1"):
+        _, problem = problem_of(model, variables, jnp.asarray(image), 3, spec)
+        keys = jax.random.split(jax.random.key(5), 1)
+        found[spec] = gx.run_search(attack, keys, [problem], steps=300)
+    assert psnr(found["none"].images[0], image[None]) > 30
+    assert int(found["none"].labels[0, 0]) == 3
+    assert psnr(found["noise:0.1"].images[0], image[None]) < 12
