@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -321,9 +322,8 @@ def audit(
         public = jax.jit(public_expectations, static_argnums=(0, 2))(
             model, variables, prior, prior_params, public_key
         )
-    groups = groups_of(
-        images, labels, names, parsed, client.batch_size, settings.instances or default_instances()
-    )
+    at_once = settings.instances or default_instances(model)
+    groups = groups_of(images, labels, names, parsed, client.batch_size, at_once)
     num_cells = sum(len(group) for group in groups)
     store = _Store(Path(out)) if out is not None else None
     programs = {d.name: _build_programs(model, prior, d, client, settings) for d in parsed}
@@ -387,9 +387,13 @@ def audit(
     return result
 
 
-def default_instances() -> int:
-    """Searches in one program: one on a CPU, where a single population fills the cores."""
-    return 1 if jax.default_backend() == "cpu" else 8
+def default_instances(model: Model) -> int:
+    """Searches in one program: one where a single population fills the machine or its memory.
+
+    That is on a CPU, and for images of more than 64x64 pixels.
+    """
+    large = math.prod(model.image_shape[:2]) > 64 * 64
+    return 1 if large or jax.default_backend() == "cpu" else 8
 
 
 def _run_group(

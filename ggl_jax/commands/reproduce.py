@@ -71,7 +71,8 @@ def run(command: ReproduceCommand, argv: list[str]) -> int:
         raise GGLError(f"data: {command.data} has no labels; the experiments need them")
     model = get_model(
         "resnet18",
-        num_classes=max(2, dataset.num_classes or 0, int(np.max(dataset.labels)) + 1),
+        num_classes=prior.num_classes
+        or max(2, dataset.num_classes or 0, int(np.max(dataset.labels)) + 1),
         image_shape=prior.image_shape,
     )
     out = command.out or Path(f"ggl-{command.experiment}-{command.scale}")
