@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.extend import core
 
 from ggl_jax.errors import GGLError
@@ -138,7 +139,7 @@ def check_labels(prior: Prior, labels) -> None:
     """
     if prior.num_classes is None:
         return
-    low, high = int(jnp.min(labels)), int(jnp.max(labels))
+    low, high = int(np.min(labels)), int(np.max(labels))
     if low < 0 or high >= prior.num_classes:
         raise GGLError(
             f"labels: got {low} to {high}, allowed: 0 to {prior.num_classes - 1}, the classes of "
