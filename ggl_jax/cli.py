@@ -19,6 +19,7 @@ from ggl_jax.commands import (
     audit,
     import_prior,
     info,
+    landscape,
     reproduce,
     sample_prior,
     score_prior,
@@ -33,6 +34,7 @@ from ggl_jax.errors import GGLError
 COMMANDS: dict[str, tuple[type, Callable[[Any, list[str]], int]]] = {
     "audit": (audit.AuditCommand, audit.run),
     "reproduce": (reproduce.ReproduceCommand, reproduce.run),
+    "landscape": (landscape.LandscapeCommand, landscape.run),
     "train-prior": (train_prior.TrainPriorCommand, train_prior.run),
     "sample-prior": (sample_prior.SamplePriorCommand, sample_prior.run),
     "score-prior": (score_prior.ScorePriorCommand, score_prior.run),
@@ -43,8 +45,9 @@ COMMANDS: dict[str, tuple[type, Callable[[Any, list[str]], int]]] = {
 
 
 def _parse(argv: list[str]):
-    # A subcommand's default is given to tyro so that --help shows what the preset sets.
-    defaults = {"audit": audit.defaults(argv[1:])} if argv[:1] == ["audit"] else {}
+    # A subcommand's default is given to tyro so that --help shows what will be used.
+    searching = {"audit": audit.defaults, "landscape": landscape.defaults}
+    defaults = {name: searching[name](argv[1:]) for name in argv[:1] if name in searching}
     commands: Any = functools.reduce(
         operator.or_,
         (

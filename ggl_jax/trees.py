@@ -1,9 +1,10 @@
-"""Small helpers for pytrees of gradients, shared by both sides of the door.
+"""Small helpers for pytrees of gradients and candidates, shared by both sides of the door.
 
 A gradient (an "update") is a pytree of arrays with the structure of ``variables["params"]``; its
 leaves are called tensors or, as in the literature on clipping, layers.
 """
 
+import math
 from collections.abc import Callable
 
 import jax
@@ -76,6 +77,34 @@ def map_flat(function: Callable, tree: PyTree, *scalars: PyTree) -> PyTree:
     return jax.tree.map(
         lambda leaf, *own: function(leaf.reshape(-1), *own).reshape(leaf.shape), tree, *scalars
     )
+
+
+def in_chunks(function: Callable, chunk_size: int, *arrays: PyTree) -> PyTree:
+    """Apply ``function`` to at most ``chunk_size`` items at once.
+
+    The chunks have equal size, as few and as small as ``chunk_size`` allows; the last is filled up
+    with copies of the first item, whose results are dropped.
+
+    Args:
+        function: maps pytrees of arrays [m, ...] to a pytree of arrays [m, ...].
+        chunk_size: at least 1.
+        arrays: pytrees of arrays [n, ...].
+
+    Returns:
+        A pytree of arrays [n, ...].
+    """
+    num = jax.tree.leaves(arrays)[0].shape[0]
+    if num <= chunk_size:
+        return function(*arrays)
+    num_chunks = math.ceil(num / chunk_size)
+    size = math.ceil(num / num_chunks)
+
+    def split(array):
+        fill = jnp.broadcast_to(array[:1], (num_chunks * size - num, *array.shape[1:]))
+        return jnp.concatenate([array, fill]).reshape(num_chunks, size, *array.shape[1:])
+
+    results = jax.lax.map(lambda chunk: function(*chunk), jax.tree.map(split, arrays))
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:num], results)
 
 
 def safe_sqrt(x: jax.Array) -> jax.Array:

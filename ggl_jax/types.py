@@ -60,6 +60,8 @@ class Prior(NamedTuple):
         latent_dim: ``z``.
         image_shape: ``(h, w, c)``.
         name: shown in results.
+        num_classes: of a class-conditional generator, which knows the labels 0 to
+            ``num_classes - 1``; None for one that ignores labels.
     """
 
     init: Callable
@@ -68,6 +70,7 @@ class Prior(NamedTuple):
     latent_dim: int
     image_shape: tuple[int, int, int]
     name: str
+    num_classes: int | None = None
 
 
 class Context(NamedTuple):

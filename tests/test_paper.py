@@ -91,5 +91,29 @@ def test_reproduce_end_to_end(tmp_path, capsys, monkeypatch):
     capsys.readouterr()
     assert run([*command, "--seed", "1"]) == 2
     assert "seed" in capsys.readouterr().err
+    assert run(["reproduce", "table1"]) == 2
+    assert "table1 needs --data" in capsys.readouterr().err
     assert run([*command[:-1], str(tmp_path / "new"), "--images", "0"]) == 2
     assert "images: got 0" in capsys.readouterr().err
+
+
+def test_figure8_runs_on_images_without_labels(tmp_path, monkeypatch):
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "cache"))
+    from ggl_jax.audit import data, runner
+
+    seen = {}
+
+    def audit(images, labels, **options):
+        seen.update(images=images, labels=labels, **options)
+        return AuditResult([], [], {}, {})
+
+    monkeypatch.setattr(runner, "audit", audit)
+    monkeypatch.setattr(paper, "markdown", lambda *args, **options: "")
+    monkeypatch.setattr(paper, "draw", lambda *args: None)
+    assert run(["reproduce", "figure8", "--images", "3", "--out", str(tmp_path / "out")]) == 0
+    expected = data.load("embedded:nonfaces", image_size=32, indices="0:3").images
+    np.testing.assert_array_equal(seen["images"], expected)
+    np.testing.assert_array_equal(seen["labels"], [0, 0, 0])
+    assert seen["defenses"] == ("none", *paper.DEFENSES)
+    # the others need labels
+    assert run(["reproduce", "figure5", "--data", "embedded:nonfaces"]) == 2

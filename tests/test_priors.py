@@ -424,6 +424,70 @@ def test_export_and_load(uninterrupted, tmp_path):
         load_prior(tmp_path / "tiny")
 
 
+def test_class_conditional_critic_and_generator():
+    critic, images = Critic(2, 3), jax.random.normal(jax.random.key(0), (2, 32, 32, 3))
+    params = jax.jit(critic.init)(jax.random.key(1), images, jnp.zeros(2, jnp.int32))["params"]
+    table = params["embeddings"]
+    score = jax.jit(lambda params, labels: critic.apply({"params": params}, images, labels))
+    scores = [score(params, jnp.full(2, c)) for c in range(3)]
+    # what the label adds is linear in its embedding: the difference of two classes does not
+    # change when the same is added to both
+    shifted = {**params, "embeddings": table + 0.1}
+    again = [score(shifted, jnp.full(2, c)) for c in range(3)]
+    np.testing.assert_allclose(scores[2] - scores[0], again[2] - again[0], atol=1e-4)
+    assert jnp.abs(scores[2] - scores[0]).min() > 1e-4
+    # without embeddings it is the unconditional critic
+    plain = {name: value for name, value in params.items() if name != "embeddings"}
+    expected = jax.jit(Critic(2).apply)({"params": plain}, images)
+    found = score({**params, "embeddings": 0 * table}, jnp.array([0, 2]))
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+    prior = dcgan(width=2, latent_dim=4, num_classes=3)
+    params = jax.jit(prior.init)(jax.random.key(0))
+    latents = jnp.zeros((5, 4))
+    images = jax.jit(prior.apply)(params, latents, jnp.array([0, 1, 1, 3, -1]))
+    assert jnp.abs(images[0] - images[1]).max() > 1e-3
+    np.testing.assert_array_equal(images[1], images[2])
+    assert jnp.isnan(images[3:]).all()
+    with pytest.raises(GGLError, match="num_classes=0"):
+        dcgan(num_classes=0)
+
+
+def test_class_conditional_training_and_export(tmp_path):
+    # class 0 is black, class 1 white
+    labels = np.arange(12) % 2
+    images = np.broadcast_to(np.uint8(255 * labels)[:, None, None, None], (12, 32, 32, 3))
+    np.savez(tmp_path / "two.npz", images=images, labels=labels)
+    assert wgan_gp.count_classes([tmp_path / "two.npz"]) == 2
+    config = Config(**{**vars(TINY), "steps": 40, "num_classes": 2})
+    dataset = wgan_gp.load_data([tmp_path / "two.npz"], config)
+    # the held-out ones are out of both
+    np.testing.assert_array_equal(dataset.images[:, 0, 0, 0] / 255, dataset.labels)
+    batch = {"num": 50}
+    key = jax.random.key(0)
+    drawn = wgan_gp.draw_batch(key, dataset.images, dataset.cumulative, flips=True, **batch)
+    classes = wgan_gp.draw_labels(key, jnp.asarray(dataset.labels), dataset.cumulative, **batch)
+    np.testing.assert_array_equal(drawn[:, 0, 0, 0], 2 * classes - 1)
+
+    wgan_gp.train(config, [tmp_path / "two.npz"], tmp_path / "run")
+    card = wgan_gp.export(
+        tmp_path / "run", tmp_path / "two", trained_on=(), command="", num_statistics=64
+    )
+    prior, params, loaded = load_prior(tmp_path / "two")
+    assert prior.num_classes == card["arguments"]["num_classes"] == loaded["config"]["num_classes"]
+    images = samples(prior, params, jax.random.key(0), 64)
+    assert images[32:].mean() > images[:32].mean() + 0.2
+
+    with pytest.raises(GGLError, match="label 1 is beyond num_classes=1"):
+        wgan_gp.load_data([tmp_path / "two.npz"], Config(num_classes=1, holdout=0))
+    np.savez(tmp_path / "short.npz", images=np.zeros((2, 32, 32, 3), np.uint8), labels=[0])
+    np.savez(tmp_path / "plain.npz", images=np.zeros((2, 32, 32, 3), np.uint8))
+    with pytest.raises(GGLError, match=r"must be whole numbers \[2\]"):
+        wgan_gp.count_classes([tmp_path / "short.npz"])
+    with pytest.raises(GGLError, match="no array `labels`"):
+        wgan_gp.count_classes([(tmp_path / "plain.npz", 2.0)])
+
+
 def test_damaged_training_checkpoint(data, tmp_path):
     config = Config(**{**vars(TINY), "steps": 1})
     wgan_gp.train(config, data, tmp_path)

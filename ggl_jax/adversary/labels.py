@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from ggl_jax import trees
 from ggl_jax.client.defenses.noise import estimate_sigma
 from ggl_jax.errors import GGLError
+from ggl_jax.priors.decoding import images_at_once
 from ggl_jax.types import Model, Path, Prior, PyTree
 
 
@@ -108,9 +109,15 @@ def public_expectations(
     key_latents, key_labels = jax.random.split(key)
     latents = prior.sample_latent(key_latents, 256)
     labels = jax.random.randint(key_labels, (256,), 0, model.num_classes)
-    logits, features = model.apply(variables, prior.apply(prior_params, latents, labels))
+
+    def seen(latents, labels):
+        logits, features = model.apply(variables, prior.apply(prior_params, latents, labels))
+        return jax.nn.softmax(logits), features
+
+    at_once = images_at_once(prior, prior_params)
+    probabilities, features = trees.in_chunks(seen, at_once, latents, labels)
     return {
-        "probabilities": jnp.mean(jax.nn.softmax(logits), axis=0),
+        "probabilities": jnp.mean(probabilities, axis=0),
         "features": jnp.mean(features, axis=0),
     }
 

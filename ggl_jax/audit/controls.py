@@ -14,6 +14,7 @@ import numpy as np
 from ggl_jax.audit import metrics
 from ggl_jax.errors import GGLError
 from ggl_jax.priors.ceiling import fit_latents
+from ggl_jax.priors.decoding import check_labels, decode_each
 from ggl_jax.types import Prior, PyTree
 
 
@@ -48,10 +49,13 @@ class Controls(NamedTuple):
 
 
 @partial(jax.jit, static_argnames=("prior", "num"))
-def _score_samples(prior: Prior, params, key, label, image, *, num: int):
-    """`num` random samples [num h w c] and their PSNR [num]."""
-    latents = prior.sample_latent(key, num)
-    samples = prior.apply(params, latents, jnp.full((num,), label, jnp.int32))
+def _sample(prior: Prior, key, *, num: int):
+    return prior.sample_latent(key, num)
+
+
+@jax.jit
+def _score_samples(samples, image):
+    """Samples [n h w c] as a reconstruction would be, and their PSNR [n]."""
     samples = jnp.clip(samples, 0.0, 1.0)
     return samples, metrics.psnr(samples, image)
 
@@ -64,7 +68,7 @@ def prior_controls(
     key: jax.Array,
     *,
     num_samples: int = 400,
-    num_mean_samples: int = 2048,
+    num_mean_samples: int | None = None,
     ceiling_restarts: int = 4,
     ceiling_steps: int = 400,
     ceiling_learning_rate: float = 0.1,
@@ -87,24 +91,30 @@ def prior_controls(
         key: typed key.
         num_samples: random samples scored, at least 1.
         num_mean_samples: samples averaged into the mean image, at least 1; the scored ones are
-            the first of them.
-        ceiling_restarts: starting points of the ceiling's fit, at least 1.
+            the first of them. By default 8 * num_samples, at most 2,048.
+        ceiling_restarts: starting points of the ceiling's fit, at least 1: the nearest of
+            16 * num_samples random samples, at most 4,096.
         ceiling_steps: Adam updates of the ceiling's fit, at least 1.
         ceiling_learning_rate: of the ceiling's fit, above 0.
-        chunk_size: samples decoded at a time, at least 1; bounds the memory.
+        chunk_size: samples drawn at a time, at least 1; of a large generator, fewer are decoded
+            at a time.
 
     Returns:
         `Controls`. With NaN in the image all PSNR are NaN.
 
     Raises:
-        GGLError: an image of another shape than the prior's, or a setting out of its range.
+        GGLError: an image of another shape than the prior's, a label that it does not know, or a
+            setting out of its range.
     """
+    check_labels(prior, label)
     image = jnp.asarray(image, jnp.float32)
     if image.shape != tuple(prior.image_shape):
         raise GGLError(
             f"controls: image of shape {list(image.shape)}; prior {prior.name} needs "
             f"{list(prior.image_shape)}"
         )
+    if num_mean_samples is None:
+        num_mean_samples = min(2048, 8 * num_samples)
     for name, value in (
         ("num_samples", num_samples),
         ("num_mean_samples", num_mean_samples),
@@ -117,17 +127,23 @@ def prior_controls(
     psnrs = np.empty(num_samples, np.float32)
     best, best_sample = -np.inf, None
     total = np.zeros(image.shape, np.float64)
-    for start in range(0, max(num_samples, num_mean_samples), chunk_size):
-        # whole chunks only, so that nothing is compiled twice; what is too much is dropped
-        samples, chunk = _score_samples(
-            prior, params, jax.random.fold_in(sample_key, start), label, image, num=chunk_size
-        )
-        averaged = np.asarray(samples[: max(0, num_mean_samples - start)], np.float64)
-        total += averaged.sum(axis=0)
-        chunk = np.asarray(chunk)[: max(0, num_samples - start)]
-        psnrs[start : start + len(chunk)] = chunk
-        if best_sample is None or chunk.max(initial=-np.inf) > best:
-            best, best_sample = chunk.max(), np.asarray(samples[chunk.argmax()])
+    num = max(num_samples, num_mean_samples)
+    for first in range(0, num, chunk_size):
+        latents = _sample(prior, jax.random.fold_in(sample_key, first), num=chunk_size)
+
+        def score(samples, start, first=first):
+            samples, found = _score_samples(samples, image)
+            return first + start, np.asarray(samples), np.asarray(found)
+
+        for start, samples, found in decode_each(
+            prior, params, latents[: num - first], label, score
+        ):
+            averaged = samples[: max(0, num_mean_samples - start)]
+            total += averaged.sum(axis=0, dtype=np.float64)
+            found = found[: max(0, num_samples - start)]
+            psnrs[start : start + len(found)] = found
+            if best_sample is None or found.max(initial=-np.inf) > best:
+                best, best_sample = found.max(), samples[found.argmax()]
     mean_image = (total / num_mean_samples).astype(np.float32)
     _, fitted, _ = fit_latents(
         prior,
@@ -137,6 +153,7 @@ def prior_controls(
         restarts=ceiling_restarts,
         steps=ceiling_steps,
         learning_rate=ceiling_learning_rate,
+        num_candidates=max(ceiling_restarts, min(4096, 16 * num_samples)),
         labels=jnp.reshape(label, (1,)),
     )
     ceiling = np.clip(fitted[0], 0.0, 1.0)

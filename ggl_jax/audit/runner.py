@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -35,10 +36,10 @@ from ggl_jax.types import (
 )
 
 # Streams of an instance's key, so that defense noise and search never share random numbers.
-_STREAM_DEFENSE, _STREAM_SEARCH, _STREAM_CONTROLS = 0, 1, 2
+STREAM_DEFENSE, STREAM_SEARCH, STREAM_CONTROLS = 0, 1, 2
 # Streams of the run's key: the federated model's weights, and the adversary's public samples.
 # Instances fold in their image index, which never gets as large.
-_MODEL_STREAM, _PUBLIC_STREAM = 2**31 - 1, 2**31 - 2
+MODEL_STREAM, PUBLIC_STREAM = 2**31 - 1, 2**31 - 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,14 +118,14 @@ def assign(reconstructions: jax.Array, originals: jax.Array) -> np.ndarray:
     return linear_sum_assignment(np.mean((a - b) ** 2, axis=-1))[1]
 
 
-def _jsonable(value: Any) -> Any:
-    """Scalars for JSON; infinities and NaN become None, since JSON has no such numbers."""
+def jsonable(value: Any) -> Any:
+    """Values for JSON; infinities and NaN become None, since JSON has no such numbers."""
     if isinstance(value, dict):
-        return {k: _jsonable(v) for k, v in value.items()}
+        return {k: jsonable(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_jsonable(v) for v in value]
+        return [jsonable(v) for v in value]
     if isinstance(value, (np.ndarray, jax.Array)):
-        return _jsonable(np.asarray(value).tolist())
+        return jsonable(np.asarray(value).tolist())
     if isinstance(value, (np.floating, np.integer, np.bool_)):
         value = value.item()
     if isinstance(value, float) and not np.isfinite(value):
@@ -140,9 +141,11 @@ class _Programs(NamedTuple):
     search: dict[str, Any]
 
 
-def _build_programs(
+def build_programs(
     model: Model, prior: Prior, defense: Defense, client: ClientSettings, settings: AttackSettings
 ) -> _Programs:
+    """The programs of one defense; compiled when first called."""
+
     def share(key, variables, images, labels):
         update = local_update(
             model,
@@ -313,20 +316,19 @@ def audit(
                 )
     key = jax.random.key(seed)
     if variables is None:
-        variables = jax.jit(model.init)(jax.random.fold_in(key, _MODEL_STREAM))
+        variables = jax.jit(model.init)(jax.random.fold_in(key, MODEL_STREAM))
     # Only the labels of several images need them; one image's label is read off directly.
     public: dict[str, jax.Array] = {}
     if client.batch_size > 1:
-        public_key = jax.random.fold_in(key, _PUBLIC_STREAM)
+        public_key = jax.random.fold_in(key, PUBLIC_STREAM)
         public = jax.jit(public_expectations, static_argnums=(0, 2))(
             model, variables, prior, prior_params, public_key
         )
-    groups = groups_of(
-        images, labels, names, parsed, client.batch_size, settings.instances or default_instances()
-    )
+    at_once = settings.instances or default_instances(model)
+    groups = groups_of(images, labels, names, parsed, client.batch_size, at_once)
     num_cells = sum(len(group) for group in groups)
     store = _Store(Path(out)) if out is not None else None
-    programs = {d.name: _build_programs(model, prior, d, client, settings) for d in parsed}
+    programs = {d.name: build_programs(model, prior, d, client, settings) for d in parsed}
     result = AuditResult([], [], {}, dict(zip(names, images, strict=True)))
     done = 0
     try:
@@ -342,7 +344,7 @@ def audit(
                 for position, name in enumerate(cell.names):
                     if name not in result.controls:
                         report("controls")
-                        stream = jax.random.fold_in(instance, _STREAM_CONTROLS)
+                        stream = jax.random.fold_in(instance, STREAM_CONTROLS)
                         result.controls[name] = prior_controls(
                             prior,
                             prior_params,
@@ -373,7 +375,7 @@ def audit(
                 for i, (rows, recs) in zip(todo, fresh, strict=True):
                     for row, rec, image in zip(rows, recs, group[i].images, strict=True):
                         controls = result.controls[row["image"]].pictures()
-                        row.update(_jsonable(perceptual.row(rec, image, controls)))
+                        row.update(jsonable(perceptual.row(rec, image, controls)))
                     if store:
                         store.write(group[i], rows, recs)
                     finished[i] = rows, recs
@@ -387,9 +389,13 @@ def audit(
     return result
 
 
-def default_instances() -> int:
-    """Searches in one program: one on a CPU, where a single population fills the cores."""
-    return 1 if jax.default_backend() == "cpu" else 8
+def default_instances(model: Model) -> int:
+    """Searches in one program: one where a single population fills the machine or its memory.
+
+    That is on a CPU, and for images of more than 64x64 pixels.
+    """
+    large = math.prod(model.image_shape[:2]) > 64 * 64
+    return 1 if large or jax.default_backend() == "cpu" else 8
 
 
 def _run_group(
@@ -414,7 +420,7 @@ def _run_group(
     for cell, instance in zip(group, instances, strict=True):
         report("client's update")
         observed, record = programs.share(
-            jax.random.fold_in(instance, _STREAM_DEFENSE), variables, cell.images, cell.labels
+            jax.random.fold_in(instance, STREAM_DEFENSE), variables, cell.images, cell.labels
         )
         estimation.check_finite(observed)
         report("label and defense estimation")
@@ -434,7 +440,7 @@ def _run_group(
     steps = sum(stage.steps for stage in programs.stages)
     outcome = run_stages(
         programs.stages,
-        jnp.stack([jax.random.fold_in(instance, _STREAM_SEARCH) for instance in instances]),
+        jnp.stack([jax.random.fold_in(instance, STREAM_SEARCH) for instance in instances]),
         problems,
         callback=lambda done, losses: report("search", done / steps, float(jnp.mean(losses))),
     )
@@ -489,7 +495,7 @@ def _run_group(
                 **scores,
                 **controls[name].scores,
             }
-            rows.append(_jsonable(row))
+            rows.append(jsonable(row))
             recs.append(np.asarray(image))
         results.append((rows, recs))
     return results

@@ -110,7 +110,8 @@ class AuditCommand:
     """Batch normalisation of the federated model: eval (running statistics, as published) or train
     (each batch's own statistics)."""
     num_classes: int | None = None
-    """Classes of the federated model; by default those of the data."""
+    """Classes of the federated model; by default those of a class-conditional prior, else of the
+    data."""
     prior: str = "dcgan32_faces"
     """The adversary's generator: the name of one that ships with the tool, or a checkpoint folder
     made by ggl-jax train-prior."""
@@ -187,9 +188,11 @@ class AuditCommand:
     memory: float | None = None
     """Gigabytes for the candidates that are evaluated at once, in place of that choice."""
     instances: int | None = None
-    """Images whose searches run in one batch (default: 1 on a CPU, 8 on a GPU)."""
+    """Images whose searches run in one batch (default: 8 on a GPU, if they have at most 64x64
+    pixels, else 1)."""
     num_controls: int = 400
-    """Random samples of the prior for the controls."""
+    """Random samples of the prior that are scored; the mean image averages up to 8 times as many
+    (at most 2,048), and the ceiling starts from the nearest of up to 16 times as many (4,096)."""
     ceiling_steps: int = 300
     """Steps of the prior's direct fit to the private image (the ceiling)."""
     suspects: int = 99
@@ -271,8 +274,10 @@ def run(command: AuditCommand, argv: list[str]) -> int:
         raise GGLError(
             f"data: {command.data} has no labels; add a labels.csv (file,label) or give --label 0"
         )
-    num_classes = command.num_classes or max(
-        2, dataset.num_classes or 0, int(np.max(dataset.labels)) + 1
+    num_classes = (
+        command.num_classes
+        or prior.num_classes
+        or max(2, dataset.num_classes or 0, int(np.max(dataset.labels)) + 1)
     )
     options = {"batch_norm": command.batch_norm} if command.model != "lenet" else {}
     model = get_model(

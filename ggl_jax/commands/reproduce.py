@@ -4,7 +4,7 @@ import dataclasses
 import datetime
 import shlex
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast
 
 import tyro
 
@@ -21,21 +21,23 @@ from ggl_jax.errors import GGLError
 
 @dataclasses.dataclass(frozen=True)
 class ReproduceCommand:
-    """Run one of the paper's CelebA experiments: its table or figure, ours beside the paper's.
+    """Run one of the paper's experiments at 32x32: its table or figure, ours beside the paper's.
 
     Writes table.md, figure.png and one folder for each search; the same command goes on where it
     was interrupted.
     """
 
     experiment: tyro.conf.Positional[
-        Literal["table1", "table2", "table3", "figure4", "figure6", "figure7"]
+        Literal["table1", "table2", "table3", "figure4", "figure5", "figure6", "figure7", "figure8"]
     ]
     """table1 and figure4: optimisers; table2: distances and regularisers; table3 and figure6:
-    attacks under defenses; figure7: leakage by a defense's strength."""
-    data: str
-    """Private images, as for ggl-jax audit: a .npz file, a folder, or tfds:celeb_a."""
-    images: int = 4
-    """How many of them, the first ones."""
+    attacks under defenses; figure5: Soteria on more samples; figure7: leakage by a defense's
+    strength; figure8: out-of-distribution images."""
+    data: str | None = None
+    """Private images, as for ggl-jax audit: a .npz file, a folder, or tfds:celeb_a. Only figure8
+    has a default, embedded:nonfaces."""
+    images: int | None = None
+    """How many of them, the first ones; by default 4, for figure5 16."""
     scale: Literal["quick", "paper"] = "quick"
     """quick (shorter searches, for CPUs) or paper (the published lengths, meant for a GPU)."""
     prior: str = "dcgan32_faces"
@@ -59,19 +61,27 @@ def run(command: ReproduceCommand, argv: list[str]) -> int:
     from ggl_jax.client.models import get_model
     from ggl_jax.priors import load_prior
 
-    if command.images < 1:
-        raise GGLError(f"images: got {command.images}, allowed: whole numbers of at least 1")
     experiment = paper.EXPERIMENTS[command.experiment]()
+    num = experiment.images if command.images is None else command.images
+    if num < 1:
+        raise GGLError(f"images: got {num}, allowed: whole numbers of at least 1")
+    data = experiment.data if command.data is None else command.data
+    if data is None:
+        raise GGLError(
+            f"data: {command.experiment} needs --data, private images with labels such as "
+            "tfds:celeb_a"
+        )
     prior, prior_params, card = load_prior(command.prior)
-    dataset = audit_data.load(
-        command.data, image_size=prior.image_shape[0], indices=f"0:{command.images}"
-    )
+    dataset = audit_data.load(data, image_size=prior.image_shape[0], indices=f"0:{num}")
     audit_data.check_prior_overlap(dataset, card, allow_held_out=True)
     if dataset.labels is None:
-        raise GGLError(f"data: {command.data} has no labels; the experiments need them")
+        if experiment.label is None:
+            raise GGLError(f"data: {data} has no labels; {command.experiment} needs them")
+        dataset = dataset._replace(labels=np.full(num, experiment.label, np.int32))
+    labels = cast(np.ndarray, dataset.labels)
     model = get_model(
         "resnet18",
-        num_classes=max(2, dataset.num_classes or 0, int(np.max(dataset.labels)) + 1),
+        num_classes=prior.num_classes or max(2, dataset.num_classes or 0, int(np.max(labels)) + 1),
         image_shape=prior.image_shape,
     )
     out = command.out or Path(f"ggl-{command.experiment}-{command.scale}")
@@ -84,7 +94,7 @@ def run(command: ReproduceCommand, argv: list[str]) -> int:
     searches = experiment.searches(command.scale)
     console.print(
         f"{experiment.title}: {len(searches)} searches, {len(experiment.defenses)} defenses, "
-        f"{command.images} images, scale {command.scale}. Results: {out}/",
+        f"{num} images, scale {command.scale}. Results: {out}/",
         markup=False,
         soft_wrap=True,
     )
@@ -96,7 +106,7 @@ def run(command: ReproduceCommand, argv: list[str]) -> int:
             try:
                 results[name] = audit(
                     dataset.images,
-                    dataset.labels,
+                    labels,
                     model=model,
                     prior=prior,
                     prior_params=prior_params,
@@ -117,7 +127,7 @@ def run(command: ReproduceCommand, argv: list[str]) -> int:
     if results:
         date = datetime.date.today().isoformat()
         where = (
-            f"{date}; {env['device']}; {env['cpu']}; jax {env['jax']}; {command.images} images; "
+            f"{date}; {env['device']}; {env['cpu']}; jax {env['jax']}; {num} images; "
             f"seed {command.seed}; prior {card['name']}"
         )
         text = paper.markdown(experiment, results, command=shown, where=where)

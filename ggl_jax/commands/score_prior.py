@@ -4,6 +4,7 @@ import dataclasses
 from pathlib import Path
 
 from ggl_jax.commands._shared import console
+from ggl_jax.errors import GGLError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,6 +26,8 @@ class ScorePriorCommand:
     """Starting points of each fit."""
     steps: int = 400
     """Steps of each fit."""
+    num_controls: int = 400
+    """Random samples of each image's class, for a class-conditional prior; see ggl-jax audit."""
     seed: int = 0
     """Seed of the starting points and samples."""
 
@@ -32,13 +35,12 @@ class ScorePriorCommand:
 def run(command: ScorePriorCommand, argv: list[str]) -> int:
     """``ggl-jax score-prior``."""
     del argv
-    import jax
     import jax.numpy as jnp
     import numpy as np
 
     from ggl_jax.audit import metrics
     from ggl_jax.audit.data import load
-    from ggl_jax.priors import fit_latents, load_prior, samples
+    from ggl_jax.priors import load_prior
     from ggl_jax.priors.wgan_gp import held_out_indices
 
     prior, params, card = load_prior(command.prior)
@@ -48,12 +50,34 @@ def run(command: ScorePriorCommand, argv: list[str]) -> int:
         dataset = load(command.data, image_size=size, indices=indices)
     else:
         dataset = load(command.data, image_size=size, indices=command.indices)
-    images = jnp.asarray(dataset.images)
+    if prior.num_classes is None:
+        scores = _scores(prior, params, jnp.asarray(dataset.images), command)
+    else:
+        scores = _class_scores(prior, params, dataset, command)
+    for name, values in scores.items():
+        low, high = metrics.confidence_interval(values)
+        console.print(
+            f"{name}: {np.mean(values):.2f} dB PSNR, 95 % interval [{low:.2f}, {high:.2f}], lowest "
+            f"{min(values):.2f}, {len(values)} images",
+            markup=False,
+        )
+    return 0
+
+
+def _scores(prior, params, images, command: ScorePriorCommand) -> dict[str, list[float]]:
+    """PSNR of each image, from samples that all images share."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    from ggl_jax.audit import metrics
+    from ggl_jax.priors import fit_latents, samples
+
     key_fit, key_samples = jax.random.split(jax.random.key(command.seed))
     drawn = samples(prior, params, key_samples, 2048)
     mean_image = drawn.mean(axis=0)
-    ceilings = []
-    part = 64  # bounds memory; all parts but the last have one shape
+    ceilings: list[float] = []
+    part = 64  # all parts but the last have one shape
     for first in range(0, len(images), part):
         _, _, psnr = fit_latents(
             prior,
@@ -65,18 +89,44 @@ def run(command: ScorePriorCommand, argv: list[str]) -> int:
         )
         ceilings.extend(np.asarray(psnr).tolist())
         console.print(f"{len(ceilings)} of {len(images)} images fitted", markup=False)
-    scores = {
+    return {
         "ceiling": ceilings,
         "mean image": [float(metrics.psnr(mean_image, image)) for image in images],
         "random sample": [
             float(jnp.mean(metrics.psnr(drawn[:64], image[None]))) for image in images
         ],
     }
-    for name, values in scores.items():
-        low, high = metrics.confidence_interval(values)
-        console.print(
-            f"{name}: {np.mean(values):.2f} dB PSNR, 95 % interval [{low:.2f}, {high:.2f}], lowest "
-            f"{min(values):.2f}, {len(values)} images",
-            markup=False,
+
+
+def _class_scores(prior, params, dataset, command: ScorePriorCommand) -> dict[str, list[float]]:
+    """PSNR of each image, from samples of its own class."""
+    import jax
+
+    from ggl_jax.audit.controls import prior_controls
+
+    if dataset.labels is None:
+        raise GGLError(
+            f"data: {command.data} has no labels, but prior {prior.name} makes images of a class; "
+            "add a labels.csv (file,label)"
         )
-    return 0
+    found: list[dict[str, float]] = []
+    for number, (image, label) in enumerate(zip(dataset.images, dataset.labels, strict=True)):
+        key = jax.random.fold_in(jax.random.key(command.seed), number)
+        controls = prior_controls(
+            prior,
+            params,
+            image,
+            int(label),
+            key,
+            num_samples=command.num_controls,
+            ceiling_restarts=command.restarts,
+            ceiling_steps=command.steps,
+        )
+        found.append(controls.scores)
+        console.print(f"{len(found)} of {len(dataset.images)} images fitted", markup=False)
+    columns = {
+        "ceiling": "psnr_ceiling",
+        "mean image": "psnr_mean_image",
+        "random sample": "psnr_control_mean",
+    }
+    return {name: [scores[column] for scores in found] for name, column in columns.items()}

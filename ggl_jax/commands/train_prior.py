@@ -17,7 +17,8 @@ class TrainPriorCommand:
     """
 
     data: tuple[str, ...]
-    """Training files: .npz with uint8 images [n 32 32 3]. FILE*2 is drawn twice as often."""
+    """Training files: .npz with uint8 images [n 32 32 3] and, for --conditional, labels [n].
+    FILE*2 is drawn twice as often."""
     out: Path = Path("prior")
     """Folder for checkpoints, losses.csv, losses.png and sample grids."""
     trained_on: tuple[str, ...] = ()
@@ -45,6 +46,9 @@ class TrainPriorCommand:
     """Images of the first file to keep out of training."""
     flips: bool = True
     """Mirror images at random."""
+    conditional: bool = False
+    """Train a class-conditional generator: it learns the files' labels, and attacks give it the
+    class that they inferred."""
     seed: int = 0
     """Seed of weights, batches and held-out images."""
     export: Path | None = None
@@ -55,8 +59,6 @@ def run(command: TrainPriorCommand, argv: list[str]) -> int:
     """``ggl-jax train-prior``."""
     from ggl_jax.priors import wgan_gp
 
-    names = {f.name for f in dataclasses.fields(wgan_gp.Config)}
-    config = wgan_gp.Config(**{n: getattr(command, n) for n in names if hasattr(command, n)})
     files = []
     for entry in command.data:
         path, _, weight = entry.partition("*")
@@ -64,6 +66,11 @@ def run(command: TrainPriorCommand, argv: list[str]) -> int:
             files.append((path, float(weight or 1)))
         except ValueError:
             raise GGLError(f"data: {entry!r}: the weight after * must be a number") from None
+    names = {f.name for f in dataclasses.fields(wgan_gp.Config)}
+    options = {n: getattr(command, n) for n in names if hasattr(command, n)}
+    if command.conditional:
+        options["num_classes"] = wgan_gp.count_classes(files)
+    config = wgan_gp.Config(**options)
     wgan_gp.train(config, files, command.out)
     if command.export is not None:
         wgan_gp.export(

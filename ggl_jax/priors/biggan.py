@@ -346,7 +346,8 @@ def biggan_deep(
         return truncation * jax.random.truncated_normal(key, -2.0, 2.0, (num, config.z_dim))
 
     name = f"biggan-deep-{config.output_dim}"
-    return Prior(init, apply, sample_latent, config.z_dim, (size, size, 3), name)
+    shape = (size, size, 3)
+    return Prior(init, apply, sample_latent, config.z_dim, shape, name, config.num_classes)
 
 
 # --------------------------------------------------------------------------------------------------

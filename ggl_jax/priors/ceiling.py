@@ -4,6 +4,7 @@ Audit side only: it takes the private image. No attack that searches this prior'
 can be expected to do better, so leakage is judged against it.
 """
 
+import math
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -12,46 +13,59 @@ import jax.numpy as jnp
 import optax
 
 from ggl_jax.errors import GGLError
+from ggl_jax.priors.decoding import check_labels, decode_each, images_at_once
 from ggl_jax.types import Prior
 
 
 class _FitState(NamedTuple):
-    latents: jax.Array  # [n r z]
+    latents: jax.Array  # [m z], one row for each image and restart
     optimizer: Any
-    best_latents: jax.Array  # [n r z]
-    best_error: jax.Array  # [n r]
+    best_latents: jax.Array  # [m z]
+    best_error: jax.Array  # [m]
 
 
-@partial(jax.jit, static_argnames=("prior", "num", "restarts"))
+@partial(jax.jit, static_argnames=("prior", "num"))
+def _sample(prior: Prior, key, *, num: int):
+    return prior.sample_latent(key, num)
+
+
+@jax.jit
+def _relative_errors(pool, flat):
+    """Squared distances [n m] of images [n p] to samples, less the images' own norms.
+
+    The norms do not change the order.
+    """
+    pool = pool.reshape(len(pool), -1)
+    return jnp.sum(pool**2, axis=1)[None] - 2.0 * flat @ pool.T
+
+
 def _start(prior: Prior, params, images, labels, key, *, num: int, restarts: int):
     """The `restarts` best of `num` random latents for each image, the same pool for all."""
-    latents = prior.sample_latent(key, num)
+    latents = _sample(prior, key, num=num)
     flat = images.reshape(len(images), -1)
 
-    def errors(label):
-        pool = prior.apply(params, latents, jnp.full((num,), label)).reshape(num, -1)
-        # squared distance less the image's own norm, which does not change the order
-        return jnp.sum(pool**2, axis=1)[None] - 2.0 * flat @ pool.T
+    def errors(flat, label):
+        def compare(pool, start):
+            return _relative_errors(pool, flat)
+
+        return jnp.concatenate(decode_each(prior, params, latents, label, compare), axis=1)
 
     if labels is None:
-        ranked = errors(0)
+        ranked = errors(flat, 0)
     else:
-        ranked = jax.lax.map(lambda pair: errors(pair[1])[pair[0]], (jnp.arange(len(flat)), labels))
+        ranked = jnp.concatenate([errors(flat[i : i + 1], label) for i, label in enumerate(labels)])
     _, best = jax.lax.top_k(-ranked, restarts)
     return latents[best]
 
 
 @partial(jax.jit, static_argnames=("prior", "steps", "num"), donate_argnames=("state",))
 def _advance(prior: Prior, params, images, labels, state, *, learning_rate, steps: int, num: int):
-    n, r, z = state.latents.shape
-    repeated = jnp.zeros((n * r,), jnp.int32) if labels is None else jnp.repeat(labels, r)
     optimizer = optax.adam(optax.cosine_decay_schedule(learning_rate, steps))
 
     def loss(latents):
-        fitted = prior.apply(params, latents.reshape(n * r, z), repeated)
-        fitted = fitted.reshape(n, r, *fitted.shape[1:])
-        error = jnp.mean((fitted - images[:, None]) ** 2, axis=(2, 3, 4))
-        # a sum, and Adam works entry by entry: no image or restart feels another
+        fitted = prior.apply(params, latents, labels)
+        error = jnp.mean((fitted - images) ** 2, axis=(1, 2, 3))
+        # a sum, and Adam works entry by entry: no row feels another
         return jnp.sum(error), error
 
     def step(_, state):
@@ -68,15 +82,27 @@ def _advance(prior: Prior, params, images, labels, state, *, learning_rate, step
     return step(0, state) if num == 1 else jax.lax.fori_loop(0, num, step, state)
 
 
-@partial(jax.jit, static_argnames=("prior",))
-def _finish(prior: Prior, params, images, labels, state):
-    """Each image's best restart, its picture and its PSNR."""
-    index = jnp.argmin(state.best_error, axis=1)
-    latents = jnp.take_along_axis(state.best_latents, index[:, None, None], axis=1)[:, 0]
-    labels = jnp.zeros((len(images),), jnp.int32) if labels is None else labels
-    fitted = prior.apply(params, latents, labels)
-    psnr = -10.0 * jnp.log10(jnp.mean((fitted - images) ** 2, axis=(1, 2, 3)))
-    return latents, fitted, psnr
+def _fit_rows(prior: Prior, params, images, labels, latents, *, learning_rate, steps: int):
+    """The best latents [m z] on the way from `latents` [m z], and their errors [m]."""
+    state = _FitState(
+        latents=latents,
+        optimizer=optax.adam(optax.cosine_decay_schedule(learning_rate, steps)).init(latents),
+        best_latents=jnp.copy(latents),
+        best_error=jnp.full(len(latents), jnp.inf),
+    )
+    # XLA's CPU backend runs a loop's body on one thread; on accelerators the loop saves dispatch.
+    # The update after the last one is only there to score the last latents.
+    num = 1 if jax.default_backend() == "cpu" else steps + 1
+    for _ in range((steps + 1) // num):
+        state = _advance(
+            prior, params, images, labels, state, learning_rate=learning_rate, steps=steps, num=num
+        )
+    return state.best_latents, state.best_error
+
+
+@jax.jit
+def _psnr(fitted, images):
+    return -10.0 * jnp.log10(jnp.mean((fitted - images) ** 2, axis=(1, 2, 3)))
 
 
 def fit_latents(
@@ -112,10 +138,12 @@ def fit_latents(
 
     Returns:
       `(latents [n z], fitted images [n h w c], psnr [n])`, PSNR in dB on the [0, 1] scale;
-      infinite where the fit is exact. Memory grows with n * restarts and with num_candidates.
+      infinite where the fit is exact. What a large generator needs too much memory for at once is
+      done in parts (see `ggl_jax.priors.decoding`), with the same result but for rounding.
 
     Raises:
-      GGLError: images of another shape than the prior's, or a setting out of its range.
+      GGLError: images of another shape than the prior's, a label that it does not know, or a
+        setting out of its range.
     """
     images = jnp.asarray(images, jnp.float32)
     if images.ndim != 4 or images.shape[1:] != tuple(prior.image_shape) or not len(images):
@@ -134,18 +162,34 @@ def fit_latents(
         raise GGLError(f"fit_latents: learning_rate={learning_rate} must be above 0")
     if labels is not None:
         labels = jnp.asarray(labels, jnp.int32)
-    latents = _start(prior, params, images, labels, key, num=num_candidates, restarts=restarts)
-    state = _FitState(
-        latents=latents,
-        optimizer=optax.adam(optax.cosine_decay_schedule(learning_rate, steps)).init(latents),
-        best_latents=jnp.copy(latents),
-        best_error=jnp.full(latents.shape[:2], jnp.inf),
-    )
-    # XLA's CPU backend runs a loop's body on one thread; on accelerators the loop saves dispatch.
-    # The update after the last one is only there to score the last latents.
-    num = 1 if jax.default_backend() == "cpu" else steps + 1
-    for _ in range((steps + 1) // num):
-        state = _advance(
-            prior, params, images, labels, state, learning_rate=learning_rate, steps=steps, num=num
+        check_labels(prior, labels)
+    starts = _start(prior, params, images, labels, key, num=num_candidates, restarts=restarts)
+    labels = jnp.zeros(len(images), jnp.int32) if labels is None else labels
+    rows = starts.reshape(-1, starts.shape[-1])
+    owners = jnp.repeat(jnp.arange(len(images)), restarts)
+    # parts of equal size, so that one program serves them all; the last is filled up with copies
+    num_parts = math.ceil(len(rows) / images_at_once(prior, params, derivatives=True))
+    size = math.ceil(len(rows) / num_parts)
+    parts = []
+    for first in range(0, len(rows), size):
+        chosen = jnp.minimum(jnp.arange(first, first + size), len(rows) - 1)
+        own = owners[chosen]
+        parts.append(
+            _fit_rows(
+                prior,
+                params,
+                images[own],
+                labels[own],
+                rows[chosen],
+                learning_rate=learning_rate,
+                steps=steps,
+            )
         )
-    return _finish(prior, params, images, labels, state)
+    found, errors = (
+        jnp.concatenate(x)[: len(rows)].reshape(starts.shape[:2] + x[0].shape[1:])
+        for x in zip(*parts, strict=True)
+    )
+    best = jnp.argmin(errors, axis=1)
+    latents = jnp.take_along_axis(found, best[:, None, None], axis=1)[:, 0]
+    fitted = jnp.concatenate(decode_each(prior, params, latents, labels, lambda x, _: x))
+    return latents, fitted, _psnr(fitted, images)

@@ -23,6 +23,10 @@ IMAGE_SHAPE = (32, 32, 3)
 _LAYERS = ("dense", "norm1", "up1", "norm2", "up2", "norm3", "up3")
 
 
+#: Size of a class's embedding beside the latent, in a class-conditional generator.
+CLASS_EMBEDDING = 32
+
+
 class PixelUpsample(nn.Module):
     """A transposed convolution with a 2x2 kernel and stride 2: [b h w c] -> [b 2h 2w features].
 
@@ -67,7 +71,7 @@ class StridedConv(nn.Module):
 
 
 class Generator(nn.Module):
-    """Latents [b, latent_dim] -> images [b, 32, 32, 3] in [-1, 1].
+    """Latents [b, latent_dim] (and labels [b]) -> images [b, 32, 32, 3] in [-1, 1].
 
     Dense to 4x4x(4 width), batch norm over those features (one mean and variance per feature
     *and position*, as `BatchNorm1d` in the original), ReLU; then 2x2 stride-2 transposed
@@ -78,19 +82,30 @@ class Generator(nn.Module):
       width: channels before the last layer; the paper's is 128.
       latent_dim: size of the latent; the paper's is 128.
       momentum: share of the old running statistics kept at an update, in [0, 1).
+      num_classes: None for an unconditional generator, which ignores labels. Else a learnt
+        embedding of the label is joined to the latent (as in BigGAN); a label outside
+        [0, num_classes) gives an image of NaN.
     """
 
     width: int = 64
     latent_dim: int = 128
     momentum: float = 0.9
+    num_classes: int | None = None
 
     @nn.compact
-    def __call__(self, latents, train: bool = False):
+    def __call__(self, latents, labels=None, train: bool = False):
         def norm(name):
             return nn.BatchNorm(
                 use_running_average=not train, momentum=self.momentum, epsilon=1e-5, name=name
             )
 
+        if self.num_classes is not None:
+            init = nn.initializers.normal(1.0)
+            table = self.param("embeddings", init, (self.num_classes, CLASS_EMBEDDING))
+            labels = jnp.asarray(labels)
+            known = (labels >= 0) & (labels < self.num_classes)
+            embedded = jnp.where(known[:, None], table[labels], jnp.nan)
+            latents = jnp.concatenate([latents, embedded], axis=-1)
         x = nn.Dense(16 * 4 * self.width, name="dense")(latents)
         x = nn.relu(norm("norm1")(x)).reshape(-1, 4, 4, 4 * self.width)
         x = nn.relu(norm("norm2")(PixelUpsample(2 * self.width, name="up1")(x)))
@@ -99,59 +114,76 @@ class Generator(nn.Module):
 
 
 class Critic(nn.Module):
-    """Images [b, 32, 32, 3] in [-1, 1] -> scores [b]; unbounded, no normalisation layers.
+    """Images [b, 32, 32, 3] in [-1, 1] (and labels [b]) -> scores [b]; unbounded, no norm layers.
 
     No layer may mix the images of a batch: the gradient penalty is a property of the score of
     each image alone (Gulrajani et al., 2017, section 4).
+
+    Attributes:
+      width: channels of the first layer.
+      num_classes: None for an unconditional critic. Else the score has, beside the usual term, the
+        features' inner product with a learnt embedding of the label (Miyato and Koyama, "cGANs
+        with Projection Discriminator", 2018).
     """
 
     width: int = 64
+    num_classes: int | None = None
 
     @nn.compact
-    def __call__(self, images):
+    def __call__(self, images, labels=None):
         x = images
         for i in range(3):
             x = StridedConv(self.width * 2**i, name=f"conv{i + 1}")(x)
             x = nn.leaky_relu(x, 0.2)
-        return nn.Dense(1, name="score")(x.reshape(x.shape[0], -1))[:, 0]
+        features = x.reshape(x.shape[0], -1)
+        score = nn.Dense(1, name="score")(features)[:, 0]
+        if self.num_classes is None:
+            return score
+        # as large as the usual term's weights
+        init = nn.initializers.normal(features.shape[1] ** -0.5)
+        table = self.param("embeddings", init, (self.num_classes, features.shape[1]))
+        return score + jnp.sum(table[labels] * features, axis=-1)
 
 
-def dcgan(*, width: int = 64, latent_dim: int = 128) -> Prior:
+def dcgan(*, width: int = 64, latent_dim: int = 128, num_classes: int | None = None) -> Prior:
     """The DCGAN generator as a prior over 32x32 RGB images.
 
     `apply` runs the generator in evaluation mode (stored batch norm statistics), so an image
-    depends on its own latent only. Labels are ignored: the generator is unconditional.
+    depends on its own latent only.
 
     Args:
       width: channels before the last layer, at least 1; the paper's is 128.
       latent_dim: size of the latent, at least 1; latents are distributed as N(0, I).
+      num_classes: of a class-conditional generator, at least 1; None, as in the paper, for one
+        that ignores labels.
 
     Returns:
       A `Prior` with `params = {"params": ..., "batch_stats": ...}`. `init` gives random weights
       (an untrained prior); for trained ones see `load_prior`.
 
     Raises:
-      GGLError: `width` or `latent_dim` below 1.
+      GGLError: `width`, `latent_dim` or `num_classes` below 1.
 
     Reference: the paper, section 5 (CelebA generator); Gulrajani et al., 2017.
     """
     for argument, value in (("width", width), ("latent_dim", latent_dim)):
         if value < 1:
             raise GGLError(f"dcgan: {argument}={value} must be at least 1; the paper's is 128")
-    generator = Generator(width, latent_dim)
+    if num_classes is not None and num_classes < 1:
+        raise GGLError(f"dcgan: num_classes={num_classes} must be at least 1, or None")
+    generator = Generator(width, latent_dim, num_classes=num_classes)
 
     def init(key):
-        return generator.init(key, jnp.zeros((1, latent_dim)))
+        return generator.init(key, jnp.zeros((1, latent_dim)), jnp.zeros((1,), jnp.int32))
 
     def apply(params, latents, labels=None):
-        del labels
-        images = cast(jax.Array, generator.apply(params, latents))
+        images = cast(jax.Array, generator.apply(params, latents, labels))
         return from_signed(images)
 
     def sample_latent(key, num):
         return jax.random.normal(key, (num, latent_dim))
 
-    return Prior(init, apply, sample_latent, latent_dim, IMAGE_SHAPE, "dcgan")
+    return Prior(init, apply, sample_latent, latent_dim, IMAGE_SHAPE, "dcgan", num_classes)
 
 
 def from_torch(state_dict_or_path, *, prefixes=None) -> dict:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from ggl_jax import checkpoint
 from ggl_jax.errors import GGLError
@@ -20,7 +19,6 @@ from ggl_jax.priors.convolutional import from_torch as convolutional_from_torch
 from ggl_jax.priors.dcgan import dcgan
 from ggl_jax.priors.dcgan import from_torch as dcgan_from_torch
 from ggl_jax.priors.samples import samples
-from ggl_jax.types import Prior
 
 #: What `import_prior` understands.
 GENERATORS = (*(f"biggan-deep-{size}" for size in BIGGAN_DEEP), "dcgan")
@@ -69,12 +67,6 @@ def _import_dcgan(source: Path, config: Path | None):
     return "convolutional", given, prior, params
 
 
-def _draw(prior: Prior, params, num: int, num_classes: int, path: Path) -> None:
-    """A grid of samples, of evenly spaced classes."""
-    labels = jnp.arange(num) * num_classes // num
-    samples(prior, params, jax.random.key(0), num, labels=labels, path=path)
-
-
 def import_prior(
     generator: str,
     source,
@@ -120,7 +112,6 @@ def import_prior(
         raise GGLError(f"generator={generator!r} is unknown; choose {', '.join(GENERATORS)}")
     if num_samples < 0:
         raise GGLError(f"num_samples={num_samples} must be at least 0")
-    num_classes = 1
     if generator == "dcgan":
         if truncation != 1.0 or image_size is not None:
             raise GGLError("truncation and image_size belong to BigGAN; leave them out for a dcgan")
@@ -129,7 +120,6 @@ def import_prior(
         size = int(generator.rpartition("-")[2])
         imported = _import_biggan(size, source, config, truncation, image_size)
         kind, arguments, prior, params = imported
-        num_classes = arguments["config"]["num_classes"]
     if trained_on is None:
         trained_on = () if generator == "dcgan" else ("imagenet",)
     with source.open("rb") as stream:
@@ -150,5 +140,5 @@ def import_prior(
     }
     card = checkpoint.save(out, params, card)
     if num_samples:
-        _draw(prior, params, num_samples, num_classes, out / "samples.png")
+        samples(prior, params, jax.random.key(0), num_samples, path=out / "samples.png")
     return card

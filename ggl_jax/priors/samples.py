@@ -8,6 +8,7 @@ import numpy as np
 from PIL import Image
 
 from ggl_jax.errors import GGLError
+from ggl_jax.priors.decoding import check_labels, decode_each
 from ggl_jax.types import Prior
 
 
@@ -53,7 +54,7 @@ def samples(
       params: its parameters.
       key: typed key; the same key gives the same images.
       num: number of images, at least 1.
-      labels: int [num] for class-conditional priors; zeros by default.
+      labels: int [num] for class-conditional priors; by default classes evenly spaced over all.
       path: where the PNG goes; nothing is written when None.
       num_columns: images per row of the grid.
 
@@ -61,12 +62,15 @@ def samples(
       Images [num h w c], float32 in [0, 1].
 
     Raises:
-      GGLError: `num` below 1, or the file cannot be written.
+      GGLError: `num` below 1, a label that the prior does not know, or the file cannot be written.
     """
     if num < 1:
         raise GGLError(f"samples: num={num} must be at least 1")
-    labels = jnp.zeros((num,), jnp.int32) if labels is None else jnp.asarray(labels)
-    images = jax.jit(prior.apply)(params, prior.sample_latent(key, num), labels)
+    if labels is None:
+        labels = jnp.arange(num) * (prior.num_classes or 1) // num
+    check_labels(prior, labels)
+    latents = prior.sample_latent(key, num)
+    images = jnp.concatenate(decode_each(prior, params, latents, labels, lambda x, _: x))
     if path is not None:
         save_grid(path, images, num_columns=num_columns)
     return images

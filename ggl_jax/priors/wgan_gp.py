@@ -55,6 +55,8 @@ class Config:
       seed: of the weights, the batches and the held-out images.
       holdout: images of the first data file kept out of training (see `holdout_split`), >= 0.
       flips: whether each real image is mirrored with probability 1/2.
+      num_classes: of a class-conditional prior, >= 1: generator and critic then see the labels,
+        and real and fake images of a batch have the same ones. None for an unconditional prior.
     """
 
     width: int = 64
@@ -70,6 +72,7 @@ class Config:
     seed: int = 0
     holdout: int = 256
     flips: bool = True
+    num_classes: int | None = None
 
     def __post_init__(self):
         limits = {
@@ -82,6 +85,8 @@ class Config:
             if not value >= low or (high is not None and value >= high):
                 upper = "" if high is None else f" and below {high}"
                 raise GGLError(f"train-prior: {name}={value} must be at least {low}{upper}")
+        if self.num_classes is not None and self.num_classes < 1:
+            raise GGLError(f"train-prior: num_classes={self.num_classes} must be at least 1")
         if not 0 < self.learning_rate < float("inf"):
             raise GGLError(f"train-prior: learning_rate={self.learning_rate} must be above 0")
 
@@ -111,6 +116,7 @@ class Dataset(NamedTuple):
     images: np.ndarray  # uint8 [n 32 32 3]
     cumulative: np.ndarray  # float32 [n], cumulative probability of drawing each image
     sources: list[dict]  # per file: file, weight, num_images, num_held_out, sha256
+    labels: np.ndarray | None = None  # int32 [n], for a class-conditional prior
 
 
 # --- data -------------------------------------------------------------------------------------
@@ -192,6 +198,40 @@ def read_images(path) -> np.ndarray:
     return images
 
 
+def read_labels(path, num: int) -> np.ndarray:
+    """Reads `labels` (whole numbers [num], at least 0) from an .npz file, as int32.
+
+    Raises:
+      GGLError: no such key, another shape or type, or a negative label.
+    """
+    with np.load(path, allow_pickle=False) as archive:
+        if "labels" not in archive:
+            raise GGLError(
+                f"{path} has no array `labels`, which a class-conditional prior needs; add int "
+                f"[{num}], or train without --conditional"
+            )
+        labels = archive["labels"]
+    whole = np.issubdtype(labels.dtype, np.integer)
+    if not whole or labels.shape != (num,) or labels.min() < 0:
+        raise GGLError(
+            f"training data {path}: `labels` is {labels.dtype} {list(labels.shape)}, must be whole "
+            f"numbers [{num}] of at least 0"
+        )
+    return labels.astype(np.int32)
+
+
+def count_classes(data: Sequence) -> int:
+    """One more than the largest label in the files, given as for `load_data`.
+
+    Raises:
+      GGLError: a bad file, see `read_images` and `read_labels`.
+    """
+    paths = [item if isinstance(item, str | os.PathLike) else item[0] for item in data]
+    return 1 + max(
+        (int(read_labels(path, len(read_images(path))).max()) for path in paths), default=0
+    )
+
+
 def load_data(data: Sequence, config: Config) -> Dataset:
     """Loads the training images: every file's, less the held-out ones of the first.
 
@@ -199,24 +239,35 @@ def load_data(data: Sequence, config: Config) -> Dataset:
       data: paths of .npz files, or `(path, weight)`; an image of a file of weight 2 is drawn
         twice as often as one of weight 1. A file given twice counts twice; its held-out images
         stay out each time.
-      config: gives `holdout` and `seed`.
+      config: gives `holdout`, `seed` and `num_classes`; with classes, labels are read too.
 
     Raises:
-      GGLError: no file, a bad file (see `read_images`), a weight that is not above 0, or no
-        image left to train on.
+      GGLError: no file, a bad file (see `read_images` and `read_labels`), a weight that is not
+        above 0, a label beyond the classes, or no image left to train on.
     """
     if not data:
         raise GGLError("train-prior: data is empty; give at least one .npz file with `images`")
     pairs = [(item, 1.0) if isinstance(item, str | os.PathLike) else item for item in data]
     parts, weights, sources = [], [], []
+    label_parts: list[np.ndarray] = []
     held_out_path = Path(pairs[0][0]).resolve()
     for path, weight in pairs:
         if not 0 < weight < float("inf"):
             raise GGLError(f"train-prior: weight {weight} of {path} must be above 0")
         images = read_images(path)
         num_images = len(images)
+        kept = np.arange(num_images)
         if Path(path).resolve() == held_out_path:
-            images = images[holdout_split(num_images, config.holdout, config.seed)[0]]
+            kept = holdout_split(num_images, config.holdout, config.seed)[0]
+        images = images[kept]
+        if config.num_classes is not None:
+            labels = read_labels(path, num_images)
+            if labels.max() >= config.num_classes:
+                raise GGLError(
+                    f"training data {path}: label {labels.max()} is beyond num_classes="
+                    f"{config.num_classes}"
+                )
+            label_parts.append(labels[kept])
         parts.append(images)
         weights.append(np.full(len(images), weight, np.float64))
         sources.append(
@@ -232,17 +283,27 @@ def load_data(data: Sequence, config: Config) -> Dataset:
     if not len(images):
         raise GGLError(f"train-prior: holdout={config.holdout} leaves no image to train on")
     cumulative = np.cumsum(weight) / weight.sum()
-    return Dataset(images, cumulative.astype(np.float32), sources)
+    all_labels = np.concatenate(label_parts) if label_parts else None
+    return Dataset(images, cumulative.astype(np.float32), sources, all_labels)
+
+
+def _draw_indices(key, cumulative, num: int) -> jax.Array:
+    """Which images a batch has: int [num]."""
+    uniform = jax.random.uniform(jax.random.split(key)[0], (num,))
+    # min: rounding may leave the last cumulative probability below a draw
+    return jnp.minimum(jnp.searchsorted(cumulative, uniform, side="right"), len(cumulative) - 1)
+
+
+def draw_labels(key, labels, cumulative, *, num: int) -> jax.Array | None:
+    """The labels [num] of the images that `draw_batch` draws with this key; None without any."""
+    return None if labels is None else labels[_draw_indices(key, cumulative, num)]
 
 
 def draw_batch(key, images, cumulative, *, num: int, flips: bool) -> jax.Array:
     """Draws images with replacement: uint8 [n 32 32 3] -> float32 [num 32 32 3] in [-1, 1]."""
-    index_key, flip_key = jax.random.split(key)
-    uniform = jax.random.uniform(index_key, (num,))
-    # min: rounding may leave the last cumulative probability below a draw
-    index = jnp.minimum(jnp.searchsorted(cumulative, uniform, side="right"), len(cumulative) - 1)
-    batch = to_signed(images[index].astype(jnp.float32) / 255.0)
+    batch = to_signed(images[_draw_indices(key, cumulative, num)].astype(jnp.float32) / 255.0)
     if flips:
+        flip_key = jax.random.split(key)[1]
         mirrored = jax.random.bernoulli(flip_key, 0.5, (num, 1, 1, 1))
         batch = jnp.where(mirrored, batch[:, :, ::-1], batch)
     return batch
@@ -277,14 +338,24 @@ def _optimizer(config: Config) -> optax.GradientTransformation:
     return optax.adam(config.learning_rate, b1=config.beta1, b2=config.beta2)
 
 
-def _fake(config: Config, params, latents) -> jax.Array:
+def _generator(config: Config, **options) -> Generator:
+    return Generator(config.width, config.latent_dim, num_classes=config.num_classes, **options)
+
+
+def _all_classes(config: Config, num: int) -> jax.Array | None:
+    """Labels [num], evenly spread over the classes in rising order; None without classes."""
+    return None if config.num_classes is None else jnp.arange(num) * config.num_classes // num
+
+
+def _fake(config: Config, params, latents, labels=None) -> jax.Array:
     """Images of the generator in training mode: batch norm by the statistics of this batch.
 
     Running statistics are not kept during training: `standing_statistics` makes exact ones for
     whichever weights are used.
     """
-    generator = Generator(config.width, config.latent_dim)
-    images, _ = generator.apply({"params": params}, latents, train=True, mutable=["batch_stats"])
+    images, _ = _generator(config).apply(
+        {"params": params}, latents, labels, train=True, mutable=["batch_stats"]
+    )
     return images
 
 
@@ -297,8 +368,10 @@ def init_state(config: Config) -> TrainState:
 def _init_state(config: Config) -> TrainState:
     generator_key, critic_key = jax.random.split(jax.random.key(config.seed))
     latents = jnp.zeros((1, config.latent_dim))
-    generator = Generator(config.width, config.latent_dim).init(generator_key, latents)["params"]
-    critic = Critic(config.width).init(critic_key, jnp.zeros((1, *IMAGE_SHAPE)))["params"]
+    label = jnp.zeros((1,), jnp.int32)
+    generator = _generator(config).init(generator_key, latents, label)["params"]
+    critic_net = Critic(config.width, config.num_classes)
+    critic = critic_net.init(critic_key, jnp.zeros((1, *IMAGE_SHAPE)), label)["params"]
     optimizer = _optimizer(config)
     return TrainState(
         step=jnp.zeros((), jnp.int32),
@@ -310,7 +383,7 @@ def _init_state(config: Config) -> TrainState:
     )
 
 
-def train_step(config: Config, state: TrainState, images, cumulative):
+def train_step(config: Config, state: TrainState, images, cumulative, labels=None):
     """One generator update after `config.critic_steps` critic updates.
 
     Pure; its randomness is a function of the seed and the step alone, so a resumed run draws
@@ -322,28 +395,31 @@ def train_step(config: Config, state: TrainState, images, cumulative):
       state: the state.
       images: uint8 [n 32 32 3].
       cumulative: float32 [n], as in `Dataset`.
+      labels: int32 [n], where the config has classes.
 
     Returns:
       `(state, Metrics)`.
     """
     optimizer = _optimizer(config)
-    critic_net = Critic(config.width)
+    critic_net = Critic(config.width, config.num_classes)
     # folded away from init_state's use of the same seed
     key = jax.random.fold_in(jax.random.fold_in(jax.random.key(config.seed), 1), state.step)
     keys = jax.random.split(key, config.critic_steps + 1)
     num = config.batch_size
 
-    def critic_loss(params, real, fake, mix):
-        def score(x):
-            return critic_net.apply({"params": params}, x)
+    def critic_loss(params, real, fake, mix, classes):
+        def score(x, classes=classes):
+            return critic_net.apply({"params": params}, x, classes)
 
-        scores = score(jnp.concatenate([real, fake]))
+        twice = None if classes is None else jnp.concatenate([classes, classes])
+        scores = score(jnp.concatenate([real, fake]), twice)
         distance = scores[:num].mean() - scores[num:].mean()
         penalty = gradient_penalty(score, real, fake, mix)
         return config.penalty * penalty - distance, (distance, penalty)
 
-    def generator_loss(params, critic, latents):
-        scores = critic_net.apply({"params": critic}, _fake(config, params, latents))
+    def generator_loss(params, critic, latents, classes):
+        fake = _fake(config, params, latents, classes)
+        scores = critic_net.apply({"params": critic}, fake, classes)
         return -jnp.mean(cast(jax.Array, scores))
 
     critic, critic_optimizer = state.critic, state.critic_optimizer
@@ -352,15 +428,18 @@ def train_step(config: Config, state: TrainState, images, cumulative):
         data_key, latent_key, mix_key = jax.random.split(step_key, 3)
         real = draw_batch(data_key, images, cumulative, num=num, flips=config.flips)
         latents = jax.random.normal(latent_key, (num, config.latent_dim))
-        fake = _fake(config, state.generator, latents)
+        # fakes of the same classes, so that an image between the two has a class
+        classes = draw_labels(data_key, labels, cumulative, num=num)
+        fake = _fake(config, state.generator, latents, classes)
         mix = jax.random.uniform(mix_key, (num, 1, 1, 1))
-        gradients, aux = jax.grad(critic_loss, has_aux=True)(critic, real, fake, mix)
+        gradients, aux = jax.grad(critic_loss, has_aux=True)(critic, real, fake, mix, classes)
         updates, critic_optimizer = optimizer.update(gradients, critic_optimizer)
         critic = optax.apply_updates(critic, updates)
         logged.append(aux)
 
     latents = jax.random.normal(keys[-1], (num, config.latent_dim))
-    loss, gradients = jax.value_and_grad(generator_loss)(state.generator, critic, latents)
+    classes = draw_labels(jax.random.fold_in(keys[-1], 1), labels, cumulative, num=num)
+    loss, gradients = jax.value_and_grad(generator_loss)(state.generator, critic, latents, classes)
     updates, generator_optimizer = optimizer.update(gradients, state.generator_optimizer)
     generator = optax.apply_updates(state.generator, updates)
 
@@ -376,7 +455,8 @@ def train_step(config: Config, state: TrainState, images, cumulative):
 def standing_statistics(config: Config, generator_params, key, *, num: int = 4096) -> dict:
     """Prior params with batch norm statistics measured on `num` latents in one batch.
 
-    The average of weights never saw a batch, so statistics from training would not fit it.
+    The average of weights never saw a batch, so statistics from training would not fit it. Classes,
+    if there are any, are evenly spread.
 
     Args:
       config: gives the architecture.
@@ -393,9 +473,14 @@ def standing_statistics(config: Config, generator_params, key, *, num: int = 409
 
 @partial(jax.jit, static_argnames=("config", "num"))
 def _standing_statistics(config: Config, generator_params, key, *, num: int):
-    generator = Generator(config.width, config.latent_dim, momentum=0.0)
     latents = jax.random.normal(key, (num, config.latent_dim))
-    return generator.apply({"params": generator_params}, latents, train=True, mutable="batch_stats")
+    return _generator(config, momentum=0.0).apply(
+        {"params": generator_params},
+        latents,
+        _all_classes(config, num),
+        train=True,
+        mutable="batch_stats",
+    )
 
 
 # --- the run ----------------------------------------------------------------------------------
@@ -635,11 +720,11 @@ def train(
 
 
 @partial(jax.jit, static_argnames=("config", "num"), donate_argnames=("state",))
-def _advance(config: Config, state: TrainState, images, cumulative, *, num: int):
+def _advance(config: Config, state: TrainState, images, cumulative, labels, *, num: int):
     """`num` iterations; the metrics of each, stacked."""
 
     def body(state, _):
-        return train_step(config, state, images, cumulative)
+        return train_step(config, state, images, cumulative, labels)
 
     if num == 1:
         state, metrics = body(state, None)
@@ -652,7 +737,7 @@ def _sample_images(config: Config, generator_params, key, *, num: int):
     """Images in [0, 1] of `num` fixed latents, in evaluation mode."""
     params = standing_statistics(config, generator_params, key, num=1024)
     latents = jax.random.normal(key, (num, config.latent_dim))
-    images = Generator(config.width, config.latent_dim).apply(params, latents)
+    images = _generator(config).apply(params, latents, _all_classes(config, num))
     return from_signed(cast(jax.Array, images))
 
 
@@ -660,6 +745,7 @@ def _run(config, dataset, out_dir, progress, log_every, sample_every, checkpoint
     # XLA's CPU backend runs a scan's body on one thread; on accelerators a scan saves dispatch
     on_cpu = jax.default_backend() == "cpu"
     images, cumulative = jnp.asarray(dataset.images), jnp.asarray(dataset.cumulative)
+    labels = None if dataset.labels is None else jnp.asarray(dataset.labels)
 
     prior_key = jax.random.fold_in(jax.random.key(config.seed), 2)
     architecture = _architecture(config)
@@ -693,7 +779,7 @@ def _run(config, dataset, out_dir, progress, log_every, sample_every, checkpoint
                         config.steps - step, *(n - step % n for n in (log_every, sample_every))
                     )
                 )
-                state, metrics = _advance(architecture, state, images, cumulative, num=num)
+                state, metrics = _advance(architecture, state, images, cumulative, labels, num=num)
                 window.append(jax.device_get(metrics))
                 step += num
                 if step % log_every == 0 or step == config.steps:
@@ -778,10 +864,13 @@ def export(
     key = jax.random.fold_in(jax.random.key(config.seed), 3)
     params = standing_statistics(config, state.ema, key, num=num_statistics)
     seconds = _LossLog(out_dir, step).seconds()
+    arguments = {"width": config.width, "latent_dim": config.latent_dim}
+    if config.num_classes is not None:
+        arguments["num_classes"] = config.num_classes
     card = {
         "name": path.name,
         "kind": "dcgan",
-        "arguments": {"width": config.width, "latent_dim": config.latent_dim},
+        "arguments": arguments,
         "method": "WGAN-GP; exponential moving average of the generator's weights",
         "steps": step,
         "config": {**asdict(config), "steps": step},
@@ -799,6 +888,6 @@ def export(
         "files": [checkpoint.CARD, checkpoint.WEIGHTS, "samples.png"],
     }
     card = checkpoint.save(path, params, card)
-    prior = dcgan(**card["arguments"])
+    prior = dcgan(**arguments)
     samples(prior, params, key, 64, path=path / "samples.png")
     return card

@@ -8,6 +8,7 @@ from ggl_jax.adversary.losses import parse_regularizer, resolve_distance, tree_s
 from ggl_jax.adversary.matching import matching_loss
 from ggl_jax.adversary.optimizers import BestState, best_so_far
 from ggl_jax.errors import GGLError
+from ggl_jax.priors.decoding import decode
 from ggl_jax.types import Attack, Candidates, Defense, Model, Optimizer, Prior
 
 STARTS = ("zeros", "prior", "uniform", "normal")
@@ -79,12 +80,19 @@ def search_attack(
         An :class:`Attack`.
 
     Raises:
-        GGLError: for an unknown ``start`` or ``bound``, or a count out of its range.
+        GGLError: for an unknown ``start`` or ``bound``, a count out of its range, or a
+            class-conditional prior with another number of classes than the model's.
     """
     if batch_size < 1 or restarts < 1:
         raise GGLError(f"batch_size, restarts: got {batch_size}, {restarts}, allowed: at least 1")
     if pool and pool < restarts:
         raise GGLError(f"pool: got {pool}, allowed: 0, or at least the number of restarts")
+    if prior.num_classes not in (None, model.num_classes):
+        raise GGLError(
+            f"num_classes: model {model.name} has {model.num_classes} classes, prior {prior.name} "
+            f"{prior.num_classes}; a label must mean the same to both, so choose a model with "
+            f"{prior.num_classes} (--num-classes) or another prior"
+        )
     if start not in STARTS:
         raise GGLError(f"start: got {start!r}, allowed: {', '.join(STARTS)}")
     if bound not in BOUNDS:
@@ -110,7 +118,8 @@ def search_attack(
     def images_of(problem, points):
         """Points [n p] to images [n b h w c]."""
         latents = to_latents(points).reshape(-1, prior.latent_dim)
-        images = prior.apply(problem.prior_params, latents, classes_of(problem, points).reshape(-1))
+        classes = classes_of(problem, points).reshape(-1)
+        images = decode(prior, problem.prior_params, latents, classes)
         return images.reshape(len(points), batch_size, *images.shape[1:])
 
     def distance_of(problem):

@@ -17,7 +17,7 @@ import numpy as np
 from ggl_jax import trees
 from ggl_jax.adversary.losses import EXACT_BELOW, Distance, resolve_distance
 from ggl_jax.adversary.matching import layers
-from ggl_jax.adversary.matching.direct import direct_losses, in_chunks
+from ggl_jax.adversary.matching.direct import direct_losses
 from ggl_jax.adversary.matching.fused import fused_losses
 from ggl_jax.adversary.matching.program import Program, trace
 from ggl_jax.errors import GGLError
@@ -180,7 +180,7 @@ def matching_loss(
             if images.shape[0] > size:
                 # Or the residuals of all chunks would be kept for the backward pass.
                 losses_of = jax.checkpoint(losses_of)
-            return in_chunks(losses_of, size, images, labels)
+            return trees.in_chunks(losses_of, size, images, labels)
 
     return loss
 

@@ -19,11 +19,11 @@ import jax.numpy as jnp
 
 from ggl_jax.adversary.losses import Distance, Statistics
 from ggl_jax.adversary.matching import convolve, layers
-from ggl_jax.adversary.matching.direct import in_chunks
 from ggl_jax.adversary.matching.program import Program, run, split_variables
 from ggl_jax.adversary.matching.separate import separate
 from ggl_jax.client.gradients import cross_entropy
 from ggl_jax.selection import any_of
+from ggl_jax.trees import in_chunks
 from ggl_jax.types import Factored, PyTree
 
 #: Memory for formed gradients (and their patches) that are alive at once.
