@@ -1,6 +1,7 @@
 """Runs an audit: every image against every defense, one result row for each cell."""
 
 import dataclasses
+import functools
 import json
 import os
 import time
@@ -140,6 +141,8 @@ class _Programs(NamedTuple):
     search: dict[str, Any]
 
 
+# Audits of the same objects, one after the other, share their compiled programs.
+@functools.lru_cache(maxsize=16)
 def _build_programs(
     model: Model, prior: Prior, defense: Defense, client: ClientSettings, settings: AttackSettings
 ) -> _Programs:
@@ -248,6 +251,8 @@ def audit(
     lpips: str = "vgg",
     seed: int = 0,
     out: str | Path | None = None,
+    controls: dict[str, Controls] | None = None,
+    mesh: jax.sharding.Mesh | None = None,
     progress: Progress | None = None,
 ) -> AuditResult:
     """Audit defenses on private images: how much of each does the shared update leak?
@@ -280,6 +285,8 @@ def audit(
         seed: of everything random.
         out: folder for ``results.jsonl`` and the reconstructions; None writes nothing. Cells that
             an earlier run of the same audit finished there are kept and not repeated.
+        controls: the controls that are known already, by the image's name.
+        mesh: of devices to share the searches out to; see :func:`ggl_jax.run_search`.
         progress: called as the audit goes on.
 
     Returns:
@@ -327,7 +334,7 @@ def audit(
     num_cells = sum(len(group) for group in groups)
     store = _Store(Path(out)) if out is not None else None
     programs = {d.name: _build_programs(model, prior, d, client, settings) for d in parsed}
-    result = AuditResult([], [], {}, dict(zip(names, images, strict=True)))
+    result = AuditResult([], [], dict(controls or {}), dict(zip(names, images, strict=True)))
     done = 0
     try:
         for group in groups:
@@ -368,6 +375,7 @@ def audit(
                     result.controls,
                     public,
                     others,
+                    mesh,
                     report,
                 )
                 for i, (rows, recs) in zip(todo, fresh, strict=True):
@@ -405,6 +413,7 @@ def _run_group(
     controls: dict[str, Controls],
     public: dict[str, jax.Array],
     others: np.ndarray | None,
+    mesh: jax.sharding.Mesh | None,
     report: Callable,
 ) -> list[tuple[list[dict], list[np.ndarray]]]:
     """Share, estimate, search and judge the cells of one defense; rows and pictures of each."""
@@ -436,6 +445,7 @@ def _run_group(
         programs.stages,
         jnp.stack([jax.random.fold_in(instance, _STREAM_SEARCH) for instance in instances]),
         problems,
+        mesh=mesh,
         callback=lambda done, losses: report("search", done / steps, float(jnp.mean(losses))),
     )
     reconstructed = np.clip(np.asarray(outcome.images), 0.0, 1.0)
@@ -483,6 +493,7 @@ def _run_group(
                 "ok": status == OK,
                 "loss": outcome.losses[number],
                 "distance": outcome.distances[number],
+                "loss_curve": _curve(np.asarray(outcome.history[number])),
                 **scores,
                 **controls[name].scores,
             }
@@ -490,6 +501,12 @@ def _run_group(
             recs.append(np.asarray(image))
         results.append((rows, recs))
     return results
+
+
+def _curve(history: np.ndarray, points: int = 48) -> list[list[float]]:
+    """Steps, and the lowest loss so far after them, thinned out for the results."""
+    chosen = np.unique(np.linspace(0, len(history) - 1, points).round().astype(int))
+    return [(chosen + 1).tolist(), [float(f"{loss:.5g}") for loss in history[chosen]]]
 
 
 class _Store:
