@@ -380,8 +380,8 @@ def audit(
                 )
                 for i, (rows, recs) in zip(todo, fresh, strict=True):
                     for row, rec, image in zip(rows, recs, group[i].images, strict=True):
-                        controls = result.controls[row["image"]].pictures()
-                        row.update(_jsonable(perceptual.row(rec, image, controls)))
+                        pictures = result.controls[row["image"]].pictures()
+                        row.update(_jsonable(perceptual.row(rec, image, pictures)))
                     if store:
                         store.write(group[i], rows, recs)
                     finished[i] = rows, recs

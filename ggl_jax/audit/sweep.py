@@ -271,11 +271,11 @@ def plan(
         "prior": card.get("sha256") or _tree_digest(prior_params),
         "variables": "" if variables is None else _tree_digest(variables),
     }
+    # Not the suspects: with more private images there are others, and a row says how many.
     common = {
         "model": [model.name, list(model.image_shape), model.num_classes],
         "prior": [prior.name, inputs["prior"]],
         "variables": inputs["variables"],
-        "others": "" if others is None else _digest(others),
         "num_controls": num_controls,
         "ceiling_steps": ceiling_steps,
         "lpips": lpips,
@@ -290,8 +290,8 @@ def plan(
     cells: dict[str, SweepCell] = {}
     for values in _combinations(axes):
         base = settings(values) if callable(settings) else settings or AttackSettings()
-        chosen = {
-            name: None if value == PUBLISHED and name != "compare" else value
+        chosen: dict[str, Any] = {
+            name: None if value == PUBLISHED and _SETTINGS.get(name, "") is None else value
             for name, value in values.items()
         }
         own = dataclasses.replace(base, **{k: v for k, v in chosen.items() if k in _SETTINGS})
@@ -560,7 +560,8 @@ class _ControlStore:
                     stream = BytesIO()
                     pictures = found._asdict() | {"original": self._grid.images[image]}
                     pictures["scores"] = np.asarray(json.dumps(found.scores))
-                    np.savez_compressed(stream, **{k: np.asarray(v) for k, v in pictures.items()})
+                    arrays: dict[str, Any] = {k: np.asarray(v) for k, v in pictures.items()}
+                    np.savez_compressed(stream, **arrays)
                     results.write_bytes(path, stream.getvalue())
 
 

@@ -32,8 +32,8 @@ def run(command: StatusCommand, argv: list[str]) -> int:
     )
     seconds = remaining(records)
     if left and seconds is not None:
-        shown = datetime.timedelta(seconds=round(seconds))
-        console.print(f"About {shown} left at the pace of the finished cells.", markup=False)
+        left_time = datetime.timedelta(seconds=round(seconds))
+        console.print(f"About {left_time} left at the pace of the finished cells.", markup=False)
     for cell, reason in records.failures.items():
         shown = ", ".join(f"{k} {v}" for k, v in records.cells[cell].items() if k != "evaluations")
         console.print(f"failed: {shown}: {reason}", markup=False, soft_wrap=True)

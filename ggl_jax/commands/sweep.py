@@ -138,8 +138,10 @@ def read_grid(path: Path) -> GridFile:
             near = difflib.get_close_matches(name, [*AXES, "image"], n=1)
             hint = f"did you mean {near[0]!r}? " if near else ""
             raise GGLError(f"grid: {name!r} is no axis; {hint}allowed: image, {', '.join(AXES)}")
-        for value in values if isinstance(values, list) else []:
-            if name not in ("defense", "seed") and value != PUBLISHED:
+        own = name in ("defense", "seed")
+        for value in [] if own or not isinstance(values, list) else values:
+            open_ended = value == PUBLISHED and getattr(audit_command.AuditCommand, name) is None
+            if not open_ended:
                 _check_option("[axes]", name, value, hints)
     shown = {"preset": preset, "fixed": fixed, "axes": {**axes, "image": str(images)}}
     return GridFile(
