@@ -107,7 +107,11 @@ def variant_of(row: Mapping[str, Any], names: Sequence[str]) -> str:
     """A row's attack in words."""
     if not names:
         return f"{row['attack']} by {row['optimizer']}"
-    return ", ".join(f"{name} {_axes(row).get(name, '-')}" for name in names)
+    plain = ("attack", "optimizer")
+    return ", ".join(
+        str(_axes(row).get(name, "-")) if name in plain else f"{name} {_axes(row).get(name, '-')}"
+        for name in names
+    )
 
 
 def leakage(rows: Sequence[dict[str, Any]]) -> list[Leakage]:

@@ -50,7 +50,7 @@ table{border-collapse:collapse;font-variant-numeric:tabular-nums}
 th,td{padding:.25rem .6rem;border-bottom:1px solid var(--line);text-align:right;white-space:nowrap}
 th:first-child,td:first-child,th.text,td.text{text-align:left}
 thead th{position:sticky;top:0;background:var(--soft)}
-td.text{white-space:normal}
+td.text{white-space:normal;min-width:6rem}
 details{border:1px solid var(--line);border-radius:6px;padding:.4rem .8rem;margin:.5rem 0}
 summary{cursor:pointer}
 .sheet td,.sheet th{padding:.2rem;text-align:center;border:0;font-size:.8rem}
@@ -210,7 +210,7 @@ def _families(groups: Sequence[Leakage]) -> list[str]:
         values = sorted({value for value, _ in members})
         if len(values) < 2:
             continue
-        figure = Figure(figsize=(6.5, 3.6), layout="constrained")
+        figure = Figure(figsize=(7.5, 3.4), layout="constrained")
         axis = figure.subplots()
         variants = list(dict.fromkeys(group.variant for _, group in members))
         for series, variant in enumerate(variants[:MAX_SERIES]):
@@ -228,7 +228,7 @@ def _families(groups: Sequence[Leakage]) -> list[str]:
             axis.set_xscale("log")
         axis.set_xlabel(f"parameter of {family}")
         axis.set_ylabel("PSNR, dB")
-        axis.legend(frameon=False, fontsize="small")
+        figure.legend(loc="outside right upper", frameon=False, fontsize="small")
         low, high = by_value[values[0]], by_value[values[-1]]
         description = (
             f"PSNR by the parameter of {family}: {_mean(low.psnr)} dB at {values[0]:g}, "
@@ -253,6 +253,7 @@ def _loss_curves(groups: Sequence[Leakage]) -> str:
     panels = figure.subplots(lines, columns, squeeze=False)
     for axis in panels.flat[len(shown) :]:
         axis.set_visible(False)
+    lines_by_attack: dict[str, Any] = {}
     for axis, (defense, own) in zip(panels.flat, shown, strict=False):
         positive = True
         for series, group in enumerate(own[:MAX_SERIES]):
@@ -262,12 +263,21 @@ def _loss_curves(groups: Sequence[Leakage]) -> str:
                 losses = [_finite(loss) for loss in losses]
                 positive &= all(loss > 0 for loss in losses if not math.isnan(loss))
                 axis.plot(steps, losses, color=_COLORS[series], linewidth=0.9)
+                lines_by_attack.setdefault(group.variant, axis.lines[-1])
         if positive:
             axis.set_yscale("log")
         axis.set_title(defense, fontsize="small")
         axis.tick_params(labelsize="x-small")
     figure.supxlabel("step", fontsize="small")
     figure.supylabel("lowest loss", fontsize="small")
+    figure.legend(
+        list(lines_by_attack.values()),
+        list(lines_by_attack),
+        loc="outside upper left",
+        ncols=4,
+        frameon=False,
+        fontsize="small",
+    )
     names = ", ".join(defense for defense, _ in shown)
     return _svg(figure, "losses", f"Lowest matching loss by step of the search, under {names}")
 

@@ -17,7 +17,7 @@ from ggl_jax.commands._shared import AuditBar, console, environment
 from ggl_jax.errors import GGLError
 
 #: Options of an audit that a grid cannot fix: they are its axes, or say where things go.
-_NOT_FIXED = ("preset", "config", "out", "indices", "defenses", "seed")
+_NOT_FIXED = ("preset", "config", "out", "indices", "defenses", "seed", "shard")
 _TABLES = ("preset", "fixed", "axes", "exclude")
 
 
