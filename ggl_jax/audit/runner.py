@@ -328,9 +328,8 @@ def audit(
         public = jax.jit(public_expectations, static_argnums=(0, 2))(
             model, variables, prior, prior_params, public_key
         )
-    groups = groups_of(
-        images, labels, names, parsed, client.batch_size, settings.instances or default_instances()
-    )
+    instances = settings.instances or default_instances(mesh)
+    groups = groups_of(images, labels, names, parsed, client.batch_size, instances)
     num_cells = sum(len(group) for group in groups)
     store = _Store(Path(out)) if out is not None else None
     programs = {d.name: _build_programs(model, prior, d, client, settings) for d in parsed}
@@ -344,8 +343,8 @@ def audit(
                     work = fraction * len(group)
                     progress(f"{group[0].defense.name}: {phase}", done, num_cells, work, loss)
 
-            instances = [jax.random.fold_in(key, ids[cell.first]) for cell in group]
-            for cell, instance in zip(group, instances, strict=True):
+            keys = [jax.random.fold_in(key, ids[cell.first]) for cell in group]
+            for cell, instance in zip(group, keys, strict=True):
                 for position, name in enumerate(cell.names):
                     if name not in result.controls:
                         report("controls")
@@ -364,7 +363,7 @@ def audit(
             if todo:
                 fresh = _run_group(
                     [group[i] for i in todo],
-                    [instances[i] for i in todo],
+                    [keys[i] for i in todo],
                     model,
                     variables,
                     prior_params,
@@ -395,9 +394,13 @@ def audit(
     return result
 
 
-def default_instances() -> int:
-    """Searches in one program: one on a CPU, where a single population fills the cores."""
-    return 1 if jax.default_backend() == "cpu" else 8
+def default_instances(mesh: jax.sharding.Mesh | None = None) -> int:
+    """Searches in one program: one on a CPU, where a single population fills the cores.
+
+    On a mesh, so many for each of its devices.
+    """
+    each = 1 if jax.default_backend() == "cpu" else 8
+    return each * (1 if mesh is None else mesh.size)
 
 
 def _run_group(

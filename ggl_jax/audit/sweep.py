@@ -730,8 +730,7 @@ def _run_cells(grid, todo, folder, journal, mesh, progress) -> None:
                 journal.append(_finish(cell, found, parts, folder, store))
             done += 1
 
-    size = default_instances() * (mesh.size if mesh is not None else 1)
-    for batch in _batches(todo, size):
+    for batch in _batches(todo, default_instances(mesh)):
         limit = largest.get(batch[0].program, len(batch))
         for first in range(0, len(batch), limit):
             attempt(batch[first : first + limit])
