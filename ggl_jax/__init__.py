@@ -35,6 +35,7 @@ from ggl_jax.adversary.strategy import AttackSettings, make_stages
 from ggl_jax.audit.data import load
 from ggl_jax.audit.metrics import METRICS, psnr, ssim
 from ggl_jax.audit.runner import AuditResult, ClientSettings, audit
+from ggl_jax.audit.sweep import SweepResult, sweep
 from ggl_jax.client.defenses import (
     DEFENSES,
     chain,
@@ -76,6 +77,7 @@ __all__ = [
     "Prior",
     "Problem",
     "Stage",
+    "SweepResult",
     "adam",
     "audit",
     "best_so_far",
@@ -115,5 +117,6 @@ __all__ = [
     "soteria",
     "sparsify",
     "ssim",
+    "sweep",
     "turbo",
 ]

@@ -17,12 +17,16 @@ from rich.console import Console
 
 from ggl_jax.commands import (
     audit,
+    check,
     import_prior,
     info,
     landscape,
+    report,
     reproduce,
     sample_prior,
     score_prior,
+    status,
+    sweep,
     train_prior,
     weights,
 )
@@ -33,6 +37,10 @@ from ggl_jax.errors import GGLError
 #: ``ggl_jax/commands`` and one line here.
 COMMANDS: dict[str, tuple[type, Callable[[Any, list[str]], int]]] = {
     "audit": (audit.AuditCommand, audit.run),
+    "sweep": (sweep.SweepCommand, sweep.run),
+    "status": (status.StatusCommand, status.run),
+    "report": (report.ReportCommand, report.run),
+    "check": (check.CheckCommand, check.run),
     "reproduce": (reproduce.ReproduceCommand, reproduce.run),
     "landscape": (landscape.LandscapeCommand, landscape.run),
     "train-prior": (train_prior.TrainPriorCommand, train_prior.run),
@@ -43,16 +51,22 @@ COMMANDS: dict[str, tuple[type, Callable[[Any, list[str]], int]]] = {
     "info": (info.InfoCommand, info.run),
 }
 
+#: Those whose switches are given without a value (``--dry-run``).
+_FLAGS = ("sweep", "report")
+
 
 def _parse(argv: list[str]):
     # A subcommand's default is given to tyro so that --help shows what will be used.
     searching = {"audit": audit.defaults, "landscape": landscape.defaults}
     defaults = {name: searching[name](argv[1:]) for name in argv[:1] if name in searching}
+    # A subcommand's default is given to tyro so that --help shows what the preset sets.
+    defaults = {"audit": audit.defaults(argv[1:])} if argv[:1] == ["audit"] else {}
+    values_only: Any = tyro.conf.FlagConversionOff
     commands: Any = functools.reduce(
         operator.or_,
         (
             Annotated[
-                options,
+                options if name in _FLAGS else values_only[options],
                 tyro.conf.subcommand(name, default=defaults[name])
                 if name in defaults
                 else tyro.conf.subcommand(name),
@@ -66,7 +80,7 @@ def _parse(argv: list[str]):
         args=argv,
         description="Audit privacy defenses in federated learning: what does a defended gradient "
         "still leak about the image behind it? Start with: ggl-jax audit",
-        config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagConversionOff),
+        config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
     )
 
 

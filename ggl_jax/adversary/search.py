@@ -6,7 +6,9 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from ggl_jax.adversary.sharding import Layout
 from ggl_jax.errors import GGLError
 from ggl_jax.types import OK, STALLED, Attack, Candidates, Problem, PyTree
 
@@ -103,6 +105,7 @@ def run_search(
     steps: int,
     points: jax.Array | None = None,
     steps_per_call: int | None = None,
+    mesh: jax.sharding.Mesh | None = None,
     callback: Callable[[int, jax.Array], None] | None = None,
 ) -> SearchResult:
     """Run an attack on one or more instances that share model, prior and defense.
@@ -117,6 +120,9 @@ def run_search(
         steps: optimiser steps, at least 1.
         points: [i r p], starting points that replace the attack's own.
         steps_per_call: steps per compiled call; None for :func:`default_steps_per_call`.
+        mesh: devices to share the work out to: the instances where there are as many as devices,
+            else each step's candidates. Results are those of one device but for rounding. With
+            several processes each has to make the same call, and gets the same results.
         callback: ``callback(steps_done, losses[i])`` after each call.
 
     Returns:
@@ -128,20 +134,33 @@ def run_search(
     """
     if steps < 1:
         raise GGLError(f"steps: got {steps}, allowed: whole numbers of at least 1")
+    layout = Layout(mesh, len(problems))
+    problems = layout.pad(problems)
     batched = len(problems) > 1
     init, advance, candidates = _compiled(attack, batched)
     problem = stack_problems(problems) if batched else problems[0]
-    pairs = jax.vmap(jax.random.split)(keys)
+    pairs = jax.vmap(jax.random.split)(jnp.stack(layout.pad(list(keys))))
     key_start, key = (pairs[:, 0], pairs[:, 1]) if batched else (pairs[0, 0], pairs[0, 1])
-    if points is not None and not batched:
-        points = points[0]
-    state = init(key_start, problem, points)
+    if points is not None:
+        points = jnp.stack(layout.pad(list(points))) if batched else points[0]
+    key_start, key, points = layout.instances((key_start, key, points))
+    problem = Problem(
+        observed=layout.instances(problem.observed),
+        variables=layout.shared(problem.variables),
+        prior_params=layout.shared(problem.prior_params),
+        labels=layout.instances(problem.labels),
+        estimated=layout.instances(problem.estimated),
+    )
+    with layout.active():
+        state = init(key_start, problem, points)
     per_call = min(steps_per_call or default_steps_per_call(), steps)
     history, statuses, done = [], [], 0
     while done < steps:
         num = min(per_call, steps - done)
-        state, (losses, status) = advance(key, problem, state, jnp.asarray(done), num)
-        losses, status = (x if batched else x[None] for x in (losses, status))
+        with layout.active():
+            state, report = advance(key, problem, state, np.int32(done), num)
+        report = report if batched else jax.tree.map(lambda x: x[None], report)
+        losses, status = layout.fetch(report)
         history.append(losses)
         statuses.append(status)
         done += num
@@ -149,9 +168,9 @@ def run_search(
             callback(done, losses[:, -1])
         if bool(jnp.all(status != OK)):
             break
-    found = candidates(problem, state)
-    if not batched:
-        found = jax.tree.map(lambda x: x[None], found)
+    with layout.active():
+        found = candidates(problem, state)
+    found = layout.fetch(found if batched else jax.tree.map(lambda x: x[None], found))
     all_losses = jnp.concatenate(history, axis=1)
     failed = jnp.max(jnp.concatenate(statuses, axis=1), axis=1)
     flat = (all_losses.shape[1] > 1) & (all_losses[:, -1] >= all_losses[:, 0])
@@ -183,6 +202,7 @@ def run_stages(
     keys: jax.Array,
     problems: list[Problem],
     *,
+    mesh: jax.sharding.Mesh | None = None,
     callback: Callable[[int, jax.Array], None] | None = None,
 ) -> SearchResult:
     """Run the stages of a search, each from where the one before came to.
@@ -191,6 +211,7 @@ def run_stages(
         stages: at least one.
         keys: [i], as for :func:`run_search`.
         problems: as for :func:`run_search`.
+        mesh: as for :func:`run_search`.
         callback: ``callback(steps_done, losses[i])``, with the steps of all stages.
 
     Returns:
@@ -216,6 +237,7 @@ def run_stages(
                 problems,
                 steps=stage.steps,
                 points=points,
+                mesh=mesh,
                 callback=advanced,
             )
         )

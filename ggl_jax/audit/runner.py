@@ -1,6 +1,7 @@
 """Runs an audit: every image against every defense, one result row for each cell."""
 
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -141,6 +142,8 @@ class _Programs(NamedTuple):
     search: dict[str, Any]
 
 
+# Audits of the same objects, one after the other, share their compiled programs.
+@functools.lru_cache(maxsize=16)
 def build_programs(
     model: Model, prior: Prior, defense: Defense, client: ClientSettings, settings: AttackSettings
 ) -> _Programs:
@@ -251,6 +254,8 @@ def audit(
     lpips: str = "vgg",
     seed: int = 0,
     out: str | Path | None = None,
+    controls: dict[str, Controls] | None = None,
+    mesh: jax.sharding.Mesh | None = None,
     progress: Progress | None = None,
 ) -> AuditResult:
     """Audit defenses on private images: how much of each does the shared update leak?
@@ -283,6 +288,8 @@ def audit(
         seed: of everything random.
         out: folder for ``results.jsonl`` and the reconstructions; None writes nothing. Cells that
             an earlier run of the same audit finished there are kept and not repeated.
+        controls: the controls that are known already, by the image's name.
+        mesh: of devices to share the searches out to; see :func:`ggl_jax.run_search`.
         progress: called as the audit goes on.
 
     Returns:
@@ -324,12 +331,12 @@ def audit(
         public = jax.jit(public_expectations, static_argnums=(0, 2))(
             model, variables, prior, prior_params, public_key
         )
-    at_once = settings.instances or default_instances(model)
+    at_once = settings.instances or default_instances(model, mesh)
     groups = groups_of(images, labels, names, parsed, client.batch_size, at_once)
     num_cells = sum(len(group) for group in groups)
     store = _Store(Path(out)) if out is not None else None
     programs = {d.name: build_programs(model, prior, d, client, settings) for d in parsed}
-    result = AuditResult([], [], {}, dict(zip(names, images, strict=True)))
+    result = AuditResult([], [], dict(controls or {}), dict(zip(names, images, strict=True)))
     done = 0
     try:
         for group in groups:
@@ -339,8 +346,8 @@ def audit(
                     work = fraction * len(group)
                     progress(f"{group[0].defense.name}: {phase}", done, num_cells, work, loss)
 
-            instances = [jax.random.fold_in(key, ids[cell.first]) for cell in group]
-            for cell, instance in zip(group, instances, strict=True):
+            keys = [jax.random.fold_in(key, ids[cell.first]) for cell in group]
+            for cell, instance in zip(group, keys, strict=True):
                 for position, name in enumerate(cell.names):
                     if name not in result.controls:
                         report("controls")
@@ -359,7 +366,7 @@ def audit(
             if todo:
                 fresh = _run_group(
                     [group[i] for i in todo],
-                    [instances[i] for i in todo],
+                    [keys[i] for i in todo],
                     model,
                     variables,
                     prior_params,
@@ -370,12 +377,13 @@ def audit(
                     result.controls,
                     public,
                     others,
+                    mesh,
                     report,
                 )
                 for i, (rows, recs) in zip(todo, fresh, strict=True):
                     for row, rec, image in zip(rows, recs, group[i].images, strict=True):
-                        controls = result.controls[row["image"]].pictures()
-                        row.update(jsonable(perceptual.row(rec, image, controls)))
+                        pictures = result.controls[row["image"]].pictures()
+                        row.update(jsonable(perceptual.row(rec, image, pictures)))
                     if store:
                         store.write(group[i], rows, recs)
                     finished[i] = rows, recs
@@ -389,13 +397,15 @@ def audit(
     return result
 
 
-def default_instances(model: Model) -> int:
+def default_instances(model: Model, mesh: jax.sharding.Mesh | None = None) -> int:
     """Searches in one program: one where a single population fills the machine or its memory.
 
-    That is on a CPU, and for images of more than 64x64 pixels.
+    That is on a CPU, and for images of more than 64x64 pixels. On a mesh, so many for each of its
+    devices.
     """
     large = math.prod(model.image_shape[:2]) > 64 * 64
-    return 1 if large or jax.default_backend() == "cpu" else 8
+    each = 1 if large or jax.default_backend() == "cpu" else 8
+    return each * (1 if mesh is None else mesh.size)
 
 
 def _run_group(
@@ -411,6 +421,7 @@ def _run_group(
     controls: dict[str, Controls],
     public: dict[str, jax.Array],
     others: np.ndarray | None,
+    mesh: jax.sharding.Mesh | None,
     report: Callable,
 ) -> list[tuple[list[dict], list[np.ndarray]]]:
     """Share, estimate, search and judge the cells of one defense; rows and pictures of each."""
@@ -442,6 +453,7 @@ def _run_group(
         programs.stages,
         jnp.stack([jax.random.fold_in(instance, STREAM_SEARCH) for instance in instances]),
         problems,
+        mesh=mesh,
         callback=lambda done, losses: report("search", done / steps, float(jnp.mean(losses))),
     )
     combined = programs.stages[-1].attack.name != "refine" and combines(settings, defense)
@@ -492,6 +504,7 @@ def _run_group(
                 "ok": status == OK,
                 "loss": outcome.losses[number],
                 "distance": outcome.distances[number],
+                "loss_curve": _curve(np.asarray(outcome.history[number])),
                 **scores,
                 **controls[name].scores,
             }
@@ -499,6 +512,12 @@ def _run_group(
             recs.append(np.asarray(image))
         results.append((rows, recs))
     return results
+
+
+def _curve(history: np.ndarray, points: int = 48) -> list[list[float]]:
+    """Steps, and the lowest loss so far after them, thinned out for the results."""
+    chosen = np.unique(np.linspace(0, len(history) - 1, points).round().astype(int))
+    return [(chosen + 1).tolist(), [float(f"{loss:.5g}") for loss in history[chosen]]]
 
 
 class _Store:

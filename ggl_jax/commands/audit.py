@@ -8,6 +8,7 @@ import shlex
 from pathlib import Path
 from typing import Literal
 
+from ggl_jax.commands import _devices
 from ggl_jax.commands._shared import (
     AuditBar,
     check_config,
@@ -203,6 +204,9 @@ class AuditCommand:
     ggl-jax weights; without them the audit leaves LPIPS out."""
     seed: int = 0
     """Seed of the model's weights, the noise and the search."""
+    shard: bool = False
+    """Share the work out to all devices of this machine: the images of a batch where there are as
+    many as devices (see instances), else each step's candidates."""
     out: Path | None = None
     """Folder for the results; by default ggl-audit-<fingerprint of the options> here."""
 
@@ -243,7 +247,7 @@ def read_config(path: Path) -> AuditCommand:
 def _options(command: AuditCommand) -> dict:
     """The options that determine the results, as they go into ``config.json``."""
     options = dataclasses.asdict(command)
-    for name in ("out", "config"):
+    for name in ("out", "config", "shard"):
         options.pop(name)
     options["defenses"] = list(command.defenses)
     return options
@@ -326,6 +330,7 @@ def run(command: AuditCommand, argv: list[str]) -> int:
                 lpips=command.lpips,
                 seed=command.seed,
                 out=out,
+                mesh=_devices.mesh(command.shard),
                 progress=bar,
             )
         except AuditInterrupted as stop:

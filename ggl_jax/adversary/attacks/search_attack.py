@@ -7,6 +7,7 @@ from ggl_jax.adversary.estimation import noise_variance
 from ggl_jax.adversary.losses import parse_regularizer, resolve_distance, tree_statistics
 from ggl_jax.adversary.matching import matching_loss
 from ggl_jax.adversary.optimizers import BestState, best_so_far
+from ggl_jax.adversary.sharding import over_population
 from ggl_jax.errors import GGLError
 from ggl_jax.priors.decoding import decode
 from ggl_jax.types import Attack, Candidates, Defense, Model, Optimizer, Prior
@@ -165,11 +166,13 @@ def search_attack(
         distance_to = distance_of(problem)
 
         def loss_fn(points):
-            images = images_of(problem, points)
+            images = over_population(lambda own: images_of(problem, own))(points)
             labels = classes_of(problem, points)
             if soft_labels:
                 labels = jax.nn.softmax(to_logits(points))
-            return distance_to(images, labels) + regularize(to_latents(points), images)
+            return over_population(distance_to)(images, labels) + regularize(
+                to_latents(points), images
+            )
 
         return loss_fn
 

@@ -1,0 +1,280 @@
+"""A folder of results on disk: locked by one run, appended row by row, read by whoever reports.
+
+A sweep's folder holds ``config.json`` (what was asked for), ``plan.json`` (its cells),
+``results-0000.jsonl`` (one file for each process, appended and synced), ``reconstructions/`` and
+``controls/``. An audit's holds ``config.json``, ``results.jsonl`` and ``reconstructions/``.
+"""
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+from collections.abc import Mapping, Sequence
+from io import BytesIO
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from ggl_jax.errors import GGLError
+
+
+class StorageError(GGLError):
+    """The results could not be written; what was finished before is kept."""
+
+
+class Records(NamedTuple):
+    """What a folder holds.
+
+    Attributes:
+        folder: where.
+        kind: "sweep" or "audit".
+        config: the content of ``config.json``.
+        cells: cell -> its values on the axes and its gradient evaluations; of an audit, the cells
+            that are finished.
+        rows: finished cells' rows, one for each image, in the order of the plan.
+        failures: cell -> the reason, for the cells whose last attempt failed.
+    """
+
+    folder: Path
+    kind: str
+    config: dict[str, Any]
+    cells: dict[str, dict[str, Any]]
+    rows: list[dict[str, Any]]
+    failures: dict[str, str]
+
+    @property
+    def finished(self) -> set[str]:
+        """The cells of which every row is there."""
+        return {row["cell"] for row in self.rows}
+
+    @property
+    def left(self) -> list[str]:
+        """The cells that neither finished nor failed."""
+        known = self.finished | set(self.failures)
+        return [cell for cell in self.cells if cell not in known]
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames and new files in a folder durable."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all, and sync it.
+
+    Raises:
+        StorageError: the disk is full or not writable.
+    """
+    partial = path.with_name(path.name + ".part")
+    try:
+        with partial.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+        sync_folder(path.parent)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        raise _storage_error(path, error) from error
+
+
+def write_json(path: Path, content: Any) -> None:
+    """:func:`write_bytes` of indented JSON."""
+    write_bytes(path, (json.dumps(content, indent=1) + "\n").encode())
+
+
+def write_png(path: Path, image: np.ndarray) -> None:
+    """:func:`write_bytes` of a float image [h w c] in [0, 1], losslessly at 8 bits a channel."""
+    write_bytes(path, png_bytes(image))
+
+
+def png_bytes(image: np.ndarray) -> bytes:
+    """A float image [h w c] in [0, 1] as the bytes of a PNG."""
+    pixels = np.asarray(np.clip(image, 0.0, 1.0) * 255.0 + 0.5, np.uint8)
+    stream = BytesIO()
+    Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels).save(stream, format="PNG")
+    return stream.getvalue()
+
+
+def _storage_error(path: Path, error: OSError) -> StorageError:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        why = "no space left on the disk"
+        remedy = "free some and give the same command again"
+    else:
+        why, remedy = error.strerror or str(error), "mend that and give the same command again"
+    return StorageError(
+        f"out: {path} could not be written ({why}); every finished cell is kept, {remedy}"
+    )
+
+
+class Lock:
+    """Keeps a second run off a folder; the kernel lets go of it when the process ends, any way.
+
+    Network file systems honour it where they support ``flock`` (NFS since Linux 2.6.12).
+
+    Raises:
+        GGLError: another process holds it.
+    """
+
+    def __init__(self, folder: Path, process: int = 0):
+        path = folder / f"lock-{process:04d}"
+        self._file = path.open("a+")
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self._file.seek(0)
+            holder = self._file.read().strip() or "another process"
+            self._file.close()
+            raise GGLError(
+                f"out: {folder} is in use by {holder}; wait for it, or choose another --out"
+            ) from None
+        self._file.truncate(0)
+        self._file.write(f"process {os.getpid()} on {os.uname().nodename}")
+        self._file.flush()
+
+    def release(self) -> None:
+        """Let go."""
+        self._file.close()
+
+
+class Journal:
+    """One process's results: whole lines, appended in one write and synced.
+
+    Opening cuts off what a killed run left behind its last finished cell (half a line, or the first
+    rows of a batch).
+    """
+
+    def __init__(self, folder: Path, process: int = 0):
+        self.path = folder / f"results-{process:04d}.jsonl"
+        new = not self.path.exists()
+        self._handle = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+        if new:
+            sync_folder(folder)
+        entries, length = _read_journal(self.path)
+        del entries
+        if length < os.fstat(self._handle).st_size:
+            os.ftruncate(self._handle, length)
+            os.fsync(self._handle)
+
+    def append(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Add the rows of one cell, all or none.
+
+        Raises:
+            StorageError: the disk is full or not writable; the file is as it was before.
+        """
+        content = "".join(json.dumps(row) + "\n" for row in rows).encode()
+        before = os.fstat(self._handle).st_size
+        try:
+            written = os.write(self._handle, content)
+            if written < len(content):  # a full disk takes a part
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            os.fsync(self._handle)
+        except BaseException as error:
+            with contextlib.suppress(OSError):
+                os.ftruncate(self._handle, before)
+            if isinstance(error, OSError):
+                raise _storage_error(self.path, error) from error
+            raise
+
+    def close(self) -> None:
+        """Close the file."""
+        os.close(self._handle)
+
+
+def _read_journal(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """The rows of whole cells, and the length in bytes up to the last one's end."""
+    content = path.read_bytes()
+    entries: list[dict[str, Any]] = []
+    whole, position, pending = 0, 0, []
+    lines = content.split(b"\n")
+    for number, line in enumerate(lines):
+        last = number == len(lines) - 1
+        if last and not line:
+            break
+        try:
+            row = json.loads(line) if not last else None
+        except (json.JSONDecodeError, UnicodeDecodeError):
+            row = None
+        position += len(line) + 1
+        if row is None:
+            # Only a run that was killed while writing leaves such a line, and only at the end. A
+            # power cut may leave zeros there.
+            if last or all(not rest.strip(b"\0") for rest in lines[number + 1 :]):
+                break
+            raise GGLError(f"out: line {number + 1} of {path} is not JSON; move the file away")
+        pending.append(row)
+        if row.get("part", 0) + 1 >= row.get("parts", 1):
+            entries.extend(pending)
+            pending, whole = [], position
+    return entries, whole
+
+
+def read(folder: str | Path) -> Records:
+    """Read the folder of a sweep or an audit, also while it runs.
+
+    Raises:
+        GGLError: it is neither, or damaged.
+    """
+    folder = Path(folder)
+    config = read_json(folder / "config.json", f"{folder} is no folder of ggl-jax sweep or audit")
+    if (folder / "plan.json").exists():
+        return _read_sweep(folder, config)
+    return _read_audit(folder, config)
+
+
+def read_json(path: Path, otherwise: str) -> dict[str, Any]:
+    """A JSON object.
+
+    Raises:
+        GGLError: there is none; the message is ``otherwise``.
+    """
+    try:
+        content = json.loads(path.read_text())
+        if isinstance(content, dict):
+            return content
+    except (OSError, json.JSONDecodeError, UnicodeDecodeError):
+        pass
+    raise GGLError(f"{otherwise} ({path} is missing or damaged)")
+
+
+def _read_sweep(folder: Path, config: dict[str, Any]) -> Records:
+    plan = read_json(folder / "plan.json", f"{folder} is damaged")
+    cells: dict[str, dict[str, Any]] = plan["cells"]
+    found: dict[str, dict[int, dict[str, Any]]] = {}
+    failures: dict[str, str] = {}
+    for path in sorted(folder.glob("results-*.jsonl")):
+        for row in _read_journal(path)[0]:
+            cell = row["cell"]
+            if "failed" in row:
+                failures[cell] = row["failed"]
+            elif row["parts"] != len(found.setdefault(cell, {})):
+                found[cell][row["part"]] = row
+    rows = [found[cell][part] for cell in cells if cell in found for part in sorted(found[cell])]
+    return Records(
+        folder,
+        "sweep",
+        config,
+        cells,
+        rows,
+        {cell: why for cell, why in failures.items() if cell in cells and cell not in found},
+    )
+
+
+def _read_audit(folder: Path, config: dict[str, Any]) -> Records:
+    path = folder / "results.jsonl"
+    rows = _read_journal(path)[0] if path.exists() else []
+    cells = {}
+    for row in rows:
+        row["cell"] = f"{row['defense']} {row['image']}"
+        cells[row["cell"]] = {
+            name: row[name] for name in ("attack", "optimizer", "defense", "seed", "image")
+        }
+    return Records(folder, "audit", config, cells, rows, {})

@@ -1,0 +1,41 @@
+"""``ggl-jax report``: a sweep or audit as one HTML page and Markdown."""
+
+import dataclasses
+from pathlib import Path
+
+import tyro
+
+from ggl_jax.commands._shared import console
+from ggl_jax.errors import GGLError
+
+
+@dataclasses.dataclass(frozen=True)
+class ReportCommand:
+    """Write a report of a sweep or audit: one self-contained HTML page, and Markdown.
+
+    Works while a sweep still runs, on what is finished.
+    """
+
+    folders: tyro.conf.Positional[tuple[Path, ...]]
+    """Folder of ggl-jax sweep or ggl-jax audit; with --compare, two."""
+    compare: bool = False
+    """Compare two folders A and B, paired by image."""
+    out: Path | None = None
+    """Folder for the report; by default the results' own, or here for a comparison."""
+
+
+def run(command: ReportCommand, argv: list[str]) -> int:
+    """``ggl-jax report``."""
+    from ggl_jax.audit import html_report, results
+
+    wanted = 2 if command.compare else 1
+    if len(command.folders) != wanted:
+        raise GGLError(f"folders: got {len(command.folders)}, allowed: one, or two with --compare")
+    records = [results.read(folder) for folder in command.folders]
+    if command.compare:
+        path = html_report.write_comparison(records[0], records[1], command.out or Path("."))
+    else:
+        path = html_report.write(records[0], command.out)
+    text = path.with_suffix(".md")
+    console.print(f"{path} and {text}", markup=False, soft_wrap=True, highlight=False)
+    return 0

@@ -1,0 +1,63 @@
+"""``ggl-jax status``: how far a sweep is."""
+
+import dataclasses
+import datetime
+from pathlib import Path
+
+import tyro
+
+from ggl_jax.commands._shared import console
+
+
+@dataclasses.dataclass(frozen=True)
+class StatusCommand:
+    """Say what of a sweep is done, failed and left, and how long the rest takes."""
+
+    folder: tyro.conf.Positional[Path]
+    """Folder of ggl-jax sweep (or audit), finished or running."""
+
+
+def run(command: StatusCommand, argv: list[str]) -> int:
+    """``ggl-jax status``."""
+    from ggl_jax.audit import results
+
+    records = results.read(command.folder)
+    done, failed, left = len(records.finished), len(records.failures), len(records.left)
+    if records.kind == "audit":
+        console.print(f"{done:,} cells done.", markup=False)
+        return 0
+    console.print(
+        f"{len(records.cells):,} cells: {done:,} done, {failed:,} failed, {left:,} left.",
+        markup=False,
+    )
+    seconds = remaining(records)
+    if left and seconds is not None:
+        left_time = datetime.timedelta(seconds=round(seconds))
+        console.print(f"About {left_time} left at the pace of the finished cells.", markup=False)
+    for cell, reason in records.failures.items():
+        shown = ", ".join(f"{k} {v}" for k, v in records.cells[cell].items() if k != "evaluations")
+        console.print(f"failed: {shown}: {reason}", markup=False, soft_wrap=True)
+    return 0
+
+
+def remaining(records) -> float | None:
+    """Seconds that the cells left will take, at the finished ones' pace; None before the first.
+
+    The pace is that of cells of the same defense, where there are any: a defense's simulation is
+    what makes evaluations dear.
+    """
+    spent: dict[str, list[float]] = {}
+    for row in records.rows:
+        share = row["seconds"] / row.get("parts", 1)
+        evaluations = row["evaluations"] / row.get("parts", 1)
+        for key in (row["defense"], ""):
+            total = spent.setdefault(key, [0.0, 0.0])
+            total[0] += share
+            total[1] += evaluations
+    if not spent:
+        return None
+    seconds = 0.0
+    for cell in records.left:
+        known = spent.get(records.cells[cell].get("defense", ""), spent[""])
+        seconds += records.cells[cell]["evaluations"] * known[0] / max(known[1], 1.0)
+    return seconds

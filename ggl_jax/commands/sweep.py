@@ -1,0 +1,286 @@
+"""``ggl-jax sweep``: audit a whole grid, resumably."""
+
+import dataclasses
+import difflib
+import shlex
+import tomllib
+import types
+import typing
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from ggl_jax.commands import _devices
+from ggl_jax.commands import audit as audit_command
+from ggl_jax.commands._shared import AuditBar, console, environment
+from ggl_jax.errors import GGLError
+
+#: Options of an audit that a grid cannot fix: they are its axes, or say where things go.
+_NOT_FIXED = ("preset", "config", "out", "indices", "defenses", "seed", "shard")
+_TABLES = ("preset", "fixed", "axes", "exclude")
+
+
+@dataclasses.dataclass(frozen=True)
+class SweepCommand:
+    """Audit a whole grid: attacks x settings x defenses x images x seeds.
+
+    The grid is a TOML file: `preset`, a table `[axes]` of lists (defense, image, seed, attack,
+    optimizer, steps, ... : any option of the search or the client), a table `[fixed]` of options of
+    ggl-jax audit, and any number of `[[exclude]]` tables, each a combination to leave out. Every
+    finished cell is kept at once; the same command goes on where a run ended, however it ended.
+    """
+
+    grid: tyro.conf.Positional[Path]
+    """The grid, a .toml file (see docs/scale.md)."""
+    out: Path | None = None
+    """Folder for the results; by default the grid's name without .toml, here."""
+    dry_run: bool = False
+    """Only say how many cells and gradient evaluations it would be, and about how long they would
+    take, measured by a calibration of about a minute."""
+    extend: bool = False
+    """Go on in a folder of another configuration: what is finished there stays."""
+    retry_failed: bool = False
+    """Try failed cells again."""
+    shard: bool = False
+    """Share the work out to all devices of this machine: images where there are as many as
+    devices, else each step's candidates."""
+    coordinator: str | None = None
+    """HOST:PORT of process 0, to share the work out to several processes or hosts."""
+    num_processes: int | None = None
+    """How many processes there are."""
+    process_id: int | None = None
+    """This process's number, from 0."""
+    distributed: bool = False
+    """Join the processes that JAX finds itself (SLURM, Kubernetes, TPU pods)."""
+
+
+class GridFile(typing.NamedTuple):
+    """A grid as read from its file.
+
+    Attributes:
+        command: preset and fixed options.
+        axes: name -> values, without the images.
+        indices: the images, as ``--indices``.
+        exclude: combinations to leave out.
+        options: all of it as plain values, for ``config.json``.
+        fixed: the names that the file fixes.
+    """
+
+    command: audit_command.AuditCommand
+    axes: dict[str, list]
+    indices: str
+    exclude: list[dict[str, Any]]
+    options: dict[str, Any]
+    fixed: dict[str, Any]
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a TOML value is of an option's type."""
+    origin = typing.get_origin(hint)
+    if origin in (typing.Union, types.UnionType):
+        return any(_fits(value, one) for one in typing.get_args(hint))
+    if origin is typing.Literal:
+        return value in typing.get_args(hint)
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return hint in (str, bool) and isinstance(value, hint)
+
+
+def _check_option(where: str, name: str, value: Any, hints: dict[str, Any]) -> None:
+    if name not in hints:
+        near = difflib.get_close_matches(name, hints, n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise GGLError(f"grid: {where} has no option {name!r}; {hint}see ggl-jax audit --help")
+    if not _fits(value, hints[name]):
+        shown = getattr(hints[name], "__name__", str(hints[name])).replace("typing.", "")
+        raise GGLError(f"grid: {where}: {name} is {value!r}, allowed: {shown}")
+
+
+def read_grid(path: Path) -> GridFile:
+    """Read and check a grid file.
+
+    Raises:
+        GGLError: no such file, not TOML, an unknown table or option, or a value of a wrong type.
+    """
+    from ggl_jax.audit.sweep import AXES, PUBLISHED
+
+    try:
+        table = tomllib.loads(path.read_text())
+    except FileNotFoundError:
+        raise GGLError(f"grid: {path} does not exist; give a .toml file") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise GGLError(f"grid: {path} is not TOML: {error}") from None
+    unknown = [name for name in table if name not in _TABLES]
+    if unknown:
+        raise GGLError(f"grid: {path} has {unknown[0]!r}; allowed: {', '.join(_TABLES)}")
+    preset, fixed = table.get("preset", "quick"), table.get("fixed", {})
+    axes, exclude = dict(table.get("axes", {})), table.get("exclude", [])
+    if preset not in audit_command.PRESETS:
+        raise GGLError(f"grid: preset is {preset!r}, allowed: {', '.join(audit_command.PRESETS)}")
+    if not isinstance(fixed, dict) or not isinstance(exclude, list):
+        raise GGLError("grid: write the tables as [fixed], [axes] and [[exclude]]")
+    every = typing.get_type_hints(audit_command.AuditCommand)
+    hints = {name: hint for name, hint in every.items() if name not in _NOT_FIXED}
+    for name, value in fixed.items():
+        if name in axes:
+            raise GGLError(f"grid: {name} is fixed and an axis; choose one")
+        _check_option("[fixed]", name, value, hints)
+    images = axes.pop("image", "0")
+    if isinstance(images, list):
+        images = ",".join(str(i) for i in images)
+    if not isinstance(images, str | int):
+        raise GGLError(f"grid: axis image is {images!r}, allowed: a list of numbers, or '0:8'")
+    for name, values in axes.items():
+        if name not in AXES:
+            near = difflib.get_close_matches(name, [*AXES, "image"], n=1)
+            hint = f"did you mean {near[0]!r}? " if near else ""
+            raise GGLError(f"grid: {name!r} is no axis; {hint}allowed: image, {', '.join(AXES)}")
+        own = name in ("defense", "seed")
+        for value in [] if own or not isinstance(values, list) else values:
+            open_ended = value == PUBLISHED and getattr(audit_command.AuditCommand, name) is None
+            if not open_ended:
+                _check_option("[axes]", name, value, hints)
+    shown = {"preset": preset, "fixed": fixed, "axes": {**axes, "image": str(images)}}
+    return GridFile(
+        audit_command.AuditCommand(preset=preset, **fixed),
+        axes,
+        str(images),
+        exclude,
+        {**shown, "exclude": exclude},
+        fixed,
+    )
+
+
+def load_grid(path: Path):
+    """A :class:`ggl_jax.audit.sweep.Grid` of a grid file, with images, model and prior loaded."""
+    import numpy as np
+
+    from ggl_jax.adversary.strategy import AttackSettings
+    from ggl_jax.audit import data as audit_data
+    from ggl_jax.audit import sweep
+    from ggl_jax.audit.runner import ClientSettings
+    from ggl_jax.client.models import get_model
+    from ggl_jax.priors import load_prior
+
+    file = read_grid(path)
+    command = dataclasses.replace(file.command, indices=file.indices)
+    prior, prior_params, card = load_prior(command.prior)
+    size = prior.image_shape[0]
+    dataset = audit_data.load(
+        command.data, image_size=size, indices=command.indices, labels=command.label
+    )
+    audit_data.check_prior_overlap(dataset, card, allow_held_out=True)
+    if dataset.labels is None:
+        raise GGLError(
+            f"data: {command.data} has no labels; add a labels.csv (file,label) or fix label = 0"
+        )
+    num_classes = command.num_classes or max(
+        2, dataset.num_classes or 0, int(np.max(dataset.labels)) + 1
+    )
+    options = {"batch_norm": command.batch_norm} if command.model != "lenet" else {}
+    model = get_model(
+        command.model, num_classes=num_classes, image_shape=prior.image_shape, **options
+    )
+    names = [field.name for field in dataclasses.fields(AttackSettings)]
+    own = {name: value for name, value in file.fixed.items() if name in names}
+
+    def settings(values) -> AttackSettings:
+        """The preset's settings for the attack and optimiser at hand, then the fixed ones."""
+        chosen = ["--preset", command.preset]
+        for name in ("attack", "optimizer"):
+            value = values.get(name, own.get(name))
+            if value not in (None, sweep.PUBLISHED):
+                chosen += [f"--{name}", value]
+        base = audit_command.defaults(chosen)
+        return AttackSettings(**({name: getattr(base, name) for name in names} | own))
+
+    return sweep.plan(
+        dataset.images,
+        dataset.labels,
+        model=model,
+        axes=file.axes,
+        exclude=file.exclude,
+        settings=settings,
+        client=ClientSettings(command.batch_size, command.local_steps, command.local_learning_rate),
+        prior=prior,
+        prior_params=prior_params,
+        names=dataset.names,
+        instance_ids=dataset.indices,
+        others=audit_command._others(command, dataset, size),
+        num_controls=command.num_controls,
+        ceiling_steps=command.ceiling_steps,
+        lpips=command.lpips,
+        options=file.options,
+    )
+
+
+def run(command: SweepCommand, argv: list[str]) -> int:
+    """``ggl-jax sweep``."""
+    _devices.join(
+        command.coordinator, command.num_processes, command.process_id, command.distributed
+    )
+    import jax
+
+    from ggl_jax.audit import html_report, results, sweep
+
+    grid = load_grid(command.grid)
+    mesh = _devices.mesh(command.shard)
+    out = command.out or Path(command.grid.stem)
+    first = jax.process_index() == 0
+    if command.dry_run:
+        done = results.read(out).finished if (out / "plan.json").exists() else set()
+        return _dry_run(grid, sweep.estimate(grid, finished=sorted(done), mesh=mesh))
+    if first:
+        console.print(
+            f"{len(grid.cells):,} cells, {sum(c.evaluations for c in grid.cells):,} gradient "
+            f"evaluations. Results: {out}/",
+            markup=False,
+            soft_wrap=True,
+        )
+    about = {"command": "ggl-jax " + shlex.join(argv), "environment": environment()}
+    with AuditBar() as bar:
+        result = sweep.run(
+            grid,
+            out,
+            extend=command.extend,
+            retry_failed=command.retry_failed,
+            mesh=mesh,
+            about=about,
+            progress=bar if first else None,
+        )
+    records = result.records
+    if first:
+        console.print(
+            f"{len(records.finished):,} cells finished, {len(records.failures):,} failed, "
+            f"{len(records.left):,} left.",
+            markup=False,
+        )
+        for cell, reason in list(records.failures.items())[:5]:
+            shown = ", ".join(f"{k} {v}" for k, v in records.cells[cell].items())
+            console.print(f"  failed: {shown}: {reason}", markup=False, soft_wrap=True)
+        if records.failures:
+            console.print("Try these again with --retry-failed.", markup=False)
+        if records.rows:
+            page = html_report.write(records)
+            console.print(f"Report: {page}", markup=False, soft_wrap=True)
+    if result.interrupted:
+        console.print("Interrupted. The same command goes on from here.", markup=False)
+        return 130
+    return 1 if records.failures else 0
+
+
+def _dry_run(grid, estimate) -> int:
+    hours = estimate.seconds / 3600
+    shown = f"{hours:.1f} h" if hours >= 1 else f"{estimate.seconds / 60:.1f} min"
+    done = len(grid.cells) - estimate.cells
+    console.print(
+        f"{len(grid.cells):,} cells ({done:,} finished), {estimate.programs:,} programs to "
+        f"compile, {estimate.evaluations:,} gradient evaluations.\n"
+        f"About {shown} on this machine ({estimate.measured} of {estimate.programs} programs "
+        "measured, the others taken to be as fast).",
+        markup=False,
+    )
+    return 0

@@ -1,0 +1,362 @@
+"""Reports and checks, from rows whose means and intervals are known."""
+
+import base64
+import html.parser
+import io
+import json
+import os
+import re
+import shutil
+import subprocess
+
+import numpy as np
+import pytest
+import scipy.stats
+from PIL import Image
+
+import ggl_jax as gx
+from ggl_jax.audit import html_report, results
+from ggl_jax.audit.aggregate import family_of, leakage
+from ggl_jax.audit.check import check
+from ggl_jax.cli import run
+from ggl_jax.commands.status import remaining
+
+
+def make_row(cell, image, defense, psnr, *, attack="ggl", seed=0, **changes):
+    sigma = float(defense.split(":")[1]) if ":" in defense else None
+    return {
+        "cell": cell,
+        "part": 0,
+        "parts": 1,
+        "image": image,
+        "axes": {"attack": attack, "defense": defense, "seed": seed, "image": image},
+        "defense": defense,
+        "attack": attack,
+        "optimizer": "adam",
+        "seed": seed,
+        "label_true": 1,
+        "label_inferred": 1,
+        "defense_true": {} if sigma is None else {"sigma": sigma},
+        "defense_estimated": {} if sigma is None else {"sigma": 1.02 * sigma},
+        "psnr": psnr,
+        "ssim": 0.5,
+        "mse_r": 0.01,
+        "lpips": None,
+        "psnr_control_mean": 9.0,
+        "psnr_control_best": 12.0,
+        "psnr_mean_image": 11.0,
+        "psnr_ceiling": 22.0,
+        "evaluations": 100,
+        "seconds": 2.0,
+        "status": "ok",
+        "ok": True,
+        "loss_curve": [[1, 2, 3], [3.0, 2.0, 1.0]],
+        "reconstruction": f"reconstructions/{cell}-0.png",
+    } | changes
+
+
+def make_sweep(folder, rows, *, failed=(), left=(), pictures=True):
+    (folder / "reconstructions").mkdir(parents=True)
+    cells = {row["cell"]: {**row["axes"], "evaluations": 100} for row in rows}
+    for cell in (*failed, *left):
+        axes = {"attack": "ggl", "defense": "none", "seed": 9, "image": "x", "evaluations": 100}
+        cells[cell] = axes
+    results.write_json(folder / "plan.json", {"cells": cells})
+    config = {"command": "ggl-jax sweep <g>.toml", "options": {"axes": {}}, "inputs": {}}
+    results.write_json(folder / "config.json", config)
+    journal = results.Journal(folder)
+    for row in rows:
+        if pictures:
+            results.write_png(folder / row["reconstruction"], np.full((4, 4, 3), 0.5))
+        journal.append([row])
+    for cell in failed:
+        journal.append([{"cell": cell, "failed": "ValueError: <b>no</b>"}])
+    journal.close()
+    return results.read(folder)
+
+
+def grid_rows(defenses, attacks, images, seeds=1):
+    rng = np.random.default_rng(0)
+    return [
+        make_row(f"{d}{a}{i}{s}".replace(":", "-"), f"face-{i}.png", d,
+                 12 + i + rng.normal(), attack=a, seed=s)
+        for d in defenses for a in attacks for i in range(images) for s in range(seeds)
+    ]  # fmt: skip
+
+
+def test_means_and_intervals_are_over_images_with_seeds_averaged_first(tmp_path):
+    values = {"a": [12.0, 14.0], "b": [15.0, 17.0], "c": [20.0, 20.0]}
+    rows = [
+        make_row(f"{image}{seed}", image, "none", psnr, seed=seed)
+        for image, own in values.items()
+        for seed, psnr in enumerate(own)
+    ]
+    (found,) = leakage(make_sweep(tmp_path / "s", rows).rows)
+    means = [13.0, 16.0, 20.0]
+    low, high = scipy.stats.t.interval(0.95, 2, np.mean(means), scipy.stats.sem(means))
+    np.testing.assert_allclose(found.psnr, (np.mean(means), low, high), rtol=1e-12)
+    # The mean image (11 dB) is the stronger guess here.
+    np.testing.assert_allclose(found.gain, np.asarray(found.psnr) - 11.0, rtol=1e-12)
+    assert (found.num_images, found.num_rows) == (3, 6)
+
+
+@pytest.mark.parametrize(
+    ("defense", "expected"),
+    [
+        ("none", ("none", None)),
+        ("clip:4", ("clip", 4.0)),
+        ("clip:4+noise:0.1", ("clip+noise:0.1", 4.0)),
+        ("noise:1e-2", ("noise", 0.01)),
+        ("noise:1e+2", ("noise", 100.0)),
+        ("soteria:0.8,chunk_size=3", ("soteria,chunk_size=3", 0.8)),
+        ("soteria:rate=0.8", ("soteria:rate=0.8", None)),
+    ],
+)
+def test_families(defense, expected):
+    assert family_of(defense) == expected
+
+
+# --- check --------------------------------------------------------------------------------------
+
+
+def check_command(folder, *options):
+    return run(["check", str(folder), *options])
+
+
+def test_check_compares_the_upper_end_of_the_interval(tmp_path, capsys):
+    # Gains of "none": 4 +- 0 dB; of noise: mean 0, and an interval that reaches beyond 2 dB.
+    rows = [make_row(f"n{i}", f"{i}", "none", 15.0) for i in range(3)]
+    rows += [make_row(f"z{i}", f"{i}", "noise:0.1", 11.0 + d) for i, d in enumerate((-2, 0, 2))]
+    make_sweep(tmp_path / "s", rows)
+    folder = tmp_path / "s"
+    upper = scipy.stats.t.ppf(0.975, 2) * 2 / np.sqrt(3)  # 4.97
+    assert check_command(folder, "--max-psnr-over-control", "5") == 0
+    assert "none, noise:0.1" in capsys.readouterr().out
+    assert check_command(folder, "--max-psnr-over-control", "4.5") == 1
+    said = capsys.readouterr().out.strip().splitlines()
+    assert len(said) == 1
+    assert said[0].startswith("noise:0.1 may leak more than 4.5")
+    assert f"upper end of the 95 % interval {upper:.3g}" in said[0]
+    assert check_command(folder, "--max-psnr-over-control", "4.5", "--defense", "none") == 0
+    capsys.readouterr()
+    assert check_command(folder, "--max-psnr-over-control", "1", "--max-ssim", "0.4") == 1
+    assert len(capsys.readouterr().out.strip().splitlines()) == 4
+    assert check_command(folder, "--max-ssim", "0.5") == 0
+
+
+def test_check_takes_the_attack_that_got_furthest(tmp_path):
+    rows = [make_row(f"w{i}", f"{i}", "none", 11.0, attack="ig") for i in range(2)]
+    rows += [make_row(f"s{i}", f"{i}", "none", 16.0) for i in range(2)]
+    records = make_sweep(tmp_path / "s", rows)
+    (finding,) = check(records, max_psnr_over_control=2.0)
+    assert finding.violated
+    assert finding.worst == 5.0
+    assert finding.attack == "ggl"
+
+
+@pytest.mark.parametrize(
+    ("rows", "more", "options", "words"),
+    [
+        ([("a", 12.0)], {}, {"max_ssim": 1}, "one image"),
+        ([("a", 12.0), ("b", 12.0)], {}, {}, "no bound"),
+        ([("a", 12.0), ("b", 12.0)], {"left": ["x"]}, {"max_ssim": 1}, "not run yet"),
+        ([("a", 12.0), ("b", 12.0)], {"failed": ["x"]}, {"max_ssim": 1}, "failed"),
+        ([("a", 12.0), ("b", 12.0)], {}, {"max_ssim": float("nan")}, "a number"),
+        ([("a", 12.0), ("b", 12.0)], {}, {"max_ssim": 1, "defenses": ["x"]}, "allowed: none"),
+        ([], {}, {"max_ssim": 1}, "no results"),
+    ],
+)
+def test_check_claims_nothing_without_grounds(tmp_path, rows, more, options, words):
+    rows = [make_row(name, name, "none", psnr) for name, psnr in rows]
+    records = make_sweep(tmp_path / "s", rows, **more)
+    with pytest.raises(gx.GGLError, match=words):
+        check(records, **options)
+
+
+def test_check_counts_exact_copies_and_broken_searches(tmp_path, capsys):
+    rows = [make_row(f"{i}", f"{i}", "none", None) for i in range(2)]
+    (finding,) = check(make_sweep(tmp_path / "a", rows), max_psnr_over_control=50.0)
+    assert finding.violated
+    broken = {"status": "the matching loss became NaN or infinite", "ok": False}
+    rows = [make_row(f"{i}", f"{i}", "none", 9.0, **broken) for i in range(2)]
+    make_sweep(tmp_path / "b", rows)
+    assert check_command(tmp_path / "b", "--max-ssim", "1") == 2
+    assert "broke down" in capsys.readouterr().err
+    assert check_command(tmp_path / "nowhere", "--max-ssim", "1") == 2
+
+
+def make_audit(folder, rows, defenses=("none",)):
+    folder.mkdir()
+    config = {"options": {"defenses": list(defenses)}, "command": "ggl-jax audit"}
+    results.write_json(folder / "config.json", config)
+    for row in rows:
+        for name in ("cell", "part", "parts", "axes"):
+            row.pop(name)
+    (folder / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "reconstructions").mkdir()
+    return results.read(folder)
+
+
+def test_audit_folders_work_too(tmp_path, capsys):
+    rows = [make_row(f"{i}", f"{i}", "none", 12.0) for i in range(2)]
+    records = make_audit(tmp_path / "a", rows, defenses=["none", "clip:4"])
+    assert html_report.write(records).is_file()
+    assert not check(records, max_psnr_over_control=2, defenses=["none"])[0].violated
+    with pytest.raises(gx.GGLError, match="clip:4"):
+        check(records, max_psnr_over_control=2)
+    assert run(["status", str(tmp_path / "a")]) == 0
+    assert "2 cells done" in capsys.readouterr().out
+
+
+# --- status -------------------------------------------------------------------------------------
+
+
+def test_status_says_what_is_left_and_how_long(tmp_path, capsys):
+    rows = [make_row("a", "1", "none", 12.0), make_row("b", "1", "noise:1", 12.0, seconds=40.0)]
+    records = make_sweep(tmp_path / "s", rows, failed=["f"], left=["l", "m"])
+    # 100 evaluations took 2 s under the defense of the cells that are left.
+    assert remaining(records) == pytest.approx(4.0)
+    assert run(["status", str(tmp_path / "s")]) == 0
+    said = capsys.readouterr().out
+    assert "5 cells: 2 done, 1 failed, 2 left" in said
+    assert "0:00:04" in said
+    assert "ValueError: <b>no</b>" in said
+
+
+# --- report -------------------------------------------------------------------------------------
+
+
+class Page(html.parser.HTMLParser):
+    """Checks that tags match and nothing outside is referred to; collects what is in the page."""
+
+    void = frozenset(("meta", "img", "br", "path", "use", "line", "rect", "circle", "link"))
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.images, self.figures, self.ids, self.tables = [], [], [], [], 0
+        self.text = []
+        self.feed(text)
+        self.close()
+        assert not self.open
+
+    def handle_starttag(self, tag, attributes):
+        values = dict(attributes)
+        for name in ("src", "href", "xlink:href", "data", "action"):
+            link = values.get(name, "#")
+            assert link.startswith(("data:", "#")), link
+        assert tag not in ("script", "link", "iframe", "object")
+        if tag == "img":
+            self.images.append(values)
+        if tag == "svg":
+            self.figures.append(values)
+        self.tables += tag == "table"
+        self.ids += [values["id"]] if "id" in values else []
+        if tag not in self.void:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.handle_starttag(tag, attributes)
+        if tag not in self.void:
+            self.open.pop()
+
+    def handle_endtag(self, tag):
+        if tag not in self.void:
+            assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+
+def test_the_page_needs_nothing_else_and_says_what_was_found(tmp_path):
+    rows = grid_rows(["none", "noise:0.1", "noise:0.2"], ["ggl", "ig"], 3)
+    records = make_sweep(tmp_path / "s", rows, failed=["f"], left=["l"])
+    path = html_report.write(records)
+    text = path.read_text()
+    page = Page(text)
+    assert all(image["alt"] for image in page.images)
+    assert len(page.images) == 18
+    for image in page.images:
+        content = base64.b64decode(image["src"].removeprefix("data:image/png;base64,"))
+        Image.open(io.BytesIO(content)).verify()
+    # By defense, by noise's parameter, and the losses.
+    assert len(page.figures) == 3
+    assert all(figure["aria-label"] and figure["role"] == "img" for figure in page.figures)
+    assert len(page.ids) == len(set(page.ids))
+    assert "prefers-color-scheme" in text
+    assert not re.search(r"@import|url\((?!#|data:)", text)
+    said = "".join(page.text)
+    assert "1 cells failed, 1 are not run yet" in said
+    assert "ValueError: <b>no</b>" in said  # escaped: else the parser saw a tag
+    means = {g.defense + g.variant: g.psnr.mean for g in leakage(records.rows)}
+    assert f"{means['noise:0.2ig']:.1f} [" in said
+    assert "0.102" in said  # the estimated sigma
+    assert "sweep <g>.toml" in said
+    markdown = path.with_suffix(".md").read_text()
+    assert markdown.count("\n| ") == 1 + 6 + 1 + 2
+    assert f"{means['noneggl']:.1f} [" in markdown
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs chromium")
+def test_the_page_in_a_browser(tmp_path):
+    records = make_sweep(tmp_path / "s", grid_rows(["none", "noise:0.1"], ["ggl"], 3))
+    page = html_report.write(records)
+    for scheme, dark in (("light", False), ("dark", True)):
+        shot = tmp_path / f"{scheme}.png"
+        browser = [
+            "chromium",
+            "--headless",
+            "--no-sandbox",
+            "--disable-gpu",
+            f"--user-data-dir={tmp_path / scheme}",
+            *(["--blink-settings=preferredColorScheme=0"] if dark else []),
+            "--window-size=900,1200",
+            "--enable-logging=stderr",
+            f"--screenshot={shot}",
+            page.as_uri(),
+        ]
+        done = subprocess.run(browser, capture_output=True, text=True, timeout=90, env=os.environ)
+        if not shot.is_file():
+            pytest.skip(f"chromium does not run here: {done.stderr[-300:]}")
+        assert "CONSOLE" not in done.stderr  # no script, style or image was refused
+        pixels = np.asarray(Image.open(shot).convert("L"), np.float32)
+        ground = np.median(pixels)
+        assert (ground < 60) if dark else (ground > 200)
+        # Something is drawn on it that can be told from it.
+        assert np.mean(np.abs(pixels - ground) > 100) > 0.005
+
+
+def test_a_thousand_cells_stay_readable(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "fsync", lambda handle: None)
+    defenses = ["none", *(f"noise:{s}" for s in (0.01, 0.03, 0.1, 0.3))]
+    rows = grid_rows(defenses, ["ggl", "dlg", "ig", "gi"], 25, seeds=2)
+    assert len(rows) == 1000
+    page = Page(html_report.page(make_sweep(tmp_path / "s", rows)))
+    assert len("".join(page.text)) < 60_000
+    assert len(page.images) == 5 * 4 * html_report.MAX_SHEET_IMAGES
+
+
+def test_an_empty_folder_and_others_are_refused(tmp_path, capsys):
+    make_sweep(tmp_path / "s", [], left=["l"])
+    assert run(["report", str(tmp_path / "s")]) == 2
+    assert "no finished cell" in capsys.readouterr().err
+    assert run(["report", str(tmp_path)]) == 2
+    assert run(["report", str(tmp_path / "s"), "--compare"]) == 2
+
+
+def test_comparison_is_paired_by_image(tmp_path):
+    # Images differ widely; the difference between the runs is the same for each, but for 0.1 dB.
+    a = [make_row(f"a{i}", f"{i}", "none", 12.0 + 5 * i) for i in range(3)]
+    b = [make_row(f"b{i}", f"{i}", "none", 13.0 + 5 * i + d) for i, d in enumerate((-0.1, 0, 0.1))]
+    b.append(make_row("b9", "9", "none", 90.0))  # not in both
+    first, second = (make_sweep(tmp_path / n, rows) for n, rows in (("a", a), ("b", b)))
+    ((defense, _, images, in_a, in_b, difference),) = html_report.compare(first, second)
+    assert (defense, images) == ("none", 3)
+    assert in_a.mean == pytest.approx(6.0)
+    assert in_b.mean == pytest.approx(7.0)
+    reach = scipy.stats.t.ppf(0.975, 2) * 0.1 / np.sqrt(3)
+    np.testing.assert_allclose(difference, (1.0, 1.0 - reach, 1.0 + reach), rtol=1e-9)
+    path = tmp_path / "out"
+    folders = [str(tmp_path / "a"), str(tmp_path / "b")]
+    assert run(["report", *folders, "--compare", "--out", str(path)]) == 0
+    page = Page((path / "comparison.html").read_text())
+    assert "+1.0 [+0.8, +1.2]" in "".join(page.text)

@@ -1,0 +1,568 @@
+"""Sweeps: what a grid expands to, and that no death of the process loses or repeats a cell."""
+
+import dataclasses
+import errno
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from conftest import TINY_SHAPE
+
+import ggl_jax as gx
+from ggl_jax.audit import results
+from ggl_jax.audit import sweep as sweeps
+from ggl_jax.commands.sweep import read_grid
+from ggl_jax.types import Defense
+
+SETTINGS = gx.AttackSettings(population=8, steps=3, optimizer="cma_es")
+
+
+@pytest.fixture
+def tiny(tiny_model, tiny_prior, tiny_prior_params, tiny_images):
+    """Arguments of a sweep over two images in the tiny prior's range."""
+    return {
+        "images": np.asarray(tiny_images),
+        "labels": [0, 1],
+        "model": tiny_model,
+        "prior": tiny_prior,
+        "prior_params": tiny_prior_params,
+        "settings": SETTINGS,
+        "num_controls": 8,
+        "ceiling_steps": 3,
+    }
+
+
+def lines(folder):
+    """All rows on disk, as a reader without our code would see them."""
+    return [
+        json.loads(line)
+        for path in sorted(Path(folder).glob("results-*.jsonl"))
+        for line in path.read_text().splitlines()
+    ]
+
+
+# --- the grid -----------------------------------------------------------------------------------
+
+
+def test_a_grid_is_the_product_of_its_axes_less_the_exclusions(tiny):
+    axes = {
+        "defense": ["none", "noise:{0.1,0.2}"],
+        "attack": ["ggl", "ig"],
+        "steps": [2, 3],
+        "seed": [0, 1],
+    }
+    grid = sweeps.plan(**tiny, axes=axes)
+    assert len(grid.cells) == 3 * 2 * 2 * 2 * 2
+    assert len({cell.id for cell in grid.cells}) == len(grid.cells)
+    exclude = [
+        {"attack": "ig", "defense": "noise:*"},
+        {"image": "image-1", "seed": 1},
+        {"optimizer": "adam", "steps": [3, 9]},
+    ]
+    left = sweeps.plan(
+        **tiny | {"settings": gx.AttackSettings(population=8)}, axes=axes, exclude=exclude
+    )
+    expected = [
+        (defense, attack, steps, seed, image)
+        for attack in ("ggl", "ig")
+        for steps in (2, 3)
+        for defense in ("none", "noise:0.1", "noise:0.2")
+        for seed in (0, 1)
+        for image in ("image-0", "image-1")
+        if not (attack == "ig" and defense != "none")
+        and not (image == "image-1" and seed == 1)
+        # Published inverting gradients searches by Adam.
+        and not (attack == "ig" and steps == 3)
+    ]
+    found = [
+        tuple(cell.axes[k] for k in ("defense", "attack", "steps", "seed", "image"))
+        for cell in left.cells
+    ]
+    assert sorted(found) == sorted(expected)
+
+
+def test_a_cells_name_follows_what_it_computes_and_nothing_else(tiny):
+    def ids(**changes):
+        return [c.id for c in sweeps.plan(**tiny | {"axes": {"seed": [0]}} | changes).cells]
+
+    base = ids()
+    assert ids(axes={"seed": [0], "defense": ["none"]}) == base
+    assert ids(axes={"seed": [1, 0]})[2:] == base
+    faster = dataclasses.replace(SETTINGS, chunk_size=4, instances=2)
+    assert ids(settings=faster) == base
+    assert ids(others=np.zeros((1, *TINY_SHAPE), np.float32)) == base
+    for change in (
+        {"settings": dataclasses.replace(SETTINGS, steps=4)},
+        {"client": gx.ClientSettings(local_steps=2)},
+        {"images": tiny["images"][::-1]},
+        {"labels": [1, 1]},
+        {"num_controls": 9},
+        {"prior_params": jax.tree.map(lambda x: 2 * x, tiny["prior_params"])},
+        {"axes": {"defense": ["clip:1"]}},
+    ):
+        assert ids(**change)[0] != base[0], change
+
+
+def test_expand():
+    assert sweeps.expand("clip:{1,2}+noise:{0.1, 0.2}") == [
+        "clip:1+noise:0.1",
+        "clip:1+noise:0.2",
+        "clip:2+noise:0.1",
+        "clip:2+noise:0.2",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"axes": {"step": [1]}}, "did you mean 'steps'"),
+        ({"axes": {"seed": []}}, "at least one value"),
+        ({"axes": {"seed": 3}}, "a list"),
+        ({"axes": {"seed": [0, 0]}}, "twice"),
+        ({"axes": {"seed": [-1]}}, "at least 0"),
+        ({"axes": {"defense": ["nose:1"]}}, "did you mean 'noise'"),
+        ({"axes": {"attack": ["gll"]}}, "did you mean 'ggl'"),
+        ({"axes": {}, "exclude": [{"attack": "ig"}]}, "matches no cell"),
+        ({"axes": {}, "exclude": [{"atack": "ig"}]}, "atack"),
+        ({"axes": {}, "exclude": [{"attack": "ggl"}]}, "no cell is left"),
+        ({"axes": {"batch_size": [3]}}, "batch"),
+    ],
+)
+def test_mistakes_in_a_grid_are_named(tiny, changes, words):
+    with pytest.raises(gx.GGLError, match=words):
+        sweeps.plan(**tiny | changes)
+
+
+# --- running ------------------------------------------------------------------------------------
+
+
+def test_cells_are_what_audits_compute(tiny, tmp_path):
+    axes = {"defense": ["none", "clip:0.5"], "seed": [0, 7], "batch_size": [1, 2]}
+    axes |= {"optimizer": ["adam"]}
+    result = gx.sweep(**tiny, axes=axes, out=tmp_path)
+    assert not result.failures
+    assert len(result.rows) == 2 * 2 * (2 + 2)
+    by_key = {
+        (r["axes"]["batch_size"], r["seed"], r["defense"], r["image"]): r for r in result.rows
+    }
+    for batch_size in (1, 2):
+        alone = gx.audit(
+            **{k: v for k, v in tiny.items() if k != "settings"},
+            settings=dataclasses.replace(SETTINGS, optimizer="adam"),
+            client=gx.ClientSettings(batch_size=batch_size),
+            defenses=["none", "clip:0.5"],
+            seed=7,
+        )
+        for row in alone.rows:
+            own = by_key[batch_size, 7, row["defense"], row["image"]]
+            for name in ("loss", "psnr", "psnr_ceiling", "psnr_control_best"):
+                np.testing.assert_allclose(own[name], row[name], rtol=1e-4)
+    for row in result.rows:
+        assert (tmp_path / row["reconstruction"]).is_file()
+        controls, original = sweeps.read_controls(tmp_path / row["controls"])
+        assert controls.scores["psnr_ceiling"] == row["psnr_ceiling"]
+        position = int(row["image"].removeprefix("image-"))
+        np.testing.assert_array_equal(original, tiny["images"][position])
+    # Nothing is left to do: no audit is run again.
+    again = gx.sweep(**tiny, axes=axes, out=tmp_path)
+    assert again.rows == result.rows
+
+
+def poisonous(image: int) -> Defense:
+    """A defense whose update is NaN for one image of the two."""
+
+    def apply(key, update, context):
+        bad = context.labels[0] == image
+        return jax.tree.map(lambda g: jax.numpy.where(bad, jax.numpy.nan, g), update)
+
+    return gx.from_function(apply, name="poison")
+
+
+def test_a_failing_cell_is_recorded_and_the_others_go_on(tiny, tmp_path, monkeypatch):
+    tiny["settings"] = dataclasses.replace(SETTINGS, instances=2)
+    axes = {"defense": [poisonous(1), "none"]}
+    result = gx.sweep(**tiny, axes=axes, out=tmp_path)
+    assert len(result.records.finished) == 3
+    (cell,) = result.failures
+    assert result.records.cells[cell]["image"] == "image-1"
+    assert "NaN" in result.failures[cell]
+    before = lines(tmp_path)
+    # A failed cell is settled, until it is asked for.
+    gx.sweep(**tiny, axes=axes, out=tmp_path)
+    assert lines(tmp_path) == before
+    monkeypatch.setattr("ggl_jax.adversary.estimation.check_finite", lambda update: None)
+    retried = gx.sweep(**tiny, axes=axes, out=tmp_path, retry_failed=True)
+    assert not retried.failures
+    assert len(lines(tmp_path)) == len(before) + 1
+
+
+def test_ctrl_c_keeps_what_is_done(tiny, tmp_path):
+    def interrupt(phase, number, total, fraction, loss):
+        if number == 1 and "search" in phase:
+            raise KeyboardInterrupt
+
+    tiny["settings"] = dataclasses.replace(SETTINGS, instances=1)
+    result = gx.sweep(**tiny, axes={"seed": [0, 1]}, out=tmp_path, progress=interrupt)
+    assert result.interrupted
+    assert len(result.records.finished) == 1
+    assert len(result.records.left) == 3
+    assert not gx.sweep(**tiny, axes={"seed": [0, 1]}, out=tmp_path).records.left
+
+
+def test_a_batch_too_large_for_memory_is_split_for_good(tiny, tmp_path, monkeypatch):
+    sizes = []
+    whole = sweeps._audit_cells
+
+    def limited(grid, cells, *args, **options):
+        sizes.append(len(cells))
+        if len(cells) > 1:
+            raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 1 bytes")
+        return whole(grid, cells, *args, **options)
+
+    monkeypatch.setattr(sweeps, "_audit_cells", limited)
+    tiny["settings"] = dataclasses.replace(SETTINGS, instances=2)
+    result = gx.sweep(**tiny, axes={"seed": [0, 1]}, out=tmp_path)
+    assert not result.failures
+    assert len(result.records.finished) == 4
+    assert sizes == [2, 1, 1, 1, 1]
+
+
+def test_another_configuration_is_refused_with_a_diff_or_extends(tiny, tmp_path):
+    gx.sweep(**tiny, axes={"defense": ["none"]}, out=tmp_path)
+    wider = {"defense": ["none", "clip:1"]}
+    with pytest.raises(gx.GGLError, match=r"axes\.defense: \+ 'clip:1'.*--extend"):
+        gx.sweep(**tiny, axes=wider, out=tmp_path)
+    changed = tiny | {"settings": dataclasses.replace(SETTINGS, steps=2)}
+    with pytest.raises(gx.GGLError, match=r"settings\.steps: 3 -> 2"):
+        gx.sweep(**changed, axes={"defense": ["none"]}, out=tmp_path)
+    assert len(lines(tmp_path)) == 2
+    extended = gx.sweep(**tiny, axes=wider, out=tmp_path, extend=True)
+    assert len(extended.records.cells) == 4
+    assert len(lines(tmp_path)) == 4
+    # What is finished stays, though the grid of today has no such cell.
+    narrow = gx.sweep(**tiny, axes={"defense": ["clip:1"]}, out=tmp_path, extend=True)
+    assert len(narrow.rows) == 4
+    assert len(lines(tmp_path)) == 4
+
+
+# --- the folder ---------------------------------------------------------------------------------
+
+
+def test_truncated_lines_and_batches_are_cut_off(tmp_path):
+    journal = results.Journal(tmp_path)
+    journal.append([{"cell": "a", "part": 0, "parts": 1}])
+    journal.append([{"cell": "b", "part": 0, "parts": 2}, {"cell": "b", "part": 1, "parts": 2}])
+    whole = journal.path.read_bytes()
+    journal.close()
+    first = whole.index(b"\n") + 1
+    for length in range(len(whole) + 1):
+        journal.path.write_bytes(whole[:length])
+        results.Journal(tmp_path).close()
+        kept = journal.path.read_bytes()
+        if length == len(whole):
+            assert kept == whole
+        else:
+            assert kept == (whole[:first] if length >= first else b"")
+    journal.path.write_bytes(whole[:first] + b"\0" * 30)  # as after a power cut
+    results.Journal(tmp_path).close()
+    assert journal.path.read_bytes() == whole[:first]
+    journal.path.write_bytes(b"no json\n" + whole)
+    with pytest.raises(gx.GGLError, match="line 1"):
+        results.Journal(tmp_path)
+
+
+def test_a_full_disk_is_a_clear_error_and_loses_nothing(tiny, tmp_path, monkeypatch):
+    axes = {"defense": ["none", "clip:0.5"]}
+    expected = gx.sweep(**tiny, axes=axes, out=tmp_path / "undisturbed").records
+    out = tmp_path / "full"
+    write, journals = os.write, []
+
+    def full(handle, content):
+        target = os.readlink(f"/proc/self/fd/{handle}")
+        if "results-" in target:
+            journals.append(target)
+            if len(journals) == 3:
+                write(handle, content[: len(content) // 2])
+                raise OSError(errno.ENOSPC, "No space left on device")
+            if len(journals) == 4:  # the kernel takes a part and says so
+                return write(handle, content[:5])
+        return write(handle, content)
+
+    monkeypatch.setattr(os, "write", full)
+    for number in (2, 2):
+        with pytest.raises(results.StorageError, match="no space left"):
+            gx.sweep(**tiny, axes=axes, out=out)
+        assert len(lines(out)) == number
+    assert len(gx.sweep(**tiny, axes=axes, out=out).rows) == 4
+    assert {row["cell"] for row in lines(out)} == expected.finished
+    assert len(lines(out)) == 4
+
+
+@pytest.mark.skipif(shutil.which("mount") is None or os.geteuid() != 0, reason="needs root")
+def test_a_full_file_system(tiny, tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    size = "size=40k,nr_inodes=200"
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", size, "tmpfs", str(disk)], capture_output=True
+    )
+    if mounted.returncode:
+        pytest.skip("tmpfs cannot be mounted here")
+    try:
+        out = disk / "sweep"
+        axes = {"seed": list(range(12))}
+        with pytest.raises(results.StorageError, match="no space left"):
+            gx.sweep(**tiny, axes=axes, out=out)
+        kept = [row["cell"] for row in lines(out)]
+        assert kept
+        subprocess.run(["mount", "-o", "remount,size=4m", str(disk)], check=True)
+        result = gx.sweep(**tiny, axes=axes, out=out)
+        found = [row["cell"] for row in lines(out)]
+        assert len(result.rows) == 24
+        assert found[: len(kept)] == kept
+        assert len(found) == len(set(found)) == 24
+    finally:
+        subprocess.run(["umount", "-l", str(disk)], check=False)
+
+
+# --- processes ----------------------------------------------------------------------------------
+
+SCRIPT = textwrap.dedent(
+    """
+    import os, sys
+    sys.path.insert(0, {tests!r})
+    import conftest, jax, numpy as np, ggl_jax as gx
+    from ggl_jax.commands import _devices
+    coordinator, number, process = sys.argv[3:6] if len(sys.argv) > 3 else (None, None, None)
+    if coordinator:
+        _devices.join(coordinator, int(number), int(process), False)
+    model = conftest.from_flax(conftest.TinyNet(), image_shape=conftest.TINY_SHAPE, num_classes=3)
+    prior = conftest.make_tiny_prior()
+    params = prior.init(jax.random.key(1))
+    latents = prior.sample_latent(jax.random.key(2), 5)
+    images = np.asarray(prior.apply(params, latents, None))
+    def said(phase, number, total, fraction, loss):
+        print(phase, number, flush=True)
+    settings = {{
+        "many": gx.AttackSettings(population=8, steps=3, instances=5),
+        "one": gx.AttackSettings(population=9, steps=3, instances=1),
+        "cells": gx.AttackSettings(population=8, steps=2, instances=1),
+    }}[sys.argv[2]]
+    try:
+        result = gx.sweep(
+            images, [0, 1, 2, 0, 1], model=model, prior=prior, prior_params=params,
+            axes={{"defense": ["none", "clip:0.5"], "seed": [0, 1]}},
+            settings=settings, num_controls=8, ceiling_steps=3, out=sys.argv[1], progress=said,
+            mesh=_devices.mesh(len(jax.devices()) > 1),
+        )
+    except gx.GGLError as error:
+        print("GGLError", error, flush=True)
+        sys.exit(2)
+    print("FINISHED", len(result.rows), len(result.failures), flush=True)
+    """
+).format(tests=str(Path(__file__).parent))
+
+
+def start(out, kind, *args, devices=1):
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    flags = environment["XLA_FLAGS"] + f" --xla_force_host_platform_device_count={devices}"
+    return subprocess.Popen(
+        [sys.executable, "-c", SCRIPT, str(out), kind, *map(str, args)],
+        env={**environment, "XLA_FLAGS": flags},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def finish(process, code=0):
+    output = process.communicate(timeout=240)[0]
+    assert process.returncode == code, output
+    return output
+
+
+def kill_again_and_again(out, kills, seed):
+    """Start, kill at a random moment of a random cell, start again; then let it finish."""
+    chance = random.Random(seed)
+    for _ in range(kills):
+        process = start(out, "cells")
+        # Up to a random message after the first cell began, then a random moment more.
+        messages = chance.randrange(1, 12)
+        for line in process.stdout:
+            messages -= "search" in line
+            if messages <= 0 or "FINISHED" in line:
+                break
+        time.sleep(chance.random() * 0.05)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        # Half a line, as a kill in the middle of a write would leave.
+        path = out / "results-0000.jsonl"
+        if path.exists() and chance.random() < 0.5:
+            with path.open("ab") as file:
+                file.write(b'{"cell": "0123", "par')
+    assert "FINISHED 20 0" in finish(start(out, "cells"))
+
+
+def compare_with_undisturbed(tmp_path, kills, seed):
+    kill_again_and_again(tmp_path / "killed", kills, seed)
+    finish(start(tmp_path / "undisturbed", "cells"))
+    found, expected = (lines(tmp_path / name) for name in ("killed", "undisturbed"))
+    assert len(found) == len(expected) == 20  # each cell once
+    expected = {row["cell"]: row for row in expected}
+    assert {row["cell"] for row in found} == set(expected)
+    for row in found:
+        for name in ("loss", "psnr", "psnr_ceiling", "defense", "seed", "image"):
+            assert row[name] == expected[row["cell"]][name], name
+    status = results.read(tmp_path / "killed")
+    assert (len(status.finished), len(status.failures), status.left) == (20, 0, [])
+
+
+def test_killed_sweeps_go_on(tmp_path):
+    compare_with_undisturbed(tmp_path, kills=2, seed=1)
+
+
+@pytest.mark.slow
+def test_a_sweep_killed_ten_times_goes_on(tmp_path):
+    compare_with_undisturbed(tmp_path, kills=10, seed=0)
+
+
+def test_a_second_process_on_a_folder_is_refused(tiny, tmp_path):
+    lock = results.Lock(tmp_path)
+    before = sorted(tmp_path.iterdir())
+    assert "is in use by process" in finish(start(tmp_path, "cells"), code=2)
+    assert sorted(tmp_path.iterdir()) == before
+    lock.release()
+    results.Lock(tmp_path).release()
+
+
+def losses(folder):
+    return {row["cell"]: (row["loss"], row["psnr"]) for row in lines(folder)}
+
+
+def assert_same(folder, reference):
+    found, expected = losses(folder), losses(reference)
+    assert found.keys() == expected.keys()
+    for cell, values in found.items():
+        # Programs of other shapes round differently; three steps do not amplify that much.
+        np.testing.assert_allclose(values, expected[cell], rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["many", "one"])
+def test_four_devices_find_what_one_finds(tmp_path, kind):
+    one, four = start(tmp_path / "one", kind), start(tmp_path / "four", kind, devices=4)
+    assert "FINISHED 20 0" in finish(one)
+    assert "FINISHED 20 0" in finish(four)
+    assert_same(tmp_path / "four", tmp_path / "one")
+
+
+def free_port():
+    import socket
+
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+@pytest.mark.parametrize("kind", ["many", "one"])
+def test_two_processes_find_what_one_finds(tmp_path, kind):
+    coordinator = f"127.0.0.1:{free_port()}"
+    pair = [start(tmp_path / "two", kind, coordinator, 2, process) for process in range(2)]
+    alone = start(tmp_path / "one", kind)
+    for process in [*pair, alone]:
+        assert "FINISHED 20 0" in finish(process)
+    assert_same(tmp_path / "two", tmp_path / "one")
+    files = sorted(path.name for path in (tmp_path / "two").glob("results-*.jsonl"))
+    assert files == ["results-0000.jsonl", "results-0001.jsonl"]
+    cells = [row["cell"] for row in lines(tmp_path / "two")]
+    assert len(cells) == len(set(cells))
+    if kind == "many":
+        assert all((tmp_path / "two" / name).stat().st_size for name in files)
+
+
+def test_the_work_is_really_shared_out():
+    """Each device of four evaluates a quarter of the candidates, or of the instances."""
+    script = textwrap.dedent(
+        """
+        import jax, jax.numpy as jnp, numpy as np
+        from ggl_jax.adversary import sharding
+        mesh = jax.sharding.Mesh(np.asarray(jax.devices()), ("any",))
+        layout = sharding.Layout(mesh, 1)
+        shapes = []
+        def loss(x):
+            shapes.append(x.shape)
+            return jnp.sum(x, axis=1)
+        with layout.active():
+            out = jax.jit(lambda x: sharding.over_population(loss)(x))(jnp.ones((10, 3)))
+        assert shapes == [(3, 3)] and out.shape == (10,), (shapes, out.shape)
+        layout = sharding.Layout(mesh, 5)
+        assert layout.num_padded == 8
+        x = layout.instances(jnp.arange(8.0))
+        assert [s.data.shape for s in x.addressable_shards] == [(2,)] * 4
+        np.testing.assert_array_equal(layout.fetch(x), np.arange(5.0))
+        """
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    environment["XLA_FLAGS"] += " --xla_force_host_platform_device_count=4"
+    subprocess.run([sys.executable, "-c", script], env=environment, check=True, timeout=120)
+
+
+# --- grid files ---------------------------------------------------------------------------------
+
+
+def grid_file(tmp_path, text):
+    path = tmp_path / "grid.toml"
+    path.write_text(textwrap.dedent(text))
+    return path
+
+
+def test_a_grid_file(tmp_path):
+    grid = read_grid(
+        grid_file(
+            tmp_path,
+            """
+            preset = "paper"
+            fixed = {num_controls = 3, learning_rate = 1}
+            [axes]
+            image = [0, 2]
+            restarts = ["published", 2]
+            [[exclude]]
+            restarts = 2
+            """,
+        )
+    )
+    assert (grid.command.preset, grid.command.num_controls, grid.indices) == ("paper", 3, "0,2")
+    assert grid.axes == {"restarts": ["published", 2]}
+    assert grid.exclude == [{"restarts": 2}]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("axes = [", "not TOML"),
+        ("[axis]\nseed = [0]", "axis"),
+        ("preset = 'fast'", "preset"),
+        ("[fixed]\nnum_control = 3", "did you mean 'num_controls'"),
+        ("[fixed]\nnum_controls = '3'", "num_controls is '3'"),
+        ("[fixed]\nseed = 1", "no option 'seed'"),
+        ("[fixed]\nsteps = 1\n[axes]\nsteps = [1]", "fixed and an axis"),
+        ("[axes]\nsteps = [1.5]", "steps is 1.5"),
+        ("[axes]\ncompare = ['all']", "compare"),
+        ("[axes]\nfinalists = ['published']", "finalists"),
+        ("[axes]\nimages = [1]", "did you mean 'image'"),
+    ],
+)
+def test_mistakes_in_a_grid_file_are_named(tmp_path, text, words):
+    with pytest.raises(gx.GGLError, match=words):
+        read_grid(grid_file(tmp_path, text))
+    with pytest.raises(gx.GGLError, match="does not exist"):
+        read_grid(tmp_path / "none.toml")
