@@ -7,8 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from ggl_jax import checkpoint
 from ggl_jax.adversary.attacks import make_attack
 from ggl_jax.audit.controls import prior_controls
+from ggl_jax.cli import run
 from ggl_jax.errors import GGLError
 from ggl_jax.priors import BIGGAN_DEEP, biggan_deep, dcgan, decoding, fit_latents, samples
 from ggl_jax.types import Prior
@@ -154,3 +156,30 @@ def test_model_and_prior_must_count_the_same_classes(tiny_model):
         make_attack("ggl", tiny_model, STRIPED)
     make_attack("ggl", tiny_model, STRIPED._replace(num_classes=3))
     make_attack("ggl", tiny_model, STRIPED._replace(num_classes=None))
+
+
+def test_score_prior_scores_each_image_within_its_class(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "cache"))
+    arguments = {"width": 2, "latent_dim": 4, "num_classes": 2}
+    prior = dcgan(**arguments)
+    params = prior.init(jax.random.key(0))
+    card = {"name": "two", "kind": "dcgan", "arguments": arguments, "trained_on": [], "data": []}
+    checkpoint.save(tmp_path / "two", params, card)
+    images = np.asarray(samples(prior, params, jax.random.key(1), 2))
+    labels = np.array([0, 1])
+    np.savez(tmp_path / "data.npz", images=np.rint(255 * images).astype(np.uint8), labels=labels)
+    command = ["score-prior", "--data", str(tmp_path / "data.npz"), "--indices", "0:2"]
+    command += ["--prior", str(tmp_path / "two"), "--steps", "3", "--num-controls", "4"]
+    assert run(command) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    expected = []
+    for number in range(2):
+        image = np.rint(255 * images[number]).astype(np.uint8) / np.float32(255)
+        key = jax.random.fold_in(jax.random.key(0), number)
+        found = prior_controls(prior, params, image, number, key, num_samples=4, ceiling_steps=3)
+        expected.append(found.scores["psnr_mean_image"])
+    assert f"mean image: {np.mean(expected):.2f} dB" in out
+    np.savez(tmp_path / "plain.npz", images=np.rint(255 * images).astype(np.uint8))
+    command[2] = str(tmp_path / "plain.npz")
+    assert run(command) == 2
+    assert "has no labels, but prior dcgan makes images of a class" in capsys.readouterr().err
