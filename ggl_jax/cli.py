@@ -16,6 +16,7 @@ import tyro
 from rich.console import Console
 
 from ggl_jax.commands import (
+    attack,
     audit,
     check,
     import_prior,
@@ -37,6 +38,7 @@ from ggl_jax.errors import GGLError
 #: ``ggl_jax/commands`` and one line here.
 COMMANDS: dict[str, tuple[type, Callable[[Any, list[str]], int]]] = {
     "audit": (audit.AuditCommand, audit.run),
+    "attack": (attack.AttackCommand, attack.run),
     "sweep": (sweep.SweepCommand, sweep.run),
     "status": (status.StatusCommand, status.run),
     "report": (report.ReportCommand, report.run),
@@ -52,7 +54,7 @@ COMMANDS: dict[str, tuple[type, Callable[[Any, list[str]], int]]] = {
 }
 
 #: Those whose switches are given without a value (``--dry-run``).
-_FLAGS = ("sweep", "report")
+_FLAGS = ("attack", "sweep", "report")
 
 
 def _parse(argv: list[str]):

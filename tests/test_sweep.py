@@ -253,6 +253,12 @@ def test_another_configuration_is_refused_with_a_diff_or_extends(tiny, tmp_path)
     narrow = gx.sweep(**tiny, axes={"defense": ["clip:1"]}, out=tmp_path, extend=True)
     assert len(narrow.rows) == 4
     assert len(lines(tmp_path)) == 4
+    # What was extended to is now the configuration; the grid before is not.
+    assert len(gx.sweep(**tiny, axes={"defense": ["clip:1"]}, out=tmp_path).rows) == 4
+    with pytest.raises(gx.GGLError, match="--extend"):
+        gx.sweep(**tiny, axes=wider, out=tmp_path)
+    history = json.loads((tmp_path / "config.json").read_text())["history"]
+    assert [old["options"]["axes"]["defense"] for old in history] == [["none"], wider["defense"]]
 
 
 # --- the folder ---------------------------------------------------------------------------------

@@ -180,7 +180,7 @@ def _check_axes(axes: Mapping[str, Sequence]) -> None:
             near = difflib.get_close_matches(name, AXES, n=1)
             hint = f"did you mean {near[0]!r}? " if near else ""
             raise GGLError(f"axes: {name!r} is no axis; {hint}allowed: {', '.join(AXES)}")
-        if isinstance(values, str) or not isinstance(values, Sequence) or not values:
+        if not isinstance(values, list) or not values:
             raise GGLError(f"axes: {name} is {values!r}, allowed: a list of at least one value")
     for name, values in axes.items():
         shown = [v.name if isinstance(v, Defense) else json.dumps(v) for v in values]
@@ -251,7 +251,10 @@ def plan(
             exclusion that matches nothing; no cell left; images that do not split into batches.
     """
     axes = {
-        name: list(values) if isinstance(values, tuple) else values for name, values in axes.items()
+        name: [v.item() if isinstance(v, np.generic) else v for v in values]
+        if isinstance(values, list | tuple | range | np.ndarray)
+        else values
+        for name, values in axes.items()
     }
     _check_axes(axes)
     images, labels = np.asarray(images, np.float32), np.asarray(labels)
@@ -476,7 +479,7 @@ def _prepare(
         before: dict[str, Any] = {}
         if plan_path.exists():
             before = results.read_json(plan_path, f"out: {folder} is damaged")["cells"]
-            same_cells = list(before) == list(cells)
+            same_cells = set(cells) <= set(before)
         elif any(folder.glob("results*.jsonl")):
             raise GGLError(f"out: {folder} holds an audit, not a sweep; choose another --out")
         if not changed and not same_cells:
@@ -488,7 +491,7 @@ def _prepare(
                 "another --out"
             )
         if not changed:
-            config = old
+            config, cells = old, before or cells
         else:
             finished = results.read(folder).finished
             cells = {c: v for c, v in before.items() if c in finished and c not in cells} | cells
