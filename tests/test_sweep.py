@@ -146,27 +146,29 @@ def test_mistakes_in_a_grid_are_named(tiny, changes, words):
 # --- running ------------------------------------------------------------------------------------
 
 
-def test_cells_are_what_audits_compute(tiny, tmp_path):
-    axes = {"defense": ["none", "clip:0.5"], "seed": [0, 7], "batch_size": [1, 2]}
-    axes |= {"optimizer": ["adam"]}
+@pytest.mark.parametrize(
+    ("axes", "batch_size"),
+    [
+        ({"defense": ["none", "clip:0.5"], "seed": [0, 7], "optimizer": ["adam"]}, 1),
+        ({"batch_size": [2], "seed": [7], "optimizer": ["adam"]}, 2),
+    ],
+)
+def test_cells_are_what_audits_compute(tiny, tmp_path, axes, batch_size):
     result = gx.sweep(**tiny, axes=axes, out=tmp_path)
     assert not result.failures
-    assert len(result.rows) == 2 * 2 * (2 + 2)
-    by_key = {
-        (r["axes"]["batch_size"], r["seed"], r["defense"], r["image"]): r for r in result.rows
-    }
-    for batch_size in (1, 2):
-        alone = gx.audit(
-            **{k: v for k, v in tiny.items() if k != "settings"},
-            settings=dataclasses.replace(SETTINGS, optimizer="adam"),
-            client=gx.ClientSettings(batch_size=batch_size),
-            defenses=["none", "clip:0.5"],
-            seed=7,
-        )
-        for row in alone.rows:
-            own = by_key[batch_size, 7, row["defense"], row["image"]]
-            for name in ("loss", "psnr", "psnr_ceiling", "psnr_control_best"):
-                np.testing.assert_allclose(own[name], row[name], rtol=1e-4)
+    assert len(result.rows) == 2 * len(axes["seed"]) * len(axes.get("defense", ["none"]))
+    alone = gx.audit(
+        **{k: v for k, v in tiny.items() if k != "settings"},
+        settings=dataclasses.replace(SETTINGS, optimizer="adam"),
+        client=gx.ClientSettings(batch_size=batch_size),
+        defenses=axes.get("defense", ["none"]),
+        seed=7,
+    )
+    by_key = {(r["seed"], r["defense"], r["image"]): r for r in result.rows}
+    for row in alone.rows:
+        own = by_key[7, row["defense"], row["image"]]
+        for name in ("loss", "psnr", "psnr_ceiling", "psnr_control_best"):
+            np.testing.assert_allclose(own[name], row[name], rtol=1e-4)
     for row in result.rows:
         assert (tmp_path / row["reconstruction"]).is_file()
         controls, original = sweeps.read_controls(tmp_path / row["controls"])
@@ -174,8 +176,9 @@ def test_cells_are_what_audits_compute(tiny, tmp_path):
         position = int(row["image"].removeprefix("image-"))
         np.testing.assert_array_equal(original, tiny["images"][position])
     # Nothing is left to do: no audit is run again.
-    again = gx.sweep(**tiny, axes=axes, out=tmp_path)
-    assert again.rows == result.rows
+    before = lines(tmp_path)
+    assert gx.sweep(**tiny, axes=axes, out=tmp_path).rows == result.rows
+    assert lines(tmp_path) == before
 
 
 def poisonous(image: int) -> Defense:
