@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ggl_jax.adversary.resume import Checkpoints, Saved, identity
 from ggl_jax.adversary.sharding import Layout
 from ggl_jax.errors import GGLError
 from ggl_jax.types import OK, STALLED, Attack, Candidates, Problem, PyTree
@@ -106,6 +107,7 @@ def run_search(
     points: jax.Array | None = None,
     steps_per_call: int | None = None,
     mesh: jax.sharding.Mesh | None = None,
+    checkpoints: Checkpoints | None = None,
     callback: Callable[[int, jax.Array], None] | None = None,
 ) -> SearchResult:
     """Run an attack on one or more instances that share model, prior and defense.
@@ -123,6 +125,8 @@ def run_search(
         mesh: devices to share the work out to: the instances where there are as many as devices,
             else each step's candidates. Results are those of one device but for rounding. With
             several processes each has to make the same call, and gets the same results.
+        checkpoints: where the state is kept from time to time; the same call goes on from the last
+            one. None keeps none.
         callback: ``callback(steps_done, losses[i])`` after each call.
 
     Returns:
@@ -143,6 +147,11 @@ def run_search(
     key_start, key = (pairs[:, 0], pairs[:, 1]) if batched else (pairs[0, 0], pairs[0, 1])
     if points is not None:
         points = jnp.stack(layout.pad(list(points))) if batched else points[0]
+    name, saved = "", None
+    if checkpoints is not None:
+        own = (problem.observed, problem.labels, problem.estimated)
+        name = identity(attack.name, steps, keys, points, own)
+        saved = checkpoints.load(name, jax.eval_shape(init, key_start, problem, points))
     key_start, key, points = layout.instances((key_start, key, points))
     problem = Problem(
         observed=layout.instances(problem.observed),
@@ -151,10 +160,14 @@ def run_search(
         labels=layout.instances(problem.labels),
         estimated=layout.instances(problem.estimated),
     )
-    with layout.active():
-        state = init(key_start, problem, points)
-    per_call = min(steps_per_call or default_steps_per_call(), steps)
     history, statuses, done = [], [], 0
+    if saved is None:
+        with layout.active():
+            state = init(key_start, problem, points)
+    else:
+        state, done = layout.instances(saved.state), saved.done
+        history, statuses = [jnp.asarray(saved.history)], [jnp.asarray(saved.statuses)]
+    per_call = min(steps_per_call or default_steps_per_call(), steps)
     while done < steps:
         num = min(per_call, steps - done)
         with layout.active():
@@ -168,6 +181,9 @@ def run_search(
             callback(done, losses[:, -1])
         if bool(jnp.all(status != OK)):
             break
+        if checkpoints is not None and layout.agree(checkpoints.due(done == steps)):
+            past = (np.concatenate(history, axis=1), np.concatenate(statuses, axis=1))
+            checkpoints.save(name, Saved(done, layout.whole(state), *past))
     with layout.active():
         found = candidates(problem, state)
     found = layout.fetch(found if batched else jax.tree.map(lambda x: x[None], found))
@@ -203,6 +219,7 @@ def run_stages(
     problems: list[Problem],
     *,
     mesh: jax.sharding.Mesh | None = None,
+    checkpoints: Checkpoints | None = None,
     callback: Callable[[int, jax.Array], None] | None = None,
 ) -> SearchResult:
     """Run the stages of a search, each from where the one before came to.
@@ -212,6 +229,7 @@ def run_stages(
         keys: [i], as for :func:`run_search`.
         problems: as for :func:`run_search`.
         mesh: as for :func:`run_search`.
+        checkpoints: as for :func:`run_search`.
         callback: ``callback(steps_done, losses[i])``, with the steps of all stages.
 
     Returns:
@@ -238,6 +256,7 @@ def run_stages(
                 steps=stage.steps,
                 points=points,
                 mesh=mesh,
+                checkpoints=None if checkpoints is None else checkpoints.stage(number),
                 callback=advanced,
             )
         )

@@ -79,11 +79,23 @@ class Layout:
         """Results of all instances, whole, on every process, and without what was padded."""
         if self._mesh is None:
             return tree
-        if jax.process_count() > 1:
+        return jax.tree.map(lambda x: jnp.asarray(x)[: self.num_instances], self.whole(tree))
+
+    def whole(self, tree: PyTree) -> PyTree:
+        """Arrays on this process's host, whole, with what was padded."""
+        if self._mesh is not None and jax.process_count() > 1:
             from jax.experimental import multihost_utils
 
             tree = multihost_utils.process_allgather(tree, tiled=True)
-        return jax.tree.map(lambda x: jnp.asarray(np.asarray(x))[: self.num_instances], tree)
+        return jax.tree.map(np.asarray, tree)
+
+    def agree(self, flag: bool) -> bool:
+        """Process 0's flag: what follows has to be done by all processes or by none."""
+        if self._mesh is None or jax.process_count() == 1:
+            return flag
+        from jax.experimental import multihost_utils
+
+        return bool(multihost_utils.broadcast_one_to_all(np.asarray(flag)))
 
 
 def over_population(function: Callable) -> Callable:

@@ -17,6 +17,7 @@ from PIL import Image
 
 from ggl_jax.adversary import estimation
 from ggl_jax.adversary.labels import infer_labels, public_expectations
+from ggl_jax.adversary.resume import Checkpoints
 from ggl_jax.adversary.search import Stage, run_stages
 from ggl_jax.adversary.strategy import AttackSettings, combines, make_stages, mean_image
 from ggl_jax.audit import metrics
@@ -256,6 +257,7 @@ def audit(
     out: str | Path | None = None,
     controls: dict[str, Controls] | None = None,
     mesh: jax.sharding.Mesh | None = None,
+    searches: str | Path | None = None,
     progress: Progress | None = None,
 ) -> AuditResult:
     """Audit defenses on private images: how much of each does the shared update leak?
@@ -290,6 +292,8 @@ def audit(
             an earlier run of the same audit finished there are kept and not repeated.
         controls: the controls that are known already, by the image's name.
         mesh: of devices to share the searches out to; see :func:`ggl_jax.run_search`.
+        searches: folder where searches of more than five minutes keep their state meanwhile, to go
+            on from there when they were killed; by default the folder "searches" in ``out``.
         progress: called as the audit goes on.
 
     Returns:
@@ -335,6 +339,8 @@ def audit(
     groups = groups_of(images, labels, names, parsed, client.batch_size, at_once)
     num_cells = sum(len(group) for group in groups)
     store = _Store(Path(out)) if out is not None else None
+    if searches is None and out is not None:
+        searches = Path(out) / "searches"
     programs = {d.name: build_programs(model, prior, d, client, settings) for d in parsed}
     result = AuditResult([], [], dict(controls or {}), dict(zip(names, images, strict=True)))
     done = 0
@@ -364,6 +370,10 @@ def audit(
             finished = [store.finished(cell) if store else None for cell in group]
             todo = [i for i, found in enumerate(finished) if found is None]
             if todo:
+                keeper = None
+                if searches is not None:
+                    name = f"{group[todo[0]].first:04d}-{len(todo)}-{_file_name(group[0].defense)}"
+                    keeper = Checkpoints(Path(searches) / name, write=jax.process_index() == 0)
                 fresh = _run_group(
                     [group[i] for i in todo],
                     [keys[i] for i in todo],
@@ -378,6 +388,7 @@ def audit(
                     public,
                     others,
                     mesh,
+                    keeper,
                     report,
                 )
                 for i, (rows, recs) in zip(todo, fresh, strict=True):
@@ -387,6 +398,8 @@ def audit(
                     if store:
                         store.write(group[i], rows, recs)
                     finished[i] = rows, recs
+                if keeper is not None:
+                    keeper.clear()
             for found in finished:
                 assert found is not None
                 result.rows.extend(found[0])
@@ -422,6 +435,7 @@ def _run_group(
     public: dict[str, jax.Array],
     others: np.ndarray | None,
     mesh: jax.sharding.Mesh | None,
+    keeper: Checkpoints | None,
     report: Callable,
 ) -> list[tuple[list[dict], list[np.ndarray]]]:
     """Share, estimate, search and judge the cells of one defense; rows and pictures of each."""
@@ -454,6 +468,7 @@ def _run_group(
         jnp.stack([jax.random.fold_in(instance, STREAM_SEARCH) for instance in instances]),
         problems,
         mesh=mesh,
+        checkpoints=keeper,
         callback=lambda done, losses: report("search", done / steps, float(jnp.mean(losses))),
     )
     combined = programs.stages[-1].attack.name != "refine" and combines(settings, defense)
@@ -520,6 +535,10 @@ def _curve(history: np.ndarray, points: int = 48) -> list[list[float]]:
     return [(chosen + 1).tolist(), [float(f"{loss:.5g}") for loss in history[chosen]]]
 
 
+def _file_name(defense: Defense) -> str:
+    return "".join(c if c.isalnum() or c in ".-+" else "_" for c in defense.name)
+
+
 class _Store:
     """The output folder: rows appended and synced as cells finish, pictures written before them."""
 
@@ -570,7 +589,7 @@ class _Store:
     def write(self, cell: Cell, rows: list[dict], recs: list[np.ndarray]):
         lines = []
         for position, (row, image) in enumerate(zip(rows, recs, strict=True)):
-            defense = "".join(c if c.isalnum() or c in ".-+" else "_" for c in row["defense"])
+            defense = _file_name(cell.defense)
             name = f"reconstructions/{cell.first + position:04d}_{defense}.png"
             save_png(self.folder / name, image)
             row["reconstruction"] = name

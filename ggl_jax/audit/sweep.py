@@ -577,7 +577,13 @@ def read_controls(path: Path) -> tuple[Controls, np.ndarray]:
 
 
 def _audit_cells(
-    grid: Grid, cells: Sequence[SweepCell], controls, progress=None, settings=None, mesh=None
+    grid: Grid,
+    cells: Sequence[SweepCell],
+    controls,
+    progress=None,
+    settings=None,
+    mesh=None,
+    searches=None,
 ):
     """Run cells of one program and seed as one audit."""
     first = cells[0]
@@ -601,6 +607,7 @@ def _audit_cells(
         seed=first.seed,
         controls=controls,
         mesh=mesh,
+        searches=searches,
         progress=progress,
     )
 
@@ -709,7 +716,8 @@ def _run_cells(grid, todo, folder, journal, mesh, progress) -> None:
 
         known = store.load(cells)
         try:
-            found = _audit_cells(grid, cells, known, report, mesh=mesh)
+            kept = folder / "searches" / cells[0].id
+            found = _audit_cells(grid, cells, known, report, mesh=mesh, searches=kept)
         except Exception as error:
             # One cell's failure is a result; a batch's is not yet known to be any cell's.
             if len(cells) > 1:
@@ -733,7 +741,12 @@ def _run_cells(grid, todo, folder, journal, mesh, progress) -> None:
                 journal.append(_finish(cell, found, parts, folder, store))
             done += 1
 
-    for batch in _batches(todo, default_instances(grid.model, mesh)):
+    # Batches of the whole grid, so that a search that goes on finds the batch that it had.
+    left = {cell.id for cell in todo}
+    for whole in _batches(grid.cells, default_instances(grid.model, mesh)):
+        batch = [cell for cell in whole if cell.id in left]
+        if not batch:
+            continue
         limit = largest.get(batch[0].program, len(batch))
         for first in range(0, len(batch), limit):
             attempt(batch[first : first + limit])
