@@ -11,7 +11,7 @@ import numpy as np
 from ggl_jax.adversary.resume import Checkpoints, Saved, identity
 from ggl_jax.adversary.sharding import Layout
 from ggl_jax.errors import GGLError
-from ggl_jax.types import OK, STALLED, Attack, Candidates, Problem, PyTree
+from ggl_jax.types import NONFINITE, OK, STALLED, Attack, Candidates, Problem, PyTree
 
 #: Which parts of a problem differ between the instances of one batch: each client has its own
 #: update and labels, while the global model and the prior are shared.
@@ -234,8 +234,8 @@ def run_stages(
 
     Returns:
         The last stage's :class:`SearchResult`, with the evaluations of all stages, their histories
-        one after the other (a regulariser that one stage lacks makes a jump) and the first status
-        that is not OK.
+        one after the other (a regulariser that one stage lacks makes a jump), and the first stage's
+        status, or NONFINITE where a later one broke down.
     """
     results: list[SearchResult] = []
     done = 0
@@ -263,7 +263,9 @@ def run_stages(
         done += stage.steps
     status = results[0].status
     for result in results[1:]:
-        status = jnp.where(status != OK, status, result.status)
+        # A later stage that finds nothing better leaves what was found as it is.
+        broke = (status == OK) & (result.status == NONFINITE)
+        status = jnp.where(broke, NONFINITE, status)
     return results[-1]._replace(
         evaluations=sum(result.evaluations for result in results),
         history=jnp.concatenate([result.history for result in results], axis=1),
