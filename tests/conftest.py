@@ -10,6 +10,9 @@ os.environ.setdefault(
     "XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 )
 _cache = tempfile.TemporaryDirectory(prefix="ggl_jax-tests-")
+# Each worker has its own: JAX writes entries in place, and another worker could read half of one.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = _cache.name
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", _cache.name)
 # Audits in tests do not depend on what weights the user has installed.
 os.environ["GGL_JAX_WEIGHTS"] = os.path.join(_cache.name, "weights")
