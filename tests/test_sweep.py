@@ -538,6 +538,13 @@ def test_the_work_is_really_shared_out():
     subprocess.run([sys.executable, "-c", script], env=environment, check=True, timeout=120)
 
 
+def test_importing_the_package_starts_no_device():
+    """Or several processes could not be joined any more."""
+    script = "import ggl_jax.cli; from jax._src import xla_bridge as x; assert not x._backends"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    subprocess.run([sys.executable, "-c", script], env=environment, check=True, timeout=120)
+
+
 # --- grid files ---------------------------------------------------------------------------------
 
 
