@@ -1,21 +1,24 @@
 """CMA-ES on the device, through evosax."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from evosax.algorithms import CMA_ES
 
 from ggl_jax.adversary.optimizers.base import make_info, require
 from ggl_jax.types import Optimizer
 
 
 @functools.cache
-def _strategy(population: int, num_dims: int) -> CMA_ES:
+def _strategy(population: int, num_dims: int) -> Any:
     # evosax's jit cache is keyed by the instance, so there is one for each size. Its default
     # metrics stack whole vectors at every step; we report through Info instead.
     # It holds small arrays: they must be real ones, also when the first use is inside a jit.
     with jax.ensure_compile_time_eval():
+        # Importing it computes something, after which jax.distributed could not be started.
+        from evosax.algorithms import CMA_ES
+
         return CMA_ES(
             population_size=population,
             solution=jnp.zeros(num_dims),
