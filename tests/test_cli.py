@@ -113,8 +113,9 @@ def test_default_search_goes_through_its_stages(prior_folder, tmp_path, capsys, 
     arguments = ["audit", "--prior", str(prior_folder), "--out", str(out), *options.split()]
     assert run(arguments) == 0
     rows = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
-    assert [row["refined"] for row in rows] == [True, False]  # pixels would fit the noise
-    assert [row["evaluations"] for row in rows] == [6 + 3 * 2 + 2 * 2 + 3, 6 + 3 * 2 + 2 * 2]
+    # Under noise, finalists give way to the mean of all restarts, and pixels would fit the noise.
+    assert [row["refined"] for row in rows] == [True, False]
+    assert [row["evaluations"] for row in rows] == [6 + 3 * 2 + 2 * 2 + 3, 6 + 3 * 2]
     assert all(row["optimizer"] == "adam" and row["adaptive"] for row in rows)
     capsys.readouterr()
     assert run([*arguments, "--finalists", "4"]) == 2
@@ -125,7 +126,7 @@ def test_default_search_goes_through_its_stages(prior_folder, tmp_path, capsys, 
 
 def test_presets_know_attacks_and_optimizers(capsys):
     quick = defaults([])
-    assert (quick.optimizer, quick.pool, quick.refine) == ("adam", 200, "auto")
+    assert (quick.optimizer, quick.pool, quick.refine) == ("adam", 100, "auto")
     paper = defaults(["--preset", "paper"])
     published = ATTACKS["ggl"]
     assert (paper.steps, paper.refine) == (published.steps, "none")

@@ -366,6 +366,7 @@ def test_instances_under_vmap():
                 np.testing.assert_allclose(together[number], separate, rtol=1e-8, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_labels_may_be_shared_or_soft_and_jit_changes_nothing():
     with jax.enable_x64(True):
         parts = problem("wide", "none", num=2)

@@ -483,7 +483,7 @@ def alone(tmp_path_factory):
     return run_alone
 
 
-@pytest.mark.parametrize("kind", ["many", "one"])
+@pytest.mark.parametrize("kind", [pytest.param("many", marks=pytest.mark.slow), "one"])
 def test_four_devices_find_what_one_finds(tmp_path, kind, alone):
     assert "FINISHED 5 0" in finish(start(tmp_path / "four", kind, devices=4))
     assert_same(tmp_path / "four", alone(kind))
@@ -497,6 +497,7 @@ def free_port():
         return listener.getsockname()[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["many", pytest.param("one", marks=pytest.mark.slow)])
 def test_two_processes_find_what_one_finds(tmp_path, kind, alone):
     coordinator = f"127.0.0.1:{free_port()}"

@@ -63,6 +63,7 @@ def test_marginal_likelihood_and_its_gradient_are_tinygps(data):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3), gradient, theirs[1])
 
 
+@pytest.mark.slow
 def test_draws_have_the_posteriors_moments(data):
     points, targets, mask, hyper = data
     # Seen, near, and far from the data.
@@ -220,6 +221,7 @@ def bowl(z):
     return jnp.sum((z - 0.5) ** 2, axis=1)
 
 
+@pytest.mark.slow
 def test_failed_candidates_are_not_modelled():
     def flaky(z):
         return jnp.where(z[:, 0] > 0.8, jnp.nan, bowl(z))
@@ -250,6 +252,7 @@ def test_a_full_memory_drops_what_is_furthest_from_the_best():
             assert (tuple(row) in rows) == (far <= kept[-1])
 
 
+@pytest.mark.slow
 def test_scan_over_instances_is_the_loop():
     optimizer = turbo(steps=5, **SMALL)
     starts = jnp.zeros((2, 1, 3))
