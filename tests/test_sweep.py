@@ -483,7 +483,8 @@ def alone(tmp_path_factory):
     return run_alone
 
 
-@pytest.mark.parametrize("kind", [pytest.param("many", marks=pytest.mark.slow), "one"])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["many", "one"])
 def test_four_devices_find_what_one_finds(tmp_path, kind, alone):
     assert "FINISHED 5 0" in finish(start(tmp_path / "four", kind, devices=4))
     assert_same(tmp_path / "four", alone(kind))
