@@ -40,6 +40,9 @@ class Model(NamedTuple):
         image_shape: ``(h, w, c)``.
         num_classes: ``k``.
         name: shown in results.
+        statistics: ``statistics(variables, images[b h w c] in [0, 1]) -> tree`` shaped as
+            ``variables["batch_stats"]``: the ``mean`` and ``var`` over the batch of what enters
+            every BatchNorm layer; None where the model has none.
     """
 
     init: Callable
@@ -48,6 +51,7 @@ class Model(NamedTuple):
     image_shape: tuple[int, int, int]
     num_classes: int
     name: str
+    statistics: Callable | None = None
 
 
 class Prior(NamedTuple):
@@ -172,6 +176,8 @@ class Problem(NamedTuple):
         prior_params: the generator's parameters.
         labels: [b], the inferred labels.
         estimated: the defense's estimated parameters.
+        statistics: what ``model.statistics`` gives for the private batch, where the client shared
+            it; None where it did not.
     """
 
     observed: PyTree
@@ -179,6 +185,7 @@ class Problem(NamedTuple):
     prior_params: PyTree
     labels: jax.Array
     estimated: PyTree
+    statistics: PyTree | None = None
 
 
 class Candidates(NamedTuple):

@@ -215,3 +215,85 @@ def test_dlg_inverts_lenet_and_fails_under_noise():
     assert psnr(found["none"].images[0], image[None]) > 30
     assert int(found["none"].labels[0, 0]) == 3
     assert psnr(found["noise:0.1"].images[0], image[None]) < 12
+
+
+class NormNet(nn.Module):
+    """Convolutions with BatchNorm, one of them inside a submodule."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Conv(4, (3, 3), name="conv")(x)
+        x = nn.relu(nn.BatchNorm(use_running_average=True, name="outer")(x))
+        x = nn.Sequential([nn.Conv(5, (3, 3)), nn.BatchNorm(use_running_average=True)])(x)
+        return nn.Dense(3)(nn.relu(x).reshape(x.shape[0], -1))
+
+
+def test_batch_norm_statistics(tiny_images, tiny_prior):
+    model = gx.from_flax(NormNet(), image_shape=(8, 8, 3))
+    variables = model.init(jax.random.key(0))
+    found = model.statistics(variables, tiny_images)
+    assert jax.tree.structure(found) == jax.tree.structure(variables["batch_stats"])
+    # By hand: the first layer's input is the first convolution's output.
+    y = jax.lax.conv_general_dilated(
+        2 * tiny_images - 1, variables["params"]["conv"]["kernel"], (1, 1), "SAME",
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    ) + variables["params"]["conv"]["bias"]  # fmt: skip
+    np.testing.assert_allclose(found["outer"]["mean"], np.mean(y, (0, 1, 2)), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(found["outer"]["var"], np.var(y, (0, 1, 2)), rtol=1e-4, atol=1e-5)
+    # A sum of l2 norms, 0 for the client's own batch; running ones stand in where none are shared.
+    weight = 0.5
+    _, problem = problem_of(model, variables, tiny_images[0], 1)
+    losses = {}
+    for name, penalty, statistics in (
+        ("without", "none", None),
+        ("own", f"batch_norm:{weight}", model.statistics(variables, tiny_images[1:])),
+        ("batch", f"l2:0+batch_norm:{weight}", found),
+        ("running", f"batch_norm:{weight}", None),
+    ):
+        attack = make_attack(
+            "gi", model, tiny_prior, steps=1, restarts=1, regularizer=penalty, method="direct"
+        )
+        given = problem._replace(statistics=statistics)
+        state = attack.init(jax.random.key(0), given, pixels_of(tiny_images[None, 1:]))
+        state, info = attack.step(jax.random.key(0), given, state)
+        losses[name] = float(info.losses[0])
+        distance = float(attack.candidates(given, state).distances[0])
+        assert distance == pytest.approx(losses["without"], rel=1e-4)
+    assert losses["own"] == pytest.approx(losses["without"], rel=1e-5)
+    alone = gx.from_flax(NormNet(), image_shape=(8, 8, 3)).statistics(variables, tiny_images[1:])
+    expected = sum(
+        float(np.linalg.norm(np.asarray(a) - np.asarray(b)))
+        for a, b in zip(
+            jax.tree.leaves(alone), jax.tree.leaves(variables["batch_stats"]), strict=True
+        )
+    )
+    assert losses["running"] - losses["without"] == pytest.approx(weight * expected, rel=1e-3)
+    assert losses["own"] < losses["batch"]
+
+
+def test_batch_norm_needs_statistics(model, tiny_images, tiny_prior):
+    assert model.statistics is None
+    with pytest.raises(GGLError, match="batch_norm needs a model with BatchNorm"):
+        make_attack("gi", model, tiny_prior, regularizer="l2+batch_norm:1")
+    with pytest.raises(GGLError, match="share_statistics"):
+        gx.audit(
+            tiny_images, [0, 1], model=model, defenses=["none"], prior=tiny_prior,
+            client=gx.ClientSettings(share_statistics=True),
+        )  # fmt: skip
+
+
+def test_shared_statistics_reach_the_search(tiny_images, tiny_prior, tiny_prior_params):
+    model = gx.from_flax(NormNet(), image_shape=(8, 8, 3))
+    losses = []
+    for share in (False, True):
+        result = gx.audit(
+            tiny_images, [0, 1], model=model, defenses=["none"], prior=tiny_prior,
+            prior_params=tiny_prior_params, num_controls=4, ceiling_steps=2,
+            client=gx.ClientSettings(share_statistics=share),
+            settings=gx.AttackSettings(
+                attack="gi", steps=1, restarts=2, regularizer="batch_norm:1", instances=2,
+                method="direct",
+            ),
+        )  # fmt: skip
+        losses.append([row["loss"] for row in result.rows])
+    assert losses[0] != losses[1]

@@ -7,7 +7,7 @@ loss knows without forming a candidate's gradient. New distances and regulariser
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import jax
@@ -318,6 +318,43 @@ def group_consistency(
     return jnp.sum((images - mean) ** 2, axis=(1, 2, 3, 4))
 
 
+def batch_norm_distance(found: PyTree, target: PyTree) -> jax.Array:
+    """How far a batch's statistics are from known ones: GradInversion's fidelity term R_BN.
+
+    The sum, over layers, of the l2 norms of the differences in mean and in variance.
+
+    Args:
+        found: a tree of layers, each with ``mean`` [c] and ``var`` [c], as ``model.statistics``
+            returns it.
+        target: the same layers' known ones; it may hold other layers, too.
+
+    Returns:
+        A scalar. Its derivative is 0 where a difference is.
+
+    Raises:
+        GGLError: a layer is missing from ``target``, or has another shape there.
+
+    Reference:
+        Yin et al. (2021), "See through Gradients", section 3.3.
+    """
+    total = jnp.zeros(())
+    for path, value in jax.tree_util.tree_flatten_with_path(found)[0]:
+        known = target
+        for entry in path:
+            known = known.get(entry.key) if isinstance(known, Mapping) else None
+        if known is None or jnp.shape(known) != jnp.shape(value):
+            name = "/".join(str(entry.key) for entry in path)
+            raise GGLError(
+                f"statistics: {name} must have shape {jnp.shape(value)}, got "
+                f"{'nothing' if known is None else jnp.shape(known)}; give the mean and var of "
+                "every BatchNorm layer"
+            )
+        square = jnp.sum((value - known) ** 2)
+        # The square root's derivative is infinite at 0.
+        total += jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, 1.0)), 0.0)
+    return total
+
+
 #: Regularisers by name: ``f(latents[n b z], images[n b h w c] in [0, 1], *, fidelity) -> [n]``.
 REGULARIZERS = {
     "kld": kld,
@@ -329,12 +366,15 @@ REGULARIZERS = {
 }
 
 
-def parse_regularizer(specification: str, *, fidelity: str = "paper") -> Callable:
+def parse_regularizer(
+    specification: str, *, fidelity: str = "paper", more: Mapping[str, Callable] | None = None
+) -> Callable:
     """A weighted sum of regularisers from text such as ``"kld:0.1+norm:1e-4"``.
 
     Args:
         specification: ``name:weight`` terms joined by "+" (no weight means 1), or "none".
         fidelity: "paper" or "code"; see each regulariser.
+        more: regularisers beside :data:`REGULARIZERS`, such as those that need the problem at hand.
 
     Returns:
         ``regularize(latents[n b z], images[n b h w c] in [0, 1]) -> [n]``.
@@ -345,15 +385,15 @@ def parse_regularizer(specification: str, *, fidelity: str = "paper") -> Callabl
     """
     _check_fidelity(fidelity)
     terms = []
+    known = {**REGULARIZERS, **(more or {})}
     text = specification.strip()
     # A "+" inside an exponent (1e+3) does not separate terms.
     pieces = [] if text == "none" else re.split(r"(?<!\de)\+", text)
     for piece in pieces:
         name, _, number = piece.strip().partition(":")
-        if name not in REGULARIZERS:
+        if name not in known:
             raise GGLError(
-                f"regularizer: got {name!r} in {specification!r}, "
-                f"allowed: none, {', '.join(REGULARIZERS)}"
+                f"regularizer: got {name!r} in {specification!r}, allowed: none, {', '.join(known)}"
             )
         try:
             weight = float(number) if number else 1.0
@@ -363,7 +403,7 @@ def parse_regularizer(specification: str, *, fidelity: str = "paper") -> Callabl
             raise GGLError(
                 f"regularizer: weight of {name!r}: got {number!r}, allowed: numbers >= 0"
             )
-        terms.append((weight, REGULARIZERS[name]))
+        terms.append((weight, known[name]))
 
     def regularize(latents, images):
         total = jnp.zeros(latents.shape[0], latents.dtype)

@@ -54,6 +54,7 @@ def reconstruct(
     batch_size: int = 1,
     local_steps: int = 1,
     local_learning_rate: float = 0.01,
+    statistics: PyTree | None = None,
     mesh: jax.sharding.Mesh | None = None,
     callback: Callable[[int, jax.Array], None] | None = None,
 ) -> Reconstruction:
@@ -72,6 +73,8 @@ def reconstruct(
         batch_size: images behind the update.
         local_steps: SGD steps behind it.
         local_learning_rate: their step size.
+        statistics: the batch's BatchNorm statistics, where the client shared them; read by attacks
+            with ``batch_norm`` in their regulariser.
         mesh: as for :func:`ggl_jax.run_search`.
         callback: ``callback(steps_done, losses[1])``.
 
@@ -109,7 +112,7 @@ def reconstruct(
     outcome = run_stages(
         stages,
         jax.random.fold_in(key, _SEARCH)[None],
-        [Problem(update, variables, prior_params, labels, estimated)],
+        [Problem(update, variables, prior_params, labels, estimated, statistics)],
         mesh=mesh,
         callback=callback,
     )

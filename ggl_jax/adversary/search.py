@@ -15,7 +15,7 @@ from ggl_jax.types import NONFINITE, OK, STALLED, Attack, Candidates, Problem, P
 
 #: Which parts of a problem differ between the instances of one batch: each client has its own
 #: update and labels, while the global model and the prior are shared.
-_INSTANCE_AXES = Problem(0, None, None, 0, 0)  # type: ignore[arg-type]
+_INSTANCE_AXES = Problem(0, None, None, 0, 0, 0)  # type: ignore[arg-type]
 
 
 class SearchResult(NamedTuple):
@@ -91,11 +91,10 @@ def _compiled(attack: Attack, batched: bool):
 
 
 def stack_problems(problems: list[Problem]) -> Problem:
-    """Stack the instances' own parts (updates, labels, estimates) along a new first axis."""
-    first = problems[0]
-    own = [(p.observed, p.labels, p.estimated) for p in problems]
-    observed, labels, estimated = jax.tree.map(lambda *xs: jnp.stack(xs), *own)
-    return Problem(observed, first.variables, first.prior_params, labels, estimated)
+    """Stack the instances' own parts, such as updates and labels, along a new first axis."""
+    own = [p._replace(variables=None, prior_params=None) for p in problems]
+    stacked = jax.tree.map(lambda *xs: jnp.stack(xs), *own)
+    return stacked._replace(variables=problems[0].variables, prior_params=problems[0].prior_params)
 
 
 def run_search(
@@ -149,7 +148,7 @@ def run_search(
         points = jnp.stack(layout.pad(list(points))) if batched else points[0]
     name, saved = "", None
     if checkpoints is not None:
-        own = (problem.observed, problem.labels, problem.estimated)
+        own = problem._replace(variables=None, prior_params=None)
         name = identity(attack.name, steps, keys, points, own)
         saved = checkpoints.load(name, jax.eval_shape(init, key_start, problem, points))
     key_start, key, points = layout.instances((key_start, key, points))
@@ -159,6 +158,7 @@ def run_search(
         prior_params=layout.shared(problem.prior_params),
         labels=layout.instances(problem.labels),
         estimated=layout.instances(problem.estimated),
+        statistics=layout.instances(problem.statistics),
     )
     history, statuses, done = [], [], 0
     if saved is None:

@@ -8,7 +8,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -46,11 +46,16 @@ MODEL_STREAM, PUBLIC_STREAM = 2**31 - 1, 2**31 - 2
 
 @dataclasses.dataclass(frozen=True)
 class ClientSettings:
-    """What a client shares: the update of ``batch_size`` images after ``local_steps`` steps."""
+    """What a client shares: the update of ``batch_size`` images after ``local_steps`` steps.
+
+    With ``share_statistics`` also its batch's mean and variance at every BatchNorm layer, as
+    clients do that let the server average their running statistics.
+    """
 
     batch_size: int = 1
     local_steps: int = 1
     local_learning_rate: float = 0.01
+    share_statistics: bool = False
 
 
 class Cell(NamedTuple):
@@ -318,6 +323,11 @@ def audit(
         else d
         for d in defenses
     ]
+    if client.share_statistics and model.statistics is None:
+        raise GGLError(
+            f"share_statistics: model {model.name} has no BatchNorm layers, so there are none to "
+            "share; leave it out"
+        )
     if client.local_steps > 1:
         for defense in parsed:
             if client_defenses.replaces_update(defense):
@@ -410,6 +420,11 @@ def audit(
     return result
 
 
+@functools.lru_cache(maxsize=16)
+def _statistics(model: Model) -> Callable:
+    return jax.jit(cast(Callable, model.statistics))
+
+
 def default_instances(model: Model, mesh: jax.sharding.Mesh | None = None) -> int:
     """Searches in one program: one where a single population fills the machine or its memory.
 
@@ -458,7 +473,10 @@ def _run_group(
             **public,
         )
         estimated = estimation.estimate(defense, observed, model.head)
-        problems.append(Problem(observed, variables, prior_params, inferred, estimated))
+        statistics = None
+        if client.share_statistics:
+            statistics = _statistics(model)(variables, cell.images)
+        problems.append(Problem(observed, variables, prior_params, inferred, estimated, statistics))
         records.append(record)
     report("compiling the search")
     search_began = time.perf_counter()

@@ -436,7 +436,8 @@ def from_flax(
     init = _init_fn(module, preprocess, image_shape, init_kwargs)
     variables = jax.eval_shape(init, jax.random.key(0))
     # Two images, so that a batch axis cannot be mistaken for any other of size one.
-    dummy = jax.eval_shape(preprocess, jax.ShapeDtypeStruct((2, *image_shape), jnp.float32))
+    dummy_images = jax.ShapeDtypeStruct((2, *image_shape), jnp.float32)
+    dummy = jax.eval_shape(preprocess, dummy_images)
     path = _find_head(module, kwargs, variables, dummy) if head is None else tuple(head)
     is_head = functools.partial(_has_path, path)
 
@@ -485,6 +486,10 @@ def from_flax(
             )
         return run(variables, preprocess(images))
 
+    def statistics(variables: PyTree, images: jax.Array) -> PyTree:
+        is_norm = functools.partial(_is_instance, nn.BatchNorm)
+        return _moments(_run(module, is_norm, kwargs, variables, preprocess(images))[1])
+
     return Model(
         init=init,
         apply=apply,
@@ -492,11 +497,25 @@ def from_flax(
         image_shape=image_shape,
         num_classes=num_logits,
         name=name or title.lower(),
+        statistics=statistics if jax.eval_shape(statistics, variables, dummy_images) else None,
     )
 
 
 def _has_path(path: Path, module: nn.Module) -> bool:
     return module.path == path
+
+
+def _is_instance(kind: type, module: nn.Module) -> bool:
+    return isinstance(module, kind)
+
+
+def _moments(taps: Mapping) -> PyTree:
+    """Tapped inputs [b ... c] to each layer's mean and (population) variance over all but c."""
+    if isinstance(taps.get("input"), tuple):
+        x = taps["input"][-1]
+        axes = tuple(range(x.ndim - 1))
+        return {"mean": jnp.mean(x, axes), "var": jnp.var(x, axes)}
+    return {name: _moments(sub) for name, sub in taps.items() if isinstance(sub, Mapping)}
 
 
 def _dims(shape: Sequence[int]) -> str:

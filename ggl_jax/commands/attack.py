@@ -52,6 +52,12 @@ class AttackCommand:
     """Local SGD steps behind it; the file then holds the sum of their gradients."""
     local_learning_rate: float = 0.01
     """Step size of the local steps."""
+    regularizer: str | None = None
+    """Penalties on the candidate, as for ggl-jax audit."""
+    statistics: Path | None = None
+    """The mean and variance of the client's batch at every BatchNorm layer, where it shared them:
+    a file as for --gradient, named as the model's batch_stats (bn1/mean, bn1/var, ...). Read by
+    batch_norm among the penalties."""
     num_controls: int = 400
     """Random samples of the prior for the controls; read only with --image."""
     ceiling_steps: int = 300
@@ -83,11 +89,15 @@ def run(command: AttackCommand, argv: list[str]) -> int:
     tensors = foreign.read(command.weights)
     model, variables = read_variables(tensors, command.model, prior.image_shape)
     update = read_update(command.gradient, variables["params"])
+    statistics = None
+    if command.statistics is not None:
+        statistics = read_update(command.statistics, variables.get("batch_stats", {}))
     chosen = ["--preset", command.preset, "--attack", command.attack]
     chosen += [] if command.optimizer is None else ["--optimizer", command.optimizer]
     base = audit_command.defaults(chosen)
     given = {f.name: getattr(base, f.name) for f in dataclasses.fields(AttackSettings)}
     given |= {"attack": command.attack, "optimizer": command.optimizer or base.optimizer}
+    given["regularizer"] = command.regularizer or base.regularizer
     settings = AttackSettings(**given | ({"steps": command.steps} if command.steps else {}))
     defense = parse(command.defense, fidelity=settings.fidelity, compare=settings.compare)
     command.out.mkdir(parents=True, exist_ok=True)
@@ -104,6 +114,7 @@ def run(command: AttackCommand, argv: list[str]) -> int:
             batch_size=command.batch_size,
             local_steps=command.local_steps,
             local_learning_rate=command.local_learning_rate,
+            statistics=statistics,
             mesh=_devices.mesh(command.shard),
             callback=lambda done, losses: bar("search", 0, 1, 0.0, float(losses[0])),
         )

@@ -122,6 +122,9 @@ class AuditCommand:
     """Local SGD steps behind each shared update: 1 for a plain gradient, more for FedAvg."""
     local_learning_rate: float = 0.01
     """Step size of the local steps."""
+    share_statistics: bool = False
+    """Clients also share their batch's mean and variance at every BatchNorm layer, for attacks with
+    batch_norm among their penalties."""
     attack: str = "ggl"
     """Attack: ggl (generative gradient leakage), or a baseline on pixels: dlg, idlg, ig (inverting
     gradients), gi (GradInversion). Options below that are not set are as that attack's authors
@@ -163,7 +166,8 @@ class AuditCommand:
     defense (published: False)."""
     regularizer: str | None = None
     """Penalties on the candidate, as name:weight joined by +, or none. Names: kld, norm,
-    gaussian, total_variation, l2, group (consistency of the restarts)."""
+    gaussian, total_variation, l2, group (consistency of the restarts), batch_norm (distance to the
+    shared statistics, or else to the model's running ones)."""
     finalists: int = 0
     """So many of the restarts go on by adam, for final-steps; 0 for none."""
     final_steps: int = 100
@@ -301,7 +305,9 @@ def run(command: AuditCommand, argv: list[str]) -> int:
     settings = AttackSettings(
         **{f.name: getattr(command, f.name) for f in dataclasses.fields(AttackSettings)}
     )
-    client = ClientSettings(command.batch_size, command.local_steps, command.local_learning_rate)
+    client = ClientSettings(
+        **{f.name: getattr(command, f.name) for f in dataclasses.fields(ClientSettings)}
+    )
     num = len(dataset.images)
     console.print(
         f"Auditing {len(command.defenses)} defenses on {num} image{'s' * (num != 1)} of "

@@ -204,7 +204,9 @@ def load_grid(path: Path):
         axes=file.axes,
         exclude=file.exclude,
         settings=settings,
-        client=ClientSettings(command.batch_size, command.local_steps, command.local_learning_rate),
+        client=ClientSettings(
+            **{f.name: getattr(command, f.name) for f in dataclasses.fields(ClientSettings)}
+        ),
         prior=prior,
         prior_params=prior_params,
         names=dataset.names,

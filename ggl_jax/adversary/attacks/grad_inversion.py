@@ -16,7 +16,8 @@ def grad_inversion(
 ) -> Attack:
     """GradInversion: pixels by squared l2, kept smooth, small and close to the other restarts.
 
-    Without batch normalisation statistics, as in the paper: clients do not share them.
+    Without BatchNorm statistics, as in the paper: its clients do not share them. Where they do, add
+    ``batch_norm`` to the regulariser; see :func:`search_attack`.
 
     Args:
         model: the federated model.

@@ -4,7 +4,12 @@ import jax
 import jax.numpy as jnp
 
 from ggl_jax.adversary.estimation import noise_variance
-from ggl_jax.adversary.losses import parse_regularizer, resolve_distance, tree_statistics
+from ggl_jax.adversary.losses import (
+    batch_norm_distance,
+    parse_regularizer,
+    resolve_distance,
+    tree_statistics,
+)
 from ggl_jax.adversary.matching import matching_loss
 from ggl_jax.adversary.optimizers import BestState, best_so_far
 from ggl_jax.adversary.sharding import over_population
@@ -68,7 +73,10 @@ def search_attack(
         relative: divide the distance by that of an update of zero (for squared l2 |y|^2, less what
             the estimated noise adds to it), so that a regulariser weighs as much under each
             defense: Soteria's updates are fifty times smaller than undefended ones.
-        regularizer: a weighted sum by name such as "kld:0.1+norm:1e-4"; "none" for none.
+        regularizer: a weighted sum by name such as "kld:0.1+norm:1e-4"; "none" for none. Beside
+            :data:`ggl_jax.REGULARIZERS` there is "batch_norm": the distance of the candidate's
+            BatchNorm statistics to those that the client shared (``problem.statistics``), or else
+            to the model's running ones, which say something of a model that was trained.
         fidelity: "paper", or "code" for the published code's forms of distance and regulariser.
         method: "auto", "fused" or "direct" evaluation of the matching loss.
         precision: of its products on accelerators; see :func:`ggl_jax.matching_loss`.
@@ -98,8 +106,35 @@ def search_attack(
         raise GGLError(f"start: got {start!r}, allowed: {', '.join(STARTS)}")
     if bound not in BOUNDS:
         raise GGLError(f"bound: got {bound!r}, allowed: {', '.join(BOUNDS)}")
+    statistics = model.statistics
+    if statistics is None and "batch_norm" in regularizer:
+        raise GGLError(
+            f"regularizer: batch_norm needs a model with BatchNorm layers, and {model.name} has "
+            "none; leave it out"
+        )
+
+    def regularizer_of(problem):
+        """``regularize(points, images) -> [n]`` for one problem."""
+
+        def batch_norm(latents, images, *, fidelity):
+            del latents, fidelity
+            assert statistics is not None
+            shared = problem.statistics
+            target = problem.variables["batch_stats"] if shared is None else shared
+
+            def one(batch):
+                return batch_norm_distance(statistics(problem.variables, batch), target)
+
+            return over_population(jax.vmap(one))(images)
+
+        weighted = parse_regularizer(
+            regularizer, fidelity=fidelity, more={"batch_norm": batch_norm}
+        )
+        return lambda points, images: weighted(to_latents(points), images)
+
+    # For its errors: before the first step, and without a problem at hand.
+    parse_regularizer(regularizer, fidelity=fidelity, more={"batch_norm": batch_norm_distance})
     search = best_so_far(optimizer)
-    regularize = parse_regularizer(regularizer, fidelity=fidelity)
     num_latents = batch_size * prior.latent_dim
     num_logits = batch_size * model.num_classes if soft_labels else 0
 
@@ -164,15 +199,14 @@ def search_attack(
 
     def loss_fn_of(problem):
         distance_to = distance_of(problem)
+        regularize = regularizer_of(problem)
 
         def loss_fn(points):
             images = over_population(lambda own: images_of(problem, own))(points)
             labels = classes_of(problem, points)
             if soft_labels:
                 labels = jax.nn.softmax(to_logits(points))
-            return over_population(distance_to)(images, labels) + regularize(
-                to_latents(points), images
-            )
+            return over_population(distance_to)(images, labels) + regularize(points, images)
 
         return loss_fn
 
@@ -206,7 +240,7 @@ def search_attack(
         order = jnp.argsort(state.losses)
         points, losses = state.latents[order], state.losses[order]
         images = images_of(problem, points)
-        distances = losses - regularize(to_latents(points), images)
+        distances = losses - regularizer_of(problem)(points, images)
         return Candidates(points, images, classes_of(problem, points), losses, distances)
 
     return Attack(
