@@ -20,9 +20,11 @@ import pytest
 from conftest import TINY_SHAPE
 
 import ggl_jax as gx
+from ggl_jax import checkpoint
 from ggl_jax.audit import results
 from ggl_jax.audit import sweep as sweeps
-from ggl_jax.commands.sweep import read_grid
+from ggl_jax.commands.sweep import load_grid, read_grid
+from ggl_jax.priors import dcgan
 from ggl_jax.types import Defense
 
 SETTINGS = gx.AttackSettings(population=8, steps=3, optimizer="cma_es")
@@ -574,6 +576,20 @@ def test_a_grid_file(tmp_path):
     assert (grid.command.preset, grid.command.num_controls, grid.indices) == ("paper", 3, "0,2")
     assert grid.axes == {"restarts": ["published", 2]}
     assert grid.exclude == [{"restarts": 2}]
+
+
+def test_a_grid_files_model_has_the_classes_of_its_prior(tmp_path):
+    arguments = {"width": 2, "latent_dim": 4, "num_classes": 5}
+    card = {"name": "five", "kind": "dcgan", "arguments": arguments, "trained_on": [], "data": []}
+    checkpoint.save(tmp_path / "five", dcgan(**arguments).init(jax.random.key(0)), card)
+    fixed = f'fixed = {{prior = "{tmp_path / "five"}", model = "lenet"}}'
+    grid = load_grid(grid_file(tmp_path, fixed))
+    assert grid.model.num_classes == 5
+    assert all(cell.evaluations for cell in grid.cells)
+    # Another number cannot be searched; its cell says so when it is run.
+    grid = load_grid(grid_file(tmp_path, fixed.replace("}", ", num_classes = 4}")))
+    assert grid.model.num_classes == 4
+    assert not any(cell.evaluations for cell in grid.cells)
 
 
 @pytest.mark.parametrize(
