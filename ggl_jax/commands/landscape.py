@@ -66,12 +66,16 @@ class LandscapeCommand:
     """Penalties of the search, as for ggl-jax audit; the landscape's loss has none."""
     distance: Literal["squared_l2", "cosine"] | None = None
     """Distance between updates."""
+    relative: bool | None = None
+    """Divide distances by that of an update of zero, as for ggl-jax audit."""
     compare: Literal["published", "support", "undefended", "likelihood"] = "published"
     """What is compared, as for ggl-jax audit."""
     fidelity: Literal["paper", "code"] = "paper"
     """Where the paper and its published code differ: follow the paper, or the code."""
     chunk_size: int | None = None
     """Candidates evaluated at once; by default as many as memory allows."""
+    memory: float | None = None
+    """Gigabytes for the candidates that are evaluated at once, in place of that choice."""
     lpips: Literal["vgg", "alex", "squeeze"] = "vgg"
     """Network behind LPIPS; without its weights (ggl-jax weights), 1 - SSIM is shown."""
     seed: int = 0
@@ -153,10 +157,7 @@ def run(command: LandscapeCommand, argv: list[str]) -> int:
             image,
             # folded away from the streams of the image's index
             jax.random.fold_in(jax.random.key(command.seed), 2**31 - 3),
-            model=model,
             prior=prior,
-            defense=defense,
-            settings=settings,
             resolution=command.resolution,
             span=command.span,
             lpips=command.lpips,
