@@ -24,10 +24,16 @@ import jax
 import numpy as np
 
 from ggl_jax.adversary.attacks import resolve
-from ggl_jax.adversary.strategy import AttackSettings, make_stages
+from ggl_jax.adversary.strategy import AttackSettings
 from ggl_jax.audit import results
 from ggl_jax.audit.controls import Controls
-from ggl_jax.audit.runner import ClientSettings, Progress, audit, default_instances
+from ggl_jax.audit.runner import (
+    ClientSettings,
+    Progress,
+    audit,
+    build_programs,
+    default_instances,
+)
 from ggl_jax.client import defenses as client_defenses
 from ggl_jax.errors import GGLError
 from ggl_jax.priors import load_prior
@@ -417,22 +423,10 @@ def _differing(given: Any, defaults: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _stages(settings, client, model, prior, defense):
-    return make_stages(
-        settings,
-        model,
-        prior,
-        defense,
-        batch_size=client.batch_size,
-        local_steps=client.local_steps,
-        local_learning_rate=client.local_learning_rate,
-    )[0]
-
-
 def _evaluations(settings, client, model, prior, defense) -> int:
     """Of a search; 0 for one that cannot be built: its cells will fail and say why."""
     try:
-        stages = _stages(settings, client, model, prior, defense)
+        stages = build_programs(model, prior, defense, client, settings).stages
     except GGLError:
         return 0
     return sum(
