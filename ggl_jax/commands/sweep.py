@@ -36,8 +36,8 @@ class SweepCommand:
     out: Path | None = None
     """Folder for the results; by default the grid's name without .toml, here."""
     dry_run: bool = False
-    """Only say how many cells and gradient evaluations it would be, and about how long they would
-    take, measured by a calibration of about a minute."""
+    """Only say how many cells and gradient evaluations it would be, and roughly how long they would
+    take, by a calibration of about half a minute."""
     extend: bool = False
     """Go on in a folder of another configuration: what is finished there stays."""
     retry_failed: bool = False
@@ -267,8 +267,9 @@ def _dry_run(grid, estimate) -> int:
     console.print(
         f"{len(grid.cells):,} cells ({done:,} finished), {estimate.programs:,} programs to "
         f"compile, {estimate.evaluations:,} gradient evaluations.\n"
-        f"About {shown} on this machine ({estimate.measured} of {estimate.programs} programs "
-        "measured, the others taken to be as fast).",
+        f"Roughly {shown} on this machine, if it is as busy then as now ({estimate.measured} of "
+        f"{estimate.kinds} kinds of search stages measured, the others taken to be as fast).",
         markup=False,
+        soft_wrap=True,
     )
     return 0
