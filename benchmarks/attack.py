@@ -10,11 +10,6 @@ The JSON goes to benchmarks/results/.
 """
 
 import argparse
-import datetime
-import json
-import os
-import platform
-import re
 import time
 from pathlib import Path
 
@@ -24,9 +19,8 @@ from rich.console import Console
 from rich.table import Table
 
 import ggl_jax as gx
+from benchmarks.matching import save, slug
 from ggl_jax.adversary import estimation
-
-RESULTS = Path(__file__).parent / "results"
 
 
 def problem_of(model, variables, prior, params, defense, seed: int) -> gx.Problem:
@@ -100,24 +94,14 @@ def main(argv=None) -> None:
         )
     console.print(table)
     device = jax.devices()[0].device_kind
-    slug = re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
-    path = options.out or RESULTS / f"attack-{slug}-{os.cpu_count()}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
     result = {
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "machine": {
-            "processor": platform.processor() or platform.machine(),
-            "cores": os.cpu_count(),
-            "device": device,
-            "jax": jax.__version__,
-        },
         "steps": options.steps,
         "population": options.population,
         "instances": options.instances,
         "rows": rows,
     }
-    path.write_text(json.dumps(result, indent=1) + "\n")
-    console.print(f"written to {path}")
+    about = {"device": device, "jax": jax.__version__}
+    save(options.out, f"attack-{slug(device)}", about, result)
 
 
 if __name__ == "__main__":

@@ -444,6 +444,32 @@ def in_a_process(function, *arguments):
         return pool.apply(function, arguments)
 
 
+def slug(device: str) -> str:
+    """This machine's part of a results file's name."""
+    return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-") + f"-{os.cpu_count()}"
+
+
+def save(out: Path | None, name: str, about: dict, content: dict) -> None:
+    """Write a benchmark's JSON, with the date and the machine.
+
+    Args:
+        out: where to; None for ``results/NAME.json``.
+        name: without ``.json``.
+        about: of the machine: device, versions.
+        content: what was measured.
+    """
+    path = out or RESULTS / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    processor = platform.processor() or platform.machine()
+    result = {
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "machine": {"processor": processor, "cores": os.cpu_count(), **about},
+        **content,
+    }
+    path.write_text(json.dumps(result, indent=1) + "\n")
+    Console().print(f"written to {path}")
+
+
 def agree(losses: dict[str, np.ndarray]) -> float:
     """Largest relative disagreement with (d)."""
     ours = losses["ggl_jax"]
@@ -609,25 +635,14 @@ def main(argv=None) -> None:
             worker.stop()
     show(rows, console)
     result = {
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "machine": {
-            "processor": platform.processor() or platform.machine(),
-            "cores": os.cpu_count(),
-            **about,
-        },
         "image_size": options.image_size,
         "population": options.population,
         "gflop_per_candidate": counted["flop"] / 1e9,
         "comparison": rows,
         "scaling": scaling(options, console) if options.scaling else [],
     }
-    device = re.sub(r"[^a-z0-9]+", "-", about["device"].lower()).strip("-")
     suffix = "-quick" if options.quick else ""
-    name = f"{device}-{os.cpu_count()}-{options.image_size}{suffix}.json"
-    path = options.out or RESULTS / name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=1) + "\n")
-    console.print(f"written to {path}")
+    save(options.out, f"{slug(about['device'])}-{options.image_size}{suffix}", about, result)
 
 
 if __name__ == "__main__":

@@ -215,6 +215,9 @@ class Attack(NamedTuple):
             own starting points.
         step: ``step(key, problem, state) -> (state, Info)``.
         candidates: ``candidates(problem, state) -> Candidates``, each restart's best so far.
+        distances: ``distances(problem, images[n b h w c], labels[b] or [n b]) -> [n]``, how far the
+            images' updates lie from the observed one, as the attack's loss measures it, without
+            regularisers.
         evaluations_per_step: gradient evaluations of one step.
         evaluations_at_start: gradient evaluations of ``init``.
         name: shown in results.
@@ -223,6 +226,7 @@ class Attack(NamedTuple):
     init: Callable
     step: Callable
     candidates: Callable
+    distances: Callable
     evaluations_per_step: int
     evaluations_at_start: int
     name: str

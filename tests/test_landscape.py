@@ -1,5 +1,6 @@
 """The landscape around a result: its centre, plane, values and correlation, and the command."""
 
+import dataclasses
 import json
 
 import jax
@@ -80,11 +81,9 @@ def test_values_against_each_latents_own_gradient(setting, tiny_images, center, 
         center,
         tiny_images[0],
         key,
-        defense=defense,
-        settings=SETTINGS,
+        prior=prior,
         resolution=3,
         span=0.5,
-        **shared,
     )
     assert found.measure == "1 - SSIM"
     assert "at least" in found.note
@@ -108,10 +107,33 @@ def test_values_against_each_latents_own_gradient(setting, tiny_images, center, 
     assert json.dumps(found.summary())
 
 
-def test_nothing_to_correlate(setting, tiny_images, center):
-    shared, _ = setting
+@pytest.mark.parametrize("options", [{"relative": True}, {"compare": "likelihood"}])
+def test_values_are_scaled_as_the_searchs(setting, tiny_images, options):
+    shared, params = setting
+    settings = dataclasses.replace(SETTINGS, regularizer="none", **options)
+    center = landscape.find_center(
+        tiny_images[0], 1, defense="noise:0.01", settings=settings, **shared, **params
+    )
     found = landscape.landscape(
-        center, tiny_images[0], jax.random.key(0), resolution=2, settings=SETTINGS, **shared
+        center, tiny_images[0], jax.random.key(0), prior=shared["prior"], resolution=3
+    )
+    np.testing.assert_allclose(found.losses[1, 1], center.loss, rtol=1e-4)
+    problem = center.problem
+    image = jnp.asarray(center.image)[None]
+    update = gradient(shared["model"], problem.variables, image, problem.labels)
+    pairs = zip(jax.tree.leaves(update), jax.tree.leaves(problem.observed), strict=True)
+    loss = sum(float(jnp.sum((a - b) ** 2)) for a, b in pairs)
+    variance = float(problem.estimated["sigma"]) ** 2
+    observed = jnp.concatenate([y.ravel() for y in jax.tree.leaves(problem.observed)])
+    signal = float(jnp.sum(observed**2)) - observed.size * variance
+    scale = 1 / signal if "relative" in options else 0.5 / variance
+    np.testing.assert_allclose(found.losses[1, 1], scale * loss, rtol=1e-3)
+
+
+def test_nothing_to_correlate(setting, tiny_images, center):
+    prior = setting[0]["prior"]
+    found = landscape.landscape(
+        center, tiny_images[0], jax.random.key(0), resolution=2, prior=prior
     )
     # SSIM's window does not fit into 8x8
     assert np.isnan(found.distances).all()
@@ -123,7 +145,9 @@ def test_bad_settings(setting, tiny_images, center):
     shared, params = setting
     for options, match in (({"resolution": 1}, "resolution: got 1"), ({"span": 0.0}, "span: got")):
         with pytest.raises(GGLError, match=match):
-            landscape.landscape(center, tiny_images[0], jax.random.key(0), **options, **shared)
+            landscape.landscape(
+                center, tiny_images[0], jax.random.key(0), prior=shared["prior"], **options
+            )
     with pytest.raises(GGLError, match="attacks on pixels have no latents"):
         landscape.find_center(
             tiny_images[0], 0, settings=AttackSettings(attack="ig"), **shared, **params

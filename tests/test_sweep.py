@@ -20,10 +20,12 @@ import pytest
 from conftest import TINY_SHAPE
 
 import ggl_jax as gx
+from ggl_jax import checkpoint
 from ggl_jax.audit import results
 from ggl_jax.audit import sweep as sweeps
-from ggl_jax.commands.sweep import read_grid
-from ggl_jax.types import Defense
+from ggl_jax.commands.sweep import load_grid, read_grid
+from ggl_jax.priors import dcgan
+from ggl_jax.types import Candidates, Defense
 
 SETTINGS = gx.AttackSettings(population=8, steps=3, optimizer="cma_es")
 
@@ -547,6 +549,63 @@ def test_importing_the_package_starts_no_device():
     subprocess.run([sys.executable, "-c", script], env=environment, check=True, timeout=120)
 
 
+# --- estimates ----------------------------------------------------------------------------------
+
+MIXED = {"defense": ["none", "clip:1", "sparsify:0.5"], "steps": [2, 5]}
+
+
+def test_an_estimate_adds_up_what_its_stages_were_measured_to_cost(tiny, monkeypatch):
+    settings = gx.AttackSettings(
+        optimizer="adam", restarts=2, pool=6, refine="pixels", refine_steps=7
+    )
+    grid = sweeps.plan(**tiny | {"settings": settings}, axes=MIXED)
+    measured = []
+
+    def pace(stage, problems, points, mesh):
+        measured.append(
+            (stage.attack.name, len(problems), None if points is None else points.shape)
+        )
+        size = (len(problems), 2)
+        found = Candidates(
+            *(np.zeros((*size, *rest)) for rest in [(4,), (1, 8, 8, 3), (1,), (), ()])
+        )
+        if stage.attack.name == "refine":
+            return sweeps._Pace(start=0.0, step=0.5, once=7.0, candidates=found)
+        return sweeps._Pace(start=3.0, step=0.25, once=10.0, candidates=found)
+
+    monkeypatch.setattr(sweeps, "_measure_stage", pace)
+    monkeypatch.setattr(sweeps, "_seconds", lambda function: (function(), 0.0))
+    found = sweeps.estimate(grid)
+    # Factored or not, search or refinement; two images for each of six programs.
+    assert (found.cells, found.programs, found.kinds, found.measured) == (12, 6, 4, 4)
+    assert found.evaluations == sum(cell.evaluations for cell in grid.cells)
+    each = {steps: 3.0 + 0.25 * steps + 0.5 * 7 for steps in (2, 5)}
+    np.testing.assert_allclose(found.seconds, 6 * sum(each.values()) + 6 * 17.0)
+    names = ["ggl", "refine", "ggl", "refine"]
+    assert [name for name, _, _ in measured] == names
+    assert [points for *_, points in measured] == [None, (1, 1, 8 * 8 * 3)] * 2
+    # Half of it is finished.
+    half = [cell.id for cell in grid.cells if cell.settings.steps == 5]
+    left = sweeps.estimate(grid, finished=half)
+    np.testing.assert_allclose(left.seconds, 6 * each[2] + 3 * 17.0)
+    # No time: one stage is measured, two evaluations a step; the others are as fast.
+    short = sweeps.estimate(grid, seconds=0.0)
+    assert (short.measured, short.kinds) == (1, 4)
+    each = {steps: 3.0 + 0.25 * steps + 0.125 * 7 for steps in (2, 5)}
+    np.testing.assert_allclose(short.seconds, 6 * sum(each.values()) + 6 * 20.0)
+
+
+def test_an_estimate_measures_and_passes_over_what_cannot_run(tiny):
+    grid = sweeps.plan(**tiny, axes={"defense": ["sparsify:0.5"]})
+    found = sweeps.estimate(grid)
+    assert (found.measured, found.kinds) == (1, 1)
+    assert 0 < found.seconds < float("inf")
+    broken = Defense("broken", *[lambda *args: 1 / 0] * 5, None)
+    grid = sweeps.plan(**tiny, axes={"defense": [broken]})
+    with pytest.raises(gx.GGLError, match="the calibration failed in every program"):
+        sweeps.estimate(grid)
+
+
 # --- grid files ---------------------------------------------------------------------------------
 
 
@@ -574,6 +633,20 @@ def test_a_grid_file(tmp_path):
     assert (grid.command.preset, grid.command.num_controls, grid.indices) == ("paper", 3, "0,2")
     assert grid.axes == {"restarts": ["published", 2]}
     assert grid.exclude == [{"restarts": 2}]
+
+
+def test_a_grid_files_model_has_the_classes_of_its_prior(tmp_path):
+    arguments = {"width": 2, "latent_dim": 4, "num_classes": 5}
+    card = {"name": "five", "kind": "dcgan", "arguments": arguments, "trained_on": [], "data": []}
+    checkpoint.save(tmp_path / "five", dcgan(**arguments).init(jax.random.key(0)), card)
+    fixed = f'fixed = {{prior = "{tmp_path / "five"}", model = "lenet"}}'
+    grid = load_grid(grid_file(tmp_path, fixed))
+    assert grid.model.num_classes == 5
+    assert all(cell.evaluations for cell in grid.cells)
+    # Another number cannot be searched; its cell says so when it is run.
+    grid = load_grid(grid_file(tmp_path, fixed.replace("}", ", num_classes = 4}")))
+    assert grid.model.num_classes == 4
+    assert not any(cell.evaluations for cell in grid.cells)
 
 
 @pytest.mark.parametrize(

@@ -15,14 +15,13 @@ from scipy import stats
 
 from ggl_jax.adversary import estimation
 from ggl_jax.adversary.labels import infer_labels
-from ggl_jax.adversary.matching import matching_loss
 from ggl_jax.adversary.search import run_stages
 from ggl_jax.adversary.strategy import AttackSettings
 from ggl_jax.audit import metrics, runner
 from ggl_jax.client import defenses as client_defenses
 from ggl_jax.errors import GGLError
 from ggl_jax.priors.decoding import decode_each
-from ggl_jax.types import Defense, Model, Prior, Problem, PyTree
+from ggl_jax.types import Attack, Defense, Model, Prior, Problem, PyTree
 
 
 class Center(NamedTuple):
@@ -30,6 +29,7 @@ class Center(NamedTuple):
 
     Attributes:
         problem: what the adversary worked on.
+        attack: what it searched with, in the search's last stage.
         point: [z], the result in the space that was searched: the latent, or what becomes the
             latent by tanh.
         bound: "none", or "tanh".
@@ -39,6 +39,7 @@ class Center(NamedTuple):
     """
 
     problem: Problem
+    attack: Attack
     point: jax.Array
     bound: str
     image: np.ndarray
@@ -51,7 +52,7 @@ class Landscape(NamedTuple):
 
     Attributes:
         offsets: [r], coordinates of the grid in both directions, in units of the centre's norm.
-        losses: [r r], distance of updates, without regularisers.
+        losses: [r r], distance of updates as the search measured it, without regularisers.
         distances: [r r], perceptual distance to the private image.
         measure: what ``distances`` are: "LPIPS (vgg)", or "1 - SSIM" without LPIPS weights.
         note: why LPIPS was not measured, and the remedy; empty where it was.
@@ -136,6 +137,7 @@ def find_center(
     )
     return Center(
         problem=problem,
+        attack=programs.stages[-1].attack,
         point=outcome.candidates.points[0, 0],
         bound=programs.search.get("bound", "none"),
         image=np.clip(np.asarray(outcome.images[0, 0]), 0.0, 1.0),
@@ -172,10 +174,7 @@ def landscape(
     original: np.ndarray,
     key: jax.Array,
     *,
-    model: Model,
     prior: Prior,
-    defense: Defense | None = None,
-    settings: AttackSettings | None = None,
     resolution: int = 21,
     span: float = 1.0,
     lpips: str = "vgg",
@@ -188,10 +187,7 @@ def landscape(
         center: from :func:`find_center`; the grid's middle, if ``resolution`` is odd.
         original: the private image [h w c] in [0, 1].
         key: typed key of the plane, see :func:`plane`.
-        model: the federated model.
         prior: the generator.
-        defense: how candidates' updates are transformed; None leaves them alone.
-        settings: distance, fidelity, method, precision and chunk size of the matching loss.
         resolution: points in each direction, at least 2.
         span: the grid reaches from -span to span centre norms, above 0.
         lpips: backbone; without its weights SSIM serves.
@@ -202,37 +198,19 @@ def landscape(
     Reference:
         Paper, Figure 9.
     """
-    settings = settings or AttackSettings()
     if resolution < 2:
         raise GGLError(f"resolution: got {resolution}, allowed: whole numbers of at least 2")
     if not 0 < span < float("inf"):
         raise GGLError(f"span: got {span}, allowed: numbers above 0")
-    measured = metrics.perceptual(lpips, model.image_shape)
+    measured = metrics.perceptual(lpips, prior.image_shape)
     measure = "1 - SSIM" if measured.distance is None else f"LPIPS ({lpips})"
     private = jnp.asarray(original, jnp.float32)
 
-    @jax.jit
-    def losses_of(problem, images):
-        variables = problem.variables
-        if defense is not None and defense.rewire is not None:
-            variables = defense.rewire(problem.estimated, variables, model.head)
-        loss = matching_loss(
-            model,
-            variables,
-            problem.observed,
-            defense=defense,
-            estimated=problem.estimated,
-            distance=settings.distance or "squared_l2",
-            fidelity=settings.fidelity,
-            method=settings.method,
-            precision=settings.precision,
-            chunk_size=settings.chunk_size,
-        )
-        return loss(images[:, None], problem.labels)
+    losses_of = jax.jit(center.attack.distances)
 
     def values(images, start):
         del start
-        losses = losses_of(center.problem, images)
+        losses = losses_of(center.problem, images[:, None], center.problem.labels)
         images = jnp.clip(images, 0.0, 1.0)
         if measured.distance is None:
             return losses, 1.0 - metrics.ssim(images, private)

@@ -21,17 +21,26 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
+from ggl_jax.adversary import estimation
 from ggl_jax.adversary.attacks import resolve
-from ggl_jax.adversary.strategy import AttackSettings, make_stages
+from ggl_jax.adversary.search import Stage, default_steps_per_call, run_search
+from ggl_jax.adversary.strategy import AttackSettings
 from ggl_jax.audit import results
 from ggl_jax.audit.controls import Controls
-from ggl_jax.audit.runner import ClientSettings, Progress, audit, default_instances
+from ggl_jax.audit.runner import (
+    ClientSettings,
+    Progress,
+    audit,
+    build_programs,
+    default_instances,
+)
 from ggl_jax.client import defenses as client_defenses
 from ggl_jax.errors import GGLError
 from ggl_jax.priors import load_prior
-from ggl_jax.types import Defense, Model, Prior, PyTree
+from ggl_jax.types import Candidates, Defense, Model, Prior, Problem, PyTree
 
 #: Settings that change how fast a result comes, but not what it is.
 _SPEED = ("instances", "chunk_size")
@@ -108,8 +117,9 @@ class Estimate(NamedTuple):
     Attributes:
         cells: number of cells left to run.
         evaluations: gradient evaluations of their searches.
-        seconds: estimated wall-clock time on this machine.
-        measured: programs that the calibration ran, of ``programs`` distinct ones.
+        seconds: estimated wall-clock time on this machine, a rough figure.
+        measured: kinds of search stages that were measured, of ``kinds``.
+        kinds: search stages that cost alike count as one.
         programs: distinct programs to compile.
     """
 
@@ -117,6 +127,7 @@ class Estimate(NamedTuple):
     evaluations: int
     seconds: float
     measured: int
+    kinds: int
     programs: int
 
 
@@ -417,22 +428,10 @@ def _differing(given: Any, defaults: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _stages(settings, client, model, prior, defense):
-    return make_stages(
-        settings,
-        model,
-        prior,
-        defense,
-        batch_size=client.batch_size,
-        local_steps=client.local_steps,
-        local_learning_rate=client.local_learning_rate,
-    )[0]
-
-
 def _evaluations(settings, client, model, prior, defense) -> int:
     """Of a search; 0 for one that cannot be built: its cells will fail and say why."""
     try:
-        stages = _stages(settings, client, model, prior, defense)
+        stages = build_programs(model, prior, defense, client, settings).stages
     except GGLError:
         return 0
     return sum(
@@ -581,7 +580,6 @@ def _audit_cells(
     cells: Sequence[SweepCell],
     controls,
     progress=None,
-    settings=None,
     mesh=None,
     searches=None,
 ):
@@ -600,7 +598,7 @@ def _audit_cells(
         instance_ids=[grid.ids[i] for i in positions],
         others=grid.others,
         client=first.client,
-        settings=dataclasses.replace(settings or first.settings, instances=len(cells)),
+        settings=dataclasses.replace(first.settings, instances=len(cells)),
         num_controls=grid.num_controls,
         ceiling_steps=grid.ceiling_steps,
         lpips=grid.lpips,
@@ -834,102 +832,242 @@ def sweep(
     return run(grid, out, extend=extend, retry_failed=retry_failed, mesh=mesh, progress=progress)
 
 
+class _Kind(NamedTuple):
+    """Stages of searches that cost alike: same work for each evaluation, as many in each step.
+
+    Attributes:
+        formed: the defense needs each candidate's gradient, not only its layers' norms and inner
+            products; that is slower.
+        speed: the settings that change speed alone.
+    """
+
+    attack: str
+    optimizer: str
+    formed: bool
+    evaluations_per_step: int
+    evaluations_at_start: int
+    client: ClientSettings
+    speed: tuple
+
+
+class _Pace(NamedTuple):
+    """What a stage costs: seconds of one search in a batch to start and for a step, and to compile.
+
+    ``candidates`` are what its few steps found, for the next stage to start from.
+    """
+
+    start: float
+    step: float
+    once: float
+    candidates: Candidates | None = None
+
+
+def _stages(grid: Grid, cell: SweepCell) -> list[tuple[_Kind, Stage]]:
+    """The stages of a cell's search."""
+    own, defense = cell.settings, cell.defense
+    programs = build_programs(grid.model, grid.prior, defense, cell.client, own)
+    return [
+        (
+            _Kind(
+                stage.attack.name,
+                programs.search["optimizer"],
+                bool(programs.search["adaptive"]) and defense.factor is None,
+                stage.attack.evaluations_per_step,
+                stage.attack.evaluations_at_start,
+                cell.client,
+                (own.method, own.precision, own.chunk_size, own.memory),
+            ),
+            stage,
+        )
+        for stage in programs.stages
+    ]
+
+
 def estimate(
     grid: Grid,
     *,
     finished: Sequence[str] = (),
-    seconds: float = 60.0,
+    seconds: float = 15.0,
     mesh: jax.sharding.Mesh | None = None,
 ) -> Estimate:
-    """What a grid would cost here: counts, and the time by a short calibration.
+    """What a grid would cost here: counts, and roughly the time, by a short calibration.
 
-    Searches are cut to two steps and run twice: the second run, with everything compiled, tells the
-    time per gradient evaluation, the first one that of compiling. Programs that no time was left
-    for are taken to be as fast as the measured ones, those of the same defense first.
+    Stages of searches that cost alike are measured once, by a few steps, the heaviest cells'
+    first. What no time was left for is taken to be as fast, per evaluation, as what was measured.
+    Judging and writing the results is left out. Expect an error of tens of percent, more where
+    the machine is busy with other work, now or then.
 
     Args:
         grid: of :func:`plan`.
         finished: cells to leave out.
-        seconds: after which no further program is measured; one is in any case.
+        seconds: after which no further stage is measured; one is in any case.
         mesh: as for :func:`run`.
+
+    Raises:
+        GGLError: nothing could be measured.
     """
     known = set(finished)
     cells = [cell for cell in grid.cells if cell.id not in known]
     by_program: dict[tuple, list[SweepCell]] = {}
     for cell in cells:
         by_program.setdefault(cell.program, []).append(cell)
-    rates: dict[tuple, float] = {}
-    compiling: list[float] = []
-    began = time.perf_counter()
-    heaviest = sorted(by_program.values(), key=lambda g: -sum(c.evaluations for c in g))
-    for group in heaviest:
-        if rates and time.perf_counter() - began > seconds:
+    groups = [group for group in by_program.values() if group[0].evaluations]
+    groups.sort(key=lambda group: -sum(cell.evaluations for cell in group))
+    paces: dict[_Kind, _Pace] = {}
+    shares: list[_Pace] = []
+    ends = time.perf_counter() + seconds
+    kinds = {kind for group in groups for kind, _ in _stages(grid, group[0])}
+    for group in groups:
+        if paces and _is_over(ends):
             break
-        if not group[0].evaluations:
+        if all(kind in paces for kind, _ in _stages(grid, group[0])):
             continue
-        measured = _calibrate(grid, group[0], mesh)
-        if measured is not None:
-            rates[group[0].program], once = measured
-            compiling.append(once)
-    if not rates and any(cell.evaluations for cell in cells):
+        batch = next(_batches(group, default_instances(grid.model, mesh)))
+        # A cell that cannot run will say why when it does.
+        with contextlib.suppress(Exception):
+            _measure(grid, batch, shares, paces, ends, mesh)
+    if groups and not paces:
         raise GGLError("the calibration failed in every program; run one cell by ggl-jax audit")
-
-    def rate(program):
-        same = [r for known, r in rates.items() if known[2].name == program[2].name]
-        return rates.get(program) or float(np.mean(same or list(rates.values())))
-
-    total = sum(rate(c.program) * c.evaluations for c in cells if c.evaluations)
+    total = 0.0
+    for group in groups:
+        each = float(np.mean([pace.start for pace in shares]))
+        once = float(np.mean([pace.once for pace in shares]))
+        for kind, stage in _stages(grid, group[0]):
+            pace = paces.get(kind) or _guess(kind, paces)
+            each += pace.start + pace.step * stage.steps
+            once += pace.once
+        total += each * len(group) + once
     controls = {(c.seed, image) for c in cells for image in c.images}
-    once = float(np.mean(compiling)) * len(by_program) if compiling else 0.0
-    each = _time_controls(grid, cells[0]) if cells else 0.0
     return Estimate(
         cells=len(cells),
         evaluations=sum(cell.evaluations for cell in cells),
-        seconds=total + once + each * len(controls),
-        measured=len(rates),
+        seconds=total + (_time_controls(grid, cells[0]) * len(controls) if cells else 0.0),
+        measured=len(paces),
+        kinds=len(kinds),
         programs=len(by_program),
     )
 
 
-def _calibrate(grid: Grid, cell: SweepCell, mesh) -> tuple[float, float] | None:
-    """Seconds per evaluation, and seconds to compile; None where the cell fails."""
-    short = dataclasses.replace(
-        cell.settings, steps=2, final_steps=2, refine_steps=min(2, cell.settings.refine_steps)
+def _guess(kind: _Kind, paces: Mapping[_Kind, _Pace]) -> _Pace:
+    """The pace of stages that were not measured: that of others, per evaluation."""
+    alike = {k: p for k, p in paces.items() if k.formed == kind.formed} or paces
+    step = float(np.mean([p.step / k.evaluations_per_step for k, p in alike.items()]))
+    pools = [p.start / n for k, p in alike.items() if (n := k.evaluations_at_start)]
+    return _Pace(
+        start=kind.evaluations_at_start * (float(np.mean(pools)) if pools else step),
+        step=kind.evaluations_per_step * step,
+        once=float(np.mean([p.once for p in alike.values()])),
     )
-    evaluations = _evaluations(short, cell.client, grid.model, grid.prior, cell.defense)
-    dummy = Controls({}, *(np.zeros(grid.model.image_shape, np.float32) for _ in range(3)))
-    times = []
-    for _ in range(2):
-        try:
-            found = _audit_cells(
-                grid,
-                [cell],
-                {grid.names[i]: dummy for i in cell.images},
-                settings=short,
-                mesh=mesh,
-            )
-        except Exception:
-            return None
-        times.append(sum(row["seconds"] for row in found.rows) / len(cell.images))
-    return times[1] / evaluations, max(0.0, times[0] - times[1])
+
+
+def _is_over(ends: float) -> bool:
+    """Whether the calibration's time is up, by the clock of process 0."""
+    over = time.perf_counter() > ends
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        over = multihost_utils.broadcast_one_to_all(np.asarray(over))
+    return bool(over)
+
+
+def _seconds(function: Callable[[], Any]) -> tuple[Any, float]:
+    began = time.perf_counter()
+    return jax.block_until_ready(function()), time.perf_counter() - began
+
+
+def _measure(
+    grid: Grid,
+    cells: Sequence[SweepCell],
+    shares: list[_Pace],
+    paces: dict[_Kind, _Pace],
+    ends: float,
+    mesh,
+) -> None:
+    """Add the paces of a client's update, and of a batch's stages until time is up."""
+    cell = cells[0]
+    programs = build_programs(grid.model, grid.prior, cell.defense, cell.client, cell.settings)
+    key = jax.random.key(cell.seed)
+    images = np.asarray(grid.images[list(cell.images)])
+    labels = np.asarray(grid.labels[list(cell.images)], np.int32)
+    variables = jax.jit(grid.model.init)(key) if grid.variables is None else grid.variables
+
+    def share():
+        observed, _ = programs.share(key, variables, images, labels)
+        return observed, estimation.estimate(cell.defense, observed, grid.model.head)
+
+    (observed, estimated), first = _seconds(share)
+    _, again = _seconds(share)
+    shares.append(_Pace(start=again, step=0.0, once=max(0.0, first - again)))
+    # Time does not depend on whether the labels are right, so none are inferred.
+    problem = Problem(observed, variables, grid.prior_params, jnp.asarray(labels), estimated)
+    before: Candidates | None = None
+    for kind, stage in _stages(grid, cell):
+        if kind not in paces:
+            if paces and _is_over(ends):
+                break
+            points = None
+            if stage.enter is not None and before is not None:
+                points = jnp.repeat(stage.enter(before)[:1], len(cells), axis=0)
+            paces[kind] = _measure_stage(stage, [problem] * len(cells), points, mesh)
+        before = paces[kind].candidates
+
+
+def _measure_stage(stage: Stage, problems: list[Problem], points, mesh) -> _Pace:
+    per_call = min(default_steps_per_call(), stage.steps)
+
+    def search(calls):
+        """The result, and the seconds until the first call's end, of further ones, and after."""
+        ticks = [time.perf_counter()]
+
+        def tick(done, losses):
+            jax.block_until_ready(losses)
+            ticks.append(time.perf_counter())
+
+        found = run_search(
+            stage.attack,
+            jax.random.split(jax.random.key(0), len(problems)),
+            problems,
+            steps=calls * per_call,
+            points=points,
+            steps_per_call=per_call,
+            mesh=mesh,
+            callback=tick,
+        )
+        jax.block_until_ready(found.candidates)
+        ticks.append(time.perf_counter())
+        first, *further, last = np.diff(ticks)
+        return found, first, further, last
+
+    found, first, further, last = search(3)
+    call = min(further, default=first)
+    # Its own start is only as long as the pool's evaluation.
+    start = max(0.0, search(1)[1] - call) if stage.attack.evaluations_at_start else 0.0
+    once = max(0.0, first - start - call) + last
+    return _Pace(start / len(problems), call / per_call / len(problems), once, found.candidates)
 
 
 def _time_controls(grid: Grid, cell: SweepCell) -> float:
-    """Seconds for one image's controls, from a short fit."""
+    """Seconds for one image's controls, from few samples and a short fit."""
     from ggl_jax.audit.controls import prior_controls
+    from ggl_jax.priors import fit_latents
 
-    times = []
-    for steps in (2, 2, 12):
-        began = time.perf_counter()
-        prior_controls(
-            grid.prior,
-            grid.prior_params,
-            grid.images[cell.images[0]],
-            int(grid.labels[cell.images[0]]),
-            jax.random.key(0),
-            num_samples=grid.num_controls,
-            ceiling_steps=steps,
-        )
-        times.append(time.perf_counter() - began)
-    per_step = max(0.0, times[2] - times[1]) / 10
-    return times[1] + per_step * grid.ceiling_steps
+    image, label = grid.images[cell.images[0]], int(grid.labels[cell.images[0]])
+    num, steps = min(8, grid.num_controls), min(2, grid.ceiling_steps)
+    given = (grid.prior, grid.prior_params)
+
+    def controls():
+        key = jax.random.key(0)
+        return prior_controls(
+            *given, image, label, key, num_samples=num, ceiling_steps=steps
+        ).scores
+
+    def fit():
+        key, labels = jax.random.key(0), np.asarray([label])
+        return fit_latents(*given, image[None], key, steps=steps, num_candidates=4, labels=labels)
+
+    (_, _), (_, fitting) = _seconds(fit), _seconds(fit)
+    (_, _), (_, whole) = _seconds(controls), _seconds(controls)
+    # Samples for the mean image and to start the fit from, as prior_controls draws them.
+    drawn = [min(2048, 8 * n) + min(4096, 16 * n) for n in (num, grid.num_controls)]
+    sampling = max(0.0, whole - fitting) * drawn[1] / drawn[0]
+    return sampling + fitting / (steps + 1) * (grid.ceiling_steps + 1)

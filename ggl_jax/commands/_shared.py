@@ -1,11 +1,13 @@
-"""What several subcommands share: the console, the environment, folders and progress."""
+"""What several subcommands share: the console, their inputs, the environment, folders, progress."""
 
 import hashlib
 import json
 import os
 import platform
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -22,6 +24,77 @@ def fingerprint(*parts) -> str:
             part if isinstance(part, bytes) else json.dumps(part, sort_keys=True).encode()
         )
     return digest.hexdigest()
+
+
+class Inputs(NamedTuple):
+    """What a search on private images starts from.
+
+    Attributes:
+        dataset: a :class:`ggl_jax.audit.data.Dataset`; its labels are there.
+        prior: the generator.
+        prior_params: its parameters.
+        card: its card.
+        model: the federated model, for the images' size and classes.
+    """
+
+    dataset: Any
+    prior: Any
+    prior_params: Any
+    card: dict[str, Any]
+    model: Any
+
+
+def load_inputs(
+    data: str,
+    prior_name: str,
+    *,
+    indices: str | Sequence[int],
+    label: int | None = None,
+    unlabelled: int | None = None,
+    remedy: str,
+    model_name: str = "resnet18",
+    num_classes: int | None = None,
+    batch_norm: str | None = None,
+) -> Inputs:
+    """Load the prior and the private images that it never saw, and build the model for both.
+
+    Args:
+        data: private images, as for :func:`ggl_jax.audit.data.load`.
+        prior_name: name or folder of a checkpoint.
+        indices: which images.
+        label: of every image, in place of the data's own.
+        unlabelled: the label of every image where the data have none; None asks for labels.
+        remedy: what the error for data without labels says to do.
+        model_name: a key of :data:`ggl_jax.client.models.MODELS`.
+        num_classes: the model's; by default those of a class-conditional prior, else of the data,
+            at least 2.
+        batch_norm: of a model that has it; None for the model's own default.
+
+    Raises:
+        GGLError: what cannot be loaded, images that the prior was trained on, or no labels.
+    """
+    import numpy as np
+
+    from ggl_jax.audit import data as audit_data
+    from ggl_jax.client.models import get_model
+    from ggl_jax.priors import load_prior
+
+    prior, prior_params, card = load_prior(prior_name)
+    dataset = audit_data.load(data, image_size=prior.image_shape[0], indices=indices, labels=label)
+    audit_data.check_prior_overlap(dataset, card, allow_held_out=True)
+    labels = dataset.labels
+    if labels is None:
+        if unlabelled is None:
+            raise GGLError(f"data: {data} has no labels; {remedy}")
+        labels = np.full(len(dataset.images), unlabelled, np.int32)
+    classes = (
+        num_classes
+        or prior.num_classes
+        or max(2, dataset.num_classes or 0, int(np.max(labels)) + 1)
+    )
+    options = {} if batch_norm is None or model_name == "lenet" else {"batch_norm": batch_norm}
+    model = get_model(model_name, num_classes=classes, image_shape=prior.image_shape, **options)
+    return Inputs(dataset._replace(labels=labels), prior, prior_params, card, model)
 
 
 def environment() -> dict[str, str]:

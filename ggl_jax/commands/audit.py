@@ -15,6 +15,7 @@ from ggl_jax.commands._shared import (
     console,
     environment,
     fingerprint,
+    load_inputs,
     write_text,
 )
 from ggl_jax.errors import GGLError
@@ -262,34 +263,22 @@ def run(command: AuditCommand, argv: list[str]) -> int:
     import numpy as np
 
     from ggl_jax.adversary.strategy import AttackSettings
-    from ggl_jax.audit import data as audit_data
     from ggl_jax.audit import figure, report
     from ggl_jax.audit.runner import AuditInterrupted, ClientSettings, audit
     from ggl_jax.client.defenses import parse
-    from ggl_jax.client.models import get_model
-    from ggl_jax.priors import load_prior
 
     # Cheap checks first: a typing error should not cost a minute of work.
     for spec in command.defenses:
         parse(spec, fidelity=command.fidelity)
-    prior, prior_params, card = load_prior(command.prior)
-    size = prior.image_shape[0]
-    dataset = audit_data.load(
-        command.data, image_size=size, indices=command.indices, labels=command.label
-    )
-    audit_data.check_prior_overlap(dataset, card, allow_held_out=True)
-    if dataset.labels is None:
-        raise GGLError(
-            f"data: {command.data} has no labels; add a labels.csv (file,label) or give --label 0"
-        )
-    num_classes = (
-        command.num_classes
-        or prior.num_classes
-        or max(2, dataset.num_classes or 0, int(np.max(dataset.labels)) + 1)
-    )
-    options = {"batch_norm": command.batch_norm} if command.model != "lenet" else {}
-    model = get_model(
-        command.model, num_classes=num_classes, image_shape=prior.image_shape, **options
+    dataset, prior, prior_params, card, model = load_inputs(
+        command.data,
+        command.prior,
+        indices=command.indices,
+        label=command.label,
+        remedy="add a labels.csv (file,label) or give --label 0",
+        model_name=command.model,
+        num_classes=command.num_classes,
+        batch_norm=command.batch_norm,
     )
     options = _options(command)
     inputs = {
@@ -328,7 +317,7 @@ def run(command: AuditCommand, argv: list[str]) -> int:
                 defenses=command.defenses,
                 names=dataset.names,
                 instance_ids=dataset.indices,
-                others=_others(command, dataset, size),
+                others=_others(command, dataset, prior.image_shape[0]),
                 client=client,
                 settings=settings,
                 num_controls=command.num_controls,

@@ -13,6 +13,7 @@ from ggl_jax.commands._shared import (
     console,
     environment,
     fingerprint,
+    load_inputs,
     write_text,
 )
 from ggl_jax.commands.audit import SEARCHES
@@ -65,12 +66,16 @@ class LandscapeCommand:
     """Penalties of the search, as for ggl-jax audit; the landscape's loss has none."""
     distance: Literal["squared_l2", "cosine"] | None = None
     """Distance between updates."""
+    relative: bool | None = None
+    """Divide distances by that of an update of zero, as for ggl-jax audit."""
     compare: Literal["published", "support", "undefended", "likelihood"] = "published"
     """What is compared, as for ggl-jax audit."""
     fidelity: Literal["paper", "code"] = "paper"
     """Where the paper and its published code differ: follow the paper, or the code."""
     chunk_size: int | None = None
     """Candidates evaluated at once; by default as many as memory allows."""
+    memory: float | None = None
+    """Gigabytes for the candidates that are evaluated at once, in place of that choice."""
     lpips: Literal["vgg", "alex", "squeeze"] = "vgg"
     """Network behind LPIPS; without its weights (ggl-jax weights), 1 - SSIM is shown."""
     seed: int = 0
@@ -97,30 +102,24 @@ def run(command: LandscapeCommand, argv: list[str]) -> int:
     import numpy as np
 
     from ggl_jax.adversary.strategy import AttackSettings
-    from ggl_jax.audit import data as audit_data
     from ggl_jax.audit import landscape, metrics
     from ggl_jax.client import defenses
-    from ggl_jax.client.models import get_model
-    from ggl_jax.priors import load_prior
 
     defense = defenses.parse(command.defense, fidelity=command.fidelity, compare=command.compare)
-    prior, prior_params, card = load_prior(command.prior)
-    dataset = audit_data.load(
+    dataset, prior, prior_params, card, model = load_inputs(
         command.data,
-        image_size=prior.image_shape[0],
+        command.prior,
         indices=[command.index],
-        labels=command.label,
+        label=command.label,
+        remedy="give --label 0",
+        model_name=command.model,
+        num_classes=command.num_classes,
     )
-    audit_data.check_prior_overlap(dataset, card, allow_held_out=True)
-    if dataset.labels is None:
-        raise GGLError(f"data: {command.data} has no labels; give --label 0")
     label = int(dataset.labels[0])
-    num_classes = (
-        command.num_classes or prior.num_classes or max(2, dataset.num_classes or 0, label + 1)
-    )
-    if label >= num_classes:
-        raise GGLError(f"label: got {label}, allowed: 0 to {num_classes - 1}; raise --num-classes")
-    model = get_model(command.model, num_classes=num_classes, image_shape=prior.image_shape)
+    if label >= model.num_classes:
+        raise GGLError(
+            f"label: got {label}, allowed: 0 to {model.num_classes - 1}; raise --num-classes"
+        )
     fields = {field.name for field in dataclasses.fields(AttackSettings)}
     given = {k: v for k, v in dataclasses.asdict(command).items() if k in fields}
     if command.optimizer == "adam":
@@ -158,10 +157,7 @@ def run(command: LandscapeCommand, argv: list[str]) -> int:
             image,
             # folded away from the streams of the image's index
             jax.random.fold_in(jax.random.key(command.seed), 2**31 - 3),
-            model=model,
             prior=prior,
-            defense=defense,
-            settings=settings,
             resolution=command.resolution,
             span=command.span,
             lpips=command.lpips,

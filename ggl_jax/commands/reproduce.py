@@ -4,7 +4,7 @@ import dataclasses
 import datetime
 import shlex
 from pathlib import Path
-from typing import Literal, cast
+from typing import Literal
 
 import tyro
 
@@ -14,6 +14,7 @@ from ggl_jax.commands._shared import (
     console,
     environment,
     fingerprint,
+    load_inputs,
     write_text,
 )
 from ggl_jax.errors import GGLError
@@ -52,14 +53,10 @@ class ReproduceCommand:
 
 def run(command: ReproduceCommand, argv: list[str]) -> int:
     """``ggl-jax reproduce``."""
-    import numpy as np
     from rich.markdown import Markdown
 
-    from ggl_jax.audit import data as audit_data
     from ggl_jax.audit import paper
     from ggl_jax.audit.runner import AuditInterrupted, AuditResult, audit
-    from ggl_jax.client.models import get_model
-    from ggl_jax.priors import load_prior
 
     experiment = paper.EXPERIMENTS[command.experiment]()
     num = experiment.images if command.images is None else command.images
@@ -71,18 +68,12 @@ def run(command: ReproduceCommand, argv: list[str]) -> int:
             f"data: {command.experiment} needs --data, private images with labels such as "
             "tfds:celeb_a"
         )
-    prior, prior_params, card = load_prior(command.prior)
-    dataset = audit_data.load(data, image_size=prior.image_shape[0], indices=f"0:{num}")
-    audit_data.check_prior_overlap(dataset, card, allow_held_out=True)
-    if dataset.labels is None:
-        if experiment.label is None:
-            raise GGLError(f"data: {data} has no labels; {command.experiment} needs them")
-        dataset = dataset._replace(labels=np.full(num, experiment.label, np.int32))
-    labels = cast(np.ndarray, dataset.labels)
-    model = get_model(
-        "resnet18",
-        num_classes=prior.num_classes or max(2, dataset.num_classes or 0, int(np.max(labels)) + 1),
-        image_shape=prior.image_shape,
+    dataset, prior, prior_params, card, model = load_inputs(
+        data,
+        command.prior,
+        indices=f"0:{num}",
+        unlabelled=experiment.label,
+        remedy=f"{command.experiment} needs them",
     )
     out = command.out or Path(f"ggl-{command.experiment}-{command.scale}")
     options = dataclasses.asdict(command)
@@ -106,7 +97,7 @@ def run(command: ReproduceCommand, argv: list[str]) -> int:
             try:
                 results[name] = audit(
                     dataset.images,
-                    labels,
+                    dataset.labels,
                     model=model,
                     prior=prior,
                     prior_params=prior_params,

@@ -13,7 +13,7 @@ import tyro
 
 from ggl_jax.commands import _devices
 from ggl_jax.commands import audit as audit_command
-from ggl_jax.commands._shared import AuditBar, console, environment
+from ggl_jax.commands._shared import AuditBar, console, environment, load_inputs
 from ggl_jax.errors import GGLError
 
 #: Options of an audit that a grid cannot fix: they are its axes, or say where things go.
@@ -36,8 +36,8 @@ class SweepCommand:
     out: Path | None = None
     """Folder for the results; by default the grid's name without .toml, here."""
     dry_run: bool = False
-    """Only say how many cells and gradient evaluations it would be, and about how long they would
-    take, measured by a calibration of about a minute."""
+    """Only say how many cells and gradient evaluations it would be, and roughly how long they would
+    take, by a calibration of about half a minute."""
     extend: bool = False
     """Go on in a folder of another configuration: what is finished there stays."""
     retry_failed: bool = False
@@ -156,33 +156,21 @@ def read_grid(path: Path) -> GridFile:
 
 def load_grid(path: Path):
     """A :class:`ggl_jax.audit.sweep.Grid` of a grid file, with images, model and prior loaded."""
-    import numpy as np
-
     from ggl_jax.adversary.strategy import AttackSettings
-    from ggl_jax.audit import data as audit_data
     from ggl_jax.audit import sweep
     from ggl_jax.audit.runner import ClientSettings
-    from ggl_jax.client.models import get_model
-    from ggl_jax.priors import load_prior
 
     file = read_grid(path)
-    command = dataclasses.replace(file.command, indices=file.indices)
-    prior, prior_params, card = load_prior(command.prior)
-    size = prior.image_shape[0]
-    dataset = audit_data.load(
-        command.data, image_size=size, indices=command.indices, labels=command.label
-    )
-    audit_data.check_prior_overlap(dataset, card, allow_held_out=True)
-    if dataset.labels is None:
-        raise GGLError(
-            f"data: {command.data} has no labels; add a labels.csv (file,label) or fix label = 0"
-        )
-    num_classes = command.num_classes or max(
-        2, dataset.num_classes or 0, int(np.max(dataset.labels)) + 1
-    )
-    options = {"batch_norm": command.batch_norm} if command.model != "lenet" else {}
-    model = get_model(
-        command.model, num_classes=num_classes, image_shape=prior.image_shape, **options
+    command = file.command
+    dataset, prior, prior_params, _, model = load_inputs(
+        command.data,
+        command.prior,
+        indices=file.indices,
+        label=command.label,
+        remedy="add a labels.csv (file,label) or fix label = 0",
+        model_name=command.model,
+        num_classes=command.num_classes,
+        batch_norm=command.batch_norm,
     )
     names = [field.name for field in dataclasses.fields(AttackSettings)]
     own = {name: value for name, value in file.fixed.items() if name in names}
@@ -211,7 +199,7 @@ def load_grid(path: Path):
         prior_params=prior_params,
         names=dataset.names,
         instance_ids=dataset.indices,
-        others=audit_command._others(command, dataset, size),
+        others=audit_command._others(command, dataset, prior.image_shape[0]),
         num_controls=command.num_controls,
         ceiling_steps=command.ceiling_steps,
         lpips=command.lpips,
@@ -281,8 +269,9 @@ def _dry_run(grid, estimate) -> int:
     console.print(
         f"{len(grid.cells):,} cells ({done:,} finished), {estimate.programs:,} programs to "
         f"compile, {estimate.evaluations:,} gradient evaluations.\n"
-        f"About {shown} on this machine ({estimate.measured} of {estimate.programs} programs "
-        "measured, the others taken to be as fast).",
+        f"Roughly {shown} on this machine, if it is as busy then as now ({estimate.measured} of "
+        f"{estimate.kinds} kinds of search stages measured, the others taken to be as fast).",
         markup=False,
+        soft_wrap=True,
     )
     return 0

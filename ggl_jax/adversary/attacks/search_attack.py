@@ -243,10 +243,14 @@ def search_attack(
         distances = losses - regularizer_of(problem)(points, images)
         return Candidates(points, images, classes_of(problem, points), losses, distances)
 
+    def distances(problem, images, labels):
+        return distance_of(problem)(images, labels)
+
     return Attack(
         init=init,
         step=step,
         candidates=candidates,
+        distances=distances,
         evaluations_per_step=optimizer.evaluations_per_step(restarts),
         evaluations_at_start=pool,
         name=name,
