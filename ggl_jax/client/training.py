@@ -254,16 +254,15 @@ def accuracy(model: Model, variables: PyTree, images: jax.Array, labels: jax.Arr
 
     Edge cases: an image whose logits are not all finite counts as wrong. Ties go to the lower
     class. A model in train-mode BatchNorm sees batches of up to 256 images, the last one filled up
-    with copies of the first image.
+    with copies of its first image.
     """
-    images, labels = np.asarray(images), np.asarray(labels)
     size = min(_EVALUATED_AT_ONCE, len(images))
     right = 0
     for first in range(0, len(images), size):
-        part, own = images[first : first + size], labels[first : first + size]
+        part, own = np.asarray(images[first : first + size]), np.asarray(labels[first:][:size])
         left = size - len(part)
         # -1 is no class, so that the copies count for nothing.
-        part = np.concatenate([part, np.repeat(images[:1], left, axis=0)])
+        part = np.concatenate([part, np.repeat(part[:1], left, axis=0)])
         own = np.concatenate([own, np.full(left, -1, own.dtype)])
         right += int(_num_right(model, variables, part, own))
     return right / len(images)
