@@ -18,6 +18,31 @@ from ggl_jax.cli import run
 from ggl_jax.client import training
 from ggl_jax.client.defenses import clip, noise, parse
 
+
+class Line(nn.Module):
+    """One Dense layer: enough to tell bright from dark, and quick to compile."""
+
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(2)(x.reshape(len(x), -1))
+
+
+@pytest.fixture(scope="module")
+def toy():
+    """Forty bright and sixty dark images, and a model that can tell them apart."""
+    rng = np.random.default_rng(2)
+    labels = (np.arange(100) % 5 < 2).astype(np.int32)
+    noise = rng.uniform(-0.2, 0.2, size=(100, 4, 4, 1))
+    images = (np.where(labels, 0.7, 0.3)[:, None, None, None] + noise).astype(np.float32)
+    settings = utility.UtilitySettings(rounds=20, clients=2, batch_size=8, learning_rate=0.1)
+    return {
+        "images": images,
+        "labels": labels,
+        "model": gx.from_flax(Line(), image_shape=(4, 4, 1)),
+        "settings": settings,
+    }
+
+
 # --- training -----------------------------------------------------------------------------------
 
 
@@ -168,17 +193,18 @@ def test_epsilon_refuses(monkeypatch):
 @pytest.mark.parametrize(
     "spec", ["clip:0.7", "clip:0.7+sparsify:0.5", "clip:2+clip:0.7", "soteria:0.5+clip:0.7"]
 )
-def test_no_update_is_longer_than_the_bound(tiny_model, tiny_variables, spec, fidelity):
+def test_no_update_is_longer_than_the_bound(toy, spec, fidelity):
     """The bound is kept by an enormous update, and met by it (nothing is pruned in the first)."""
     defense = parse(spec, fidelity=fidelity)
-    bound = privacy.mechanism(defense, 6).bound
-    assert bound == pytest.approx(0.7 * np.sqrt(6) if fidelity == "paper" else 0.7)
-    params = tiny_variables["params"]
-    update = jax.tree.map(lambda w: 1e3 * jax.random.normal(jax.random.key(1), w.shape), params)
-    assert len(jax.tree.leaves(update)) == 6
-    images, labels = jnp.ones((1, *TINY_SHAPE)), jnp.zeros(1, jnp.int32)
-    context = gx.types.Context(tiny_model, tiny_variables, images, labels)
-    found = defense.apply(jax.random.key(0), update, context)
+    bound = privacy.mechanism(defense, 2).bound
+    assert bound == pytest.approx(0.7 * np.sqrt(2) if fidelity == "paper" else 0.7)
+    variables = toy["model"].init(jax.random.key(2))
+    rng = np.random.default_rng(1)
+    update = jax.tree.map(lambda w: jnp.asarray(1e3 * rng.normal(size=w.shape), jnp.float32),
+                          variables["params"])  # fmt: skip
+    images, labels = 1e3 * jnp.asarray(toy["images"][:1]), jnp.asarray(toy["labels"][:1])
+    context = gx.types.Context(toy["model"], variables, images, labels)
+    found = jax.jit(lambda u: defense.apply(jax.random.key(0), u, context))(update)
     length = np.sqrt(sum(np.sum(np.square(g)) for g in jax.tree.leaves(found)))
     assert length <= bound * (1 + 1e-5)
     if spec == "clip:0.7":
@@ -225,33 +251,9 @@ def test_what_counts_as_a_clip_and_then_noise(defense, bound, sigma, reason):
 # --- utility ------------------------------------------------------------------------------------
 
 
-class Line(nn.Module):
-    """One Dense layer: enough to tell bright from dark, and quick to compile."""
-
-    @nn.compact
-    def __call__(self, x):
-        return nn.Dense(2)(x.reshape(len(x), -1))
-
-
-@pytest.fixture(scope="module")
-def toy():
-    """Forty bright and sixty dark images, and a model that can tell them apart."""
-    rng = np.random.default_rng(2)
-    labels = (np.arange(100) % 5 < 2).astype(np.int32)
-    noise = rng.uniform(-0.2, 0.2, size=(100, 4, 4, 1))
-    images = (np.where(labels, 0.7, 0.3)[:, None, None, None] + noise).astype(np.float32)
-    settings = utility.UtilitySettings(rounds=20, clients=2, batch_size=8, learning_rate=0.1)
-    return {
-        "images": images,
-        "labels": labels,
-        "model": gx.from_flax(Line(), image_shape=(4, 4, 1)),
-        "settings": settings,
-    }
-
-
 def test_a_toy_problem_is_learnt_and_strong_noise_destroys_it(toy, tmp_path):
     explode = gx.from_function(
-        lambda key, update: jax.tree.map(lambda g: 3e38 * g, update), name="explode"
+        lambda key, update: jax.tree.map(lambda g: jnp.inf * g, update), name="explode"
     )
     found = utility.measure(
         **toy, defenses=["clip:1+noise:0.05", "clip:1+noise:100", explode], out=tmp_path
@@ -264,7 +266,7 @@ def test_a_toy_problem_is_learnt_and_strong_noise_destroys_it(toy, tmp_path):
     assert rows["none"]["curve"][0] == list(range(2, 21, 2))
     assert rows["none"]["curve"][1][-1] == rows["none"]["accuracy"]
     assert rows["explode"]["accuracy"] is None
-    assert 1 <= rows["explode"]["diverged_round"] <= 3
+    assert rows["explode"]["diverged_round"] == 1
     assert utility.accuracy_text(rows["explode"]).startswith("diverged in round")
     # Two tensors, clipped to 1 each; twenty rounds.
     assert rows["clip:1+noise:100"]["bound"] == pytest.approx(np.sqrt(2))
@@ -365,7 +367,7 @@ def write_utility(folder, rows):
 def test_the_report_draws_privacy_and_utility(tmp_path):
     gains = {"none": 9.0, "clip:4": 9.1, "clip:4+noise:0.1": 3.0, "noise:9": -1.0}
     rows = [
-        make_row(f"{d}{i}".replace(":", "-"), f"{i}", d, 11 + gain + i, defense_true={})
+        make_row(f"{d}{i}".replace(":", "-"), f"{i}", d, 11 + gain + i)
         for d, gain in gains.items()
         for i in range(2)
     ]
@@ -401,7 +403,7 @@ def test_the_report_draws_privacy_and_utility(tmp_path):
 
 def test_points_of_both_fidelities(tmp_path):
     rows = [
-        make_row(f"{f}{i}", f"{i}", "clip:4", 12.0 + i, fidelity=f, defense_true={},
+        make_row(f"{f}{i}", f"{i}", "clip:4", 12.0 + i, fidelity=f,
                  axes={"attack": "ggl", "fidelity": f})
         for f in ("paper", "code") for i in range(2)
     ]  # fmt: skip
@@ -455,7 +457,7 @@ def test_command_on_its_own(faces, tmp_path, capsys):
 
 
 def test_command_on_a_sweep(faces, tmp_path, capsys):
-    rows = [make_row(f"{d[:4]}{i}", f"{i}", d, 12.0 + i, defense_true={})
+    rows = [make_row(f"{d[:4]}{i}", f"{i}", d, 12.0 + i)
             for d in ("none", "clip:4") for i in range(2)]  # fmt: skip
     records = make_sweep(tmp_path / "run", rows)
     assert run(["utility", str(records.folder), *SHORT]) == 2
