@@ -356,7 +356,7 @@ def write_utility(folder, rows):
     results.write_json(folder / "utility.json", config)
     lines = []
     for defense, accuracy, eps in rows:
-        note = "" if eps else "unbounded: no noise"
+        note = "" if eps else "no noise"
         row = {"defense": defense, "fidelity": "paper", "accuracy": accuracy, "epsilon": eps}
         row |= {"epsilon_replace": eps and 3 * eps, "epsilon_note": note}
         row |= {"diverged_round": None if accuracy else 7, "seconds": 1.0}

@@ -327,7 +327,7 @@ _UTILITY_COLUMNS: tuple[Column, ...] = (
     ("Test accuracy", _of_row(utility.accuracy_text), False),
     ("ε (add or remove)", _of_row(utility.epsilon_text), False),
     ("ε (replace)", _of_row(lambda row: utility.epsilon_text(row, "epsilon_replace")), False),
-    ("ε: note", _of_row(lambda row: row["epsilon_note"]), True),
+    ("Note on ε", _of_row(lambda row: row["epsilon_note"]), True),
 )
 
 
@@ -419,7 +419,7 @@ def _privacy_utility(found: utility.Utility, points: Sequence[_Point]) -> str:
             fontsize="small",
             va="center",
             annotation_clip=False,
-            arrowprops={"arrowstyle": "-", "color": color, "linewidth": 0.6, "alpha": 0.6},
+            arrowprops={"arrowstyle": "-", "color": color, "linewidth": 0.9, "alpha": 0.8},
         )
     axis.set_ylim(low, high)
     axis.set_xlabel("leakage: PSNR above the best blind guess, dB")

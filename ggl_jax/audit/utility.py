@@ -365,7 +365,7 @@ def _privacy(defense, variables, settings: UtilitySettings) -> dict[str, Any]:
     }
     if found.reason:
         none = {"epsilon": None, "epsilon_replace": None}
-        return row | none | {"epsilon_note": f"unbounded: {found.reason}"}
+        return row | none | {"epsilon_note": found.reason}
     return row | _epsilons(found.bound, found.sigma, settings.rounds, settings.delta)
 
 
