@@ -276,6 +276,11 @@ def test_a_toy_problem_is_learnt_and_strong_noise_destroys_it(toy, tmp_path):
         assert rows["clip:1+noise:100"]["epsilon_replace"] > 1.5 * expected
     assert rows["none"]["epsilon"] is None
     assert utility.epsilon_text(rows["none"]) == "none (unbounded)"
+    assert utility.warnings(found) == []
+    chance = [row | {"accuracy": 0.65} for row in found.rows]
+    config = found.config | {"majority": 0.6, "num_test": 100}  # a standard error of 4.9 %
+    assert "not better" in utility.warnings(utility.Utility(config, chance))[0]
+    assert utility.warnings(utility.Utility(config | {"num_test": 1000}, chance)) == []
     test = found.config["test_indices"]
     counts = np.bincount(toy["labels"][test], minlength=2)
     assert found.config["majority"] == pytest.approx(counts[0] / 20)
@@ -320,7 +325,7 @@ def test_interrupted_resumed_and_refused(toy, tmp_path):
     assert fresh.rows[1]["curve"] == whole.rows[1]["curve"]
 
     changed = toy | {"settings": utility.UtilitySettings(rounds=21, clients=2, batch_size=8)}
-    with pytest.raises(gx.GGLError, match=r"rounds: 20 -> 21; learning_rate: 0.1 -> 0.01"):
+    with pytest.raises(gx.GGLError, match=r"rounds: 20 -> 21; learning_rate: 0.1 -> 0.03"):
         utility.measure(**changed, defenses=defenses, out=tmp_path)
     other = toy | {"images": 1 - toy["images"]}
     with pytest.raises(gx.GGLError, match=r"inputs\.data"):
@@ -453,7 +458,7 @@ def test_command_on_its_own(faces, tmp_path, capsys):
     assert run([*given, "--defenses", "clip:1"]) == 0
     assert len((out / "utility.jsonl").read_text().splitlines()) == 3
     assert run([*given, "--defenses", "clip:1", "--learning-rate", "0.5"]) == 2
-    assert "learning_rate: 0.01 -> 0.5" in capsys.readouterr().err
+    assert "learning_rate: 0.03 -> 0.5" in capsys.readouterr().err
 
 
 def test_command_on_a_sweep(faces, tmp_path, capsys):

@@ -336,7 +336,7 @@ def _utility_legend(found: utility.Utility) -> str:
     text = f"Naming the commonest class gives {100 * found.config['majority']:.1f} %."
     if undefended is not None:
         text = f"Undefended: {utility.accuracy_text(undefended)}. {text}"
-    return f"{text} {utility.legend(found.config)}"
+    return " ".join([*utility.warnings(found), text, utility.legend(found.config)])
 
 
 def _utility_hint(records: Records) -> str:

@@ -41,7 +41,7 @@ class UtilitySettings:
     rounds: int = 100
     clients: int = 4
     batch_size: int = 16
-    learning_rate: float = 0.01
+    learning_rate: float = 0.03
     momentum: float = 0.9
     local_steps: int = 1
     local_learning_rate: float = 0.01
@@ -395,6 +395,21 @@ def epsilon_text(row: Mapping[str, Any], name: str = "epsilon") -> str:
     if value is not None:
         return f"{value:.3g}"
     return "not computed" if row["epsilon_note"] == _MISSING else "none (unbounded)"
+
+
+def warnings(found: Utility) -> list[str]:
+    """What makes the accuracies say little: a control that learnt nothing. Usually empty."""
+    control, majority = found.row_of("none", ""), found.config["majority"]
+    if control is None or control["accuracy"] is None:
+        return []
+    spread = math.sqrt(majority * (1 - majority) / found.config["num_test"])
+    if control["accuracy"] > majority + 2 * spread:
+        return []
+    return [
+        "Even the undefended model is not better than naming the commonest class (within two "
+        "standard errors), so these accuracies do not tell the defenses apart: train for more "
+        "rounds, or with another learning rate or model."
+    ]
 
 
 def legend(config: Mapping[str, Any]) -> str:

@@ -62,7 +62,7 @@ def federated(
     *,
     num_clients: int = 4,
     batch_size: int = 16,
-    learning_rate: float = 0.01,
+    learning_rate: float = 0.03,
     momentum: float = 0.9,
     local_steps: int = 1,
     local_learning_rate: float = 0.01,

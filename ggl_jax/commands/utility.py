@@ -3,7 +3,7 @@
 import dataclasses
 import shlex
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import tyro
 
@@ -34,8 +34,9 @@ class UtilityCommand:
     """Clients; each has its own part of the images and takes part in every round."""
     batch_size: int = 16
     """Images that a client draws in each round."""
-    learning_rate: float = 0.01
-    """Step size of the server's SGD."""
+    learning_rate: float = 0.03
+    """Step size of the server's SGD. The default suits convnet; resnet18 wants 0.001 with
+    --batch-norm eval (and many rounds) and 0.01 with train."""
     momentum: float = 0.9
     """Momentum of the server's SGD."""
     test_images: int | None = None
@@ -44,7 +45,10 @@ class UtilityCommand:
     """Probability with which epsilon's bound may fail."""
     model: str | None = None
     """Federated model: resnet18, lenet or convnet (default: the run's, else resnet18)."""
-    fidelity: str | None = None
+    batch_norm: Literal["eval", "train"] | None = None
+    """Batch normalisation of the federated model (default: the run's, else eval); with train, test
+    images are normalised by their own batches, too."""
+    fidelity: Literal["paper", "code"] | None = None
     """paper or code (default: the run's, else paper)."""
     seed: int = 0
     """Seed of the model's weights, the batches, the noise and the choice of test images."""
@@ -104,7 +108,8 @@ def run(command: UtilityCommand, argv: list[str]) -> int:
     if dataset.labels is None:
         raise GGLError(f"data: {data} has no labels; add a labels.csv (file,label)")
     num_classes = classes or max(2, dataset.num_classes or 0, int(np.max(dataset.labels)) + 1)
-    extra: dict[str, Any] = {"batch_norm": base.batch_norm} if name != "lenet" else {}
+    batch_norm = command.batch_norm or base.batch_norm
+    extra: dict[str, Any] = {"batch_norm": batch_norm} if name != "lenet" else {}
     model = get_model(name, num_classes=num_classes, image_shape=dataset.images.shape[1:], **extra)
     settings = utility.UtilitySettings(
         rounds=command.rounds,
@@ -141,6 +146,8 @@ def run(command: UtilityCommand, argv: list[str]) -> int:
     if found.rows:
         console.print(_table(found))
         console.print(utility.legend(found.config), style="dim", markup=False)
+        for sentence in utility.warnings(found):
+            console.print(sentence, markup=False)
         notes = {row["epsilon_note"] for row in found.rows if "pip install" in row["epsilon_note"]}
         for note in notes:
             console.print(f"Epsilon {note}", markup=False)
