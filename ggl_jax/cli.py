@@ -29,6 +29,7 @@ from ggl_jax.commands import (
     status,
     sweep,
     train_prior,
+    utility,
     weights,
 )
 from ggl_jax.commands._shared import cpu_name, fingerprint
@@ -44,6 +45,7 @@ COMMANDS: dict[str, tuple[type, Callable[[Any, list[str]], int]]] = {
     "report": (report.ReportCommand, report.run),
     "check": (check.CheckCommand, check.run),
     "reproduce": (reproduce.ReproduceCommand, reproduce.run),
+    "utility": (utility.UtilityCommand, utility.run),
     "landscape": (landscape.LandscapeCommand, landscape.run),
     "train-prior": (train_prior.TrainPriorCommand, train_prior.run),
     "sample-prior": (sample_prior.SamplePriorCommand, sample_prior.run),

@@ -23,7 +23,7 @@ from ggl_jax.commands.status import remaining
 
 
 def make_row(cell, image, defense, psnr, *, attack="ggl", seed=0, **changes):
-    sigma = float(defense.split(":")[1]) if ":" in defense else None
+    sigma = float(defense.split(":")[-1]) if ":" in defense else None
     return {
         "cell": cell,
         "part": 0,

@@ -8,14 +8,14 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
 
-from ggl_jax.audit import results
+from ggl_jax.audit import results, utility
 from ggl_jax.audit.aggregate import (
     Leakage,
     Mean,
@@ -33,6 +33,9 @@ from ggl_jax.errors import GGLError
 #: So much a page shows before it says that there is more in the folder.
 MAX_SHEET_IMAGES, MAX_SHEET_ATTACKS, MAX_SHEETS, MAX_PANELS, MAX_LINES = 8, 6, 24, 12, 12
 MAX_FAILURES, MAX_SERIES = 50, 8
+
+#: The privacy-utility plot as a file, for report.md.
+UTILITY_FIGURE = "privacy-utility.svg"
 
 #: Legible on white and on black (contrast of at least 3); series differ in their markers, too.
 _COLORS = ("#0072b2", "#d55e00", "#009e73", "#c0609a", "#8a7400", "#7b6ad0", "#7f7f7f", "#b04040")
@@ -282,6 +285,168 @@ def _loss_curves(groups: Sequence[Leakage]) -> str:
     return _svg(figure, "losses", f"Lowest matching loss by step of the search, under {names}")
 
 
+# --- privacy and utility ------------------------------------------------------------------------
+
+
+class _Point(NamedTuple):
+    """A defense's place between leakage and utility; either may be missing."""
+
+    label: str
+    row: dict[str, Any] | None
+    leakage: Leakage | None
+
+
+def _points(found: utility.Utility, groups: Sequence[Leakage]) -> list[_Point]:
+    """Every audited defense under its strongest attack, then those with a utility alone."""
+    by_fidelity: dict[str, list[Leakage]] = {}
+    for group in groups:
+        by_fidelity.setdefault(group.rows[0].get("fidelity", "paper"), []).append(group)
+    several = len(by_fidelity) > 1
+    points = []
+    for fidelity, own in by_fidelity.items():
+        for group in strongest(own):
+            row = found.row_of(group.defense, fidelity)
+            label = f"{group.defense} ({fidelity})" if several else group.defense
+            points.append(_Point(label, row, group))
+    shown = [point.row for point in points]
+    points += [_Point(row["defense"], row, None) for row in found.rows if row not in shown]
+    return points
+
+
+def _gain(point: _Point) -> str:
+    return _mean(point.leakage.gain if point.leakage else None, sign=True)
+
+
+def _of_row(text: Callable[[dict[str, Any]], str]) -> Callable[[_Point], str]:
+    return lambda point: "–" if point.row is None else text(point.row)
+
+
+_UTILITY_COLUMNS: tuple[Column, ...] = (
+    ("Defense", lambda p: p.label, True),
+    ("Gain", _gain, False),
+    ("Test accuracy", _of_row(utility.accuracy_text), False),
+    ("ε (add or remove)", _of_row(utility.epsilon_text), False),
+    ("ε (replace)", _of_row(lambda row: utility.epsilon_text(row, "epsilon_replace")), False),
+    ("Note on ε", _of_row(lambda row: row["epsilon_note"]), True),
+)
+
+
+def _utility_legend(found: utility.Utility) -> str:
+    undefended = found.row_of("none", "")
+    text = f"Naming the commonest class gives {100 * found.config['majority']:.1f} %."
+    if undefended is not None:
+        text = f"Undefended: {utility.accuracy_text(undefended)}. {text}"
+    return " ".join([*utility.warnings(found), text, utility.legend(found.config)])
+
+
+def _utility_hint(records: Records) -> str:
+    return (
+        f"Utility was not measured: `ggl-jax utility {records.folder}` trains the model under each "
+        "defense and adds accuracy, epsilon and a privacy-utility plot (`--data` names its images)."
+    )
+
+
+def _spread(heights: Sequence[float], gap: float) -> list[float]:
+    """Heights at least ``gap`` apart, in the same order, as near to the given ones as may be.
+
+    Neighbours that would touch share a block around their mean; blocks that touch are merged.
+    """
+    order = sorted(range(len(heights)), key=lambda i: heights[i])
+    blocks: list[list[int]] = []
+    middles: list[float] = []
+    for index in order:
+        blocks.append([index])
+        middles.append(heights[index])
+        while len(blocks) > 1:
+            reach = gap * (len(blocks[-1]) + len(blocks[-2])) / 2
+            if middles[-1] - middles[-2] >= reach:
+                break
+            merged = blocks[-2] + blocks[-1]
+            blocks[-2:], middles[-2:] = [merged], [sum(heights[i] for i in merged) / len(merged)]
+    placed = list(heights)
+    for block, middle in zip(blocks, middles, strict=True):
+        for rank, index in enumerate(block):
+            placed[index] = middle + gap * (rank - (len(block) - 1) / 2)
+    return placed
+
+
+def _drawn(points: Sequence[_Point]) -> list[tuple[str, dict[str, Any], Mean]]:
+    """Label, row and gain of the points that have a place in the figure."""
+    return [
+        (p.label, p.row, p.leakage.gain)
+        for p in points
+        if p.row is not None and p.leakage is not None and math.isfinite(p.leakage.gain.mean)
+    ]
+
+
+def _privacy_utility(found: utility.Utility, points: Sequence[_Point]) -> str:
+    """Test accuracy over leakage: a point for each defense, labelled with its epsilon."""
+    drawn = _drawn(points)
+    if not drawn:
+        return ""
+    undefended = found.row_of("none", "")
+    lines = [("majority class", "--", 100 * found.config["majority"])]
+    if undefended is not None and undefended["accuracy"] is not None:
+        lines.append(("undefended", ":", 100 * undefended["accuracy"]))
+    known = [100 * row["accuracy"] for _, row, _ in drawn if row["accuracy"] is not None]
+    known += [height for _, _, height in lines]
+    margin = max(2.0, 0.12 * (max(known) - min(known)))
+    low, high = min(known) - margin, max(known) + margin
+    inches = max(3.2, 0.24 * len(drawn) + 1.0)
+    figure = Figure(figsize=(7.5, inches), layout="constrained")
+    axis = figure.subplots()
+    for name, line, height in lines:
+        axis.axhline(height, linestyle=line, color=_GREY, label=name)
+    # A broken model has no accuracy: it stands on the axis, and its label says why.
+    heights = [low if row["accuracy"] is None else 100 * row["accuracy"] for _, row, _ in drawn]
+    places = _spread([(h - low) / (high - low) for h in heights], 0.2 / (inches - 0.9))
+    for number, ((label, row, gain), height) in enumerate(zip(drawn, heights, strict=True)):
+        color, broken = _COLORS[number % len(_COLORS)], row["accuracy"] is None
+        _plot_mean(
+            axis,
+            height,
+            gain,
+            horizontal=True,
+            fmt="x" if broken else _MARKERS[number % len(_MARKERS)],
+            color=color,
+            clip_on=False,
+        )
+        axis.annotate(
+            f"{label}, {'diverged, ' if broken else ''}ε {_epsilon(row)}",
+            xy=(gain.mean, height),
+            xytext=(1.03, places[number]),
+            textcoords="axes fraction",
+            fontsize="small",
+            va="center",
+            annotation_clip=False,
+            arrowprops={"arrowstyle": "-", "color": color, "linewidth": 0.9, "alpha": 0.8},
+        )
+    axis.set_ylim(low, high)
+    axis.set_xlabel("leakage: PSNR above the best blind guess, dB")
+    axis.set_ylabel("test accuracy, %")
+    figure.legend(loc="outside upper left", ncols=2, frameon=False)
+    told = "; ".join(
+        f"{label}: {_mean(gain, sign=True)} dB, {utility.accuracy_text(row)}, epsilon "
+        f"{_epsilon(row)}"
+        for label, row, gain in drawn[:12]
+    )
+    description = f"Test accuracy by leakage (gain): {told}; {lines[0][0]}: {lines[0][2]:.1f} %"
+    return _svg(figure, "utility", description)
+
+
+def _epsilon(row: dict[str, Any]) -> str:
+    return utility.epsilon_text(row).removesuffix(" (unbounded)")
+
+
+def _standalone(figure: str) -> str:
+    """An inline figure as a file of its own, in light and dark."""
+    style = (
+        "<style>svg{color:#1a1a1a}svg text{fill:currentColor}"
+        "@media (prefers-color-scheme:dark){svg{color:#e6e6e6}}</style>"
+    )
+    return figure.replace(">", f">{style}", 1)
+
+
 # --- pictures -----------------------------------------------------------------------------------
 
 
@@ -453,6 +618,17 @@ def page(records: Records) -> str:
     failures = list(records.failures.items())[:MAX_FAILURES]
     body = [f"<p>{_escape(sentence)}</p>" for sentence in sentences(records, groups)]
     body += _section("Leakage by defense", _overview(groups), *_families(groups))
+    found = utility.read(records.folder)
+    if found is None:
+        body.append(f'<p class="note">{_escape(_utility_hint(records))}</p>')
+    else:
+        points = _points(found, groups)
+        body += _section(
+            "Privacy and utility",
+            _privacy_utility(found, points),
+            _html_table(_UTILITY_COLUMNS, points, "Leakage, accuracy and epsilon by defense"),
+            f'<p class="note">{_escape(_utility_legend(found))}</p>',
+        )
     body += _section(
         "All numbers",
         f'<p class="note">{_escape(LEGEND)}</p>',
@@ -508,6 +684,15 @@ def markdown(records: Records) -> str:
         _markdown_table(_COLUMNS, groups),
         LEGEND,
     ]
+    found = utility.read(records.folder)
+    if found is None:
+        parts.append(_utility_hint(records))
+    else:
+        points = _points(found, groups)
+        parts.append("## Privacy and utility")
+        if _drawn(points):
+            parts.append(f"![Test accuracy by leakage]({UTILITY_FIGURE})")
+        parts += [_markdown_table(_UTILITY_COLUMNS, points), _utility_legend(found)]
     parameters = _parameters(records.rows)
     if parameters:
         parts += [
@@ -525,6 +710,8 @@ def markdown(records: Records) -> str:
 def write(records: Records, folder: Path | None = None) -> Path:
     """Write ``report.html`` and ``report.md``; the page's path.
 
+    Where utility was measured, its figure goes to a file beside them, which ``report.md`` shows.
+
     Args:
         records: of :func:`ggl_jax.audit.results.read`.
         folder: where; None for the results' own folder.
@@ -533,7 +720,13 @@ def write(records: Records, folder: Path | None = None) -> Path:
         GGLError: there are no results yet.
     """
     folder = records.folder if folder is None else folder
-    return _write(folder, "report", page(records), markdown(records))
+    path = _write(folder, "report", page(records), markdown(records))
+    found = utility.read(records.folder)
+    points = [] if found is None else _points(found, _groups(records))
+    if found is not None and _drawn(points):
+        figure = _standalone(_privacy_utility(found, points))
+        results.write_bytes(folder / UTILITY_FIGURE, figure.encode())
+    return path
 
 
 def _write(folder: Path, name: str, page: str, text: str) -> Path:

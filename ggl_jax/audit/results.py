@@ -124,8 +124,8 @@ class Lock:
         GGLError: another process holds it.
     """
 
-    def __init__(self, folder: Path, process: int = 0):
-        path = folder / f"lock-{process:04d}"
+    def __init__(self, folder: Path, process: int = 0, *, name: str | None = None):
+        path = folder / (name or f"lock-{process:04d}")
         self._file = path.open("a+")
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -148,18 +148,19 @@ class Lock:
 class Journal:
     """One process's results: whole lines, appended in one write and synced.
 
+    They go to ``results-0000.jsonl`` and so on, or to the file ``name``.
+
     Opening cuts off what a killed run left behind its last finished cell (half a line, or the first
     rows of a batch).
     """
 
-    def __init__(self, folder: Path, process: int = 0):
-        self.path = folder / f"results-{process:04d}.jsonl"
+    def __init__(self, folder: Path, process: int = 0, *, name: str | None = None):
+        self.path = folder / (name or f"results-{process:04d}.jsonl")
         new = not self.path.exists()
         self._handle = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
         if new:
             sync_folder(folder)
-        entries, length = _read_journal(self.path)
-        del entries
+        length = _read_journal(self.path)[1]
         if length < os.fstat(self._handle).st_size:
             os.ftruncate(self._handle, length)
             os.fsync(self._handle)
@@ -217,6 +218,15 @@ def _read_journal(path: Path) -> tuple[list[dict[str, Any]], int]:
     return entries, whole
 
 
+def read_journal(path: Path) -> list[dict[str, Any]]:
+    """The rows of a :class:`Journal`, also while it is written; none where it does not exist.
+
+    Raises:
+        GGLError: a line in its midst is damaged.
+    """
+    return _read_journal(path)[0] if path.exists() else []
+
+
 def read(folder: str | Path) -> Records:
     """Read the folder of a sweep or an audit, also while it runs.
 
@@ -269,8 +279,7 @@ def _read_sweep(folder: Path, config: dict[str, Any]) -> Records:
 
 
 def _read_audit(folder: Path, config: dict[str, Any]) -> Records:
-    path = folder / "results.jsonl"
-    rows = _read_journal(path)[0] if path.exists() else []
+    rows = read_journal(folder / "results.jsonl")
     cells = {}
     for row in rows:
         row["cell"] = f"{row['defense']} {row['image']}"

@@ -32,13 +32,16 @@ __all__ = [
     "replaces_update",
     "soteria",
     "sparsify",
+    "stages_of",
     "summary",
 ]
 
 
 def none() -> Defense:
     """No defense: the update is shared as it is. Record and estimate are empty."""
-    return from_function(lambda key, update: update, name="none")
+    nothing = from_function(lambda key, update: update, name="none")
+    _traits.mark(nothing.apply, shrinks=True, processes=True)
+    return nothing
 
 
 def from_function(
@@ -191,7 +194,11 @@ def chain(*defenses: Defense) -> Defense:
             result = _compose(result, factor_of(estimated[stage]))
         return result
 
-    _traits.mark(apply, replaces_update=replaces_update(defenses[0]))
+    _traits.mark(
+        apply,
+        replaces_update=replaces_update(defenses[0]),
+        stages=tuple(one for defense in defenses for one in stages_of(defense)),
+    )
     factors = [(stage, d.factor) for stage, d in stages if d.factor is not None]
     factored = len(factors) == len(stages)
     masks = scales = False
@@ -243,6 +250,11 @@ def replaces_update(defense: Defense) -> bool:
     one gradient step rather than the sum of several local ones.
     """
     return _traits.has(defense.apply, "replaces_update", False)
+
+
+def stages_of(defense: Defense) -> tuple[Defense, ...]:
+    """The stages of a chain, in the order in which they are applied; of any other, itself."""
+    return _traits.has(defense.apply, "stages", (defense,))
 
 
 def summary(parameters: Mapping) -> dict[str, float]:

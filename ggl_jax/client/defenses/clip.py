@@ -97,6 +97,10 @@ def clip(*, bound: float = 4.0, fidelity: str = "paper") -> Defense:
         bounds = estimated["layer_bounds" if layerwise else "bound"]
         return Factored(scale=lambda squares: scales(bounds, squares))
 
+    def l2_bound(num_tensors):
+        return bound * np.sqrt(num_tensors) if layerwise else bound
+
+    _traits.mark(apply, l2_bound=l2_bound, shrinks=True, processes=True)
     _traits.mark(factor, masks=False, scales=True)
     return Defense(f"clip:{bound:g}", apply, record, estimate, simulate, factor)
 

@@ -76,6 +76,7 @@ def noise(*, sigma: float | None = None, fidelity: str = "paper") -> Defense:
         del estimated
         return update
 
+    _traits.mark(apply, gaussian=sigma, processes=True)
     return Defense(f"noise:{sigma:g}", apply, record, estimate, simulate, identity_factor())
 
 

@@ -115,7 +115,7 @@ def soteria(
         return Factored(mask=estimated["compared"])
 
     # chain() must know that earlier stages' work would be lost.
-    _traits.mark(apply, replaces_update=on_representation)
+    _traits.mark(apply, replaces_update=on_representation, shrinks=not on_representation)
     _traits.mark(factor, masks=True, scales=False)
 
     def rewire(estimated, variables, head):

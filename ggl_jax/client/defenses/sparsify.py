@@ -93,6 +93,7 @@ def sparsify(*, rate: float = 0.9, fidelity: str = "paper", compare: str = "publ
     def factor(estimated):
         return Factored(mask=estimated["support"])
 
+    _traits.mark(apply, shrinks=True, processes=True)
     _traits.mark(factor, masks=True, scales=False)
     return Defense(
         f"sparsify:{rate:g}", apply, record, estimate, simulate, factor if on_support else None

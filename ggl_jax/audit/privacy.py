@@ -1,0 +1,142 @@
+"""Differential privacy of a defense: the epsilon of a clip followed by Gaussian noise.
+
+What is protected is a client, in the local model: the server sees each client's defended update in
+each round, as in an audit, and not the mean alone. Epsilon bounds what *any* attack can learn from
+all of these updates; the audit's leakage is what one attack did learn from one of them.
+"""
+
+import math
+from typing import NamedTuple
+
+from ggl_jax.client.defenses import _traits, stages_of
+from ggl_jax.errors import GGLError
+from ggl_jax.types import Defense
+
+#: Two neighbouring inputs differ in a client's contribution: "add_remove": the update is there, or
+#: is zero (its l2 sensitivity is the norm's bound); "replace": it is another one (twice that).
+ADJACENCIES = {"add_remove": 1.0, "replace": 2.0}
+
+#: How the accountant is had.
+REMEDY = "pip install 'ggl-jax[privacy]'"
+
+
+class Mechanism(NamedTuple):
+    """A defense as a Gaussian mechanism.
+
+    Attributes:
+        bound: largest l2 norm of a client's whole update before the noise; infinite where none is
+            known.
+        sigma: standard deviation of the Gaussian noise on every entry of a client's update; 0
+            without.
+        reason: why there is no finite epsilon, in a few words; empty where there is one.
+    """
+
+    bound: float
+    sigma: float
+    reason: str
+
+
+def mechanism(defense: Defense, num_tensors: int) -> Mechanism:
+    """Read a defense as a clip, then Gaussian noise.
+
+    ``clip`` with fidelity "paper" bounds each of the update's L tensors by S, so the whole update
+    by ``S sqrt(L)``; with fidelity "code" it bounds the whole update by S. Of several clips the
+    tightest bound counts. Sparsification and Soteria's masks between clip and noise do not raise
+    the norm. What follows the noise is free if it looks at the noisy update alone (clip,
+    sparsification, more noise); noise that follows noise directly adds to it in variance.
+
+    Args:
+        defense: of :mod:`ggl_jax.client.defenses`, or your own.
+        num_tensors: L, the number of tensors in an update.
+
+    Returns:
+        A :class:`Mechanism`. Without a finite epsilon are: no Gaussian noise at all; noise without
+        a clip before it, whose sensitivity is unbounded; Soteria after the noise, whose mask comes
+        from the private image; a stage of your own between the clip and the noise or after it, of
+        which nothing is known (noise of your own included).
+    """
+    bound, sigma, last = math.inf, 0.0, None
+    unknown, noise_seen = "", False
+
+    def trait(stage, name, default):
+        return _traits.has(stage.apply, name, default)
+
+    for stage in stages_of(defense):
+        added = trait(stage, "gaussian", None)
+        noise_seen |= bool(added)
+        if sigma > 0:
+            if added is not None and trait(last, "gaussian", None) is not None:
+                sigma = math.hypot(sigma, added)
+            elif not trait(stage, "processes", False):
+                why = f"{stage.name} after the noise may look at the private image again"
+                return Mechanism(math.inf, sigma, why)
+        elif added is not None:
+            sigma = float(added) if math.isfinite(bound) else 0.0
+        elif trait(stage, "l2_bound", None) is not None:
+            bound = min(bound, float(trait(stage, "l2_bound", None)(num_tensors)))
+        elif not trait(stage, "shrinks", False):
+            bound = math.inf
+            if not trait(stage, "replaces_update", False):
+                unknown = f"{stage.name} is neither a clip nor Gaussian noise that is known"
+        last = stage
+    if sigma > 0:
+        return Mechanism(bound, sigma, "")
+    if unknown:
+        return Mechanism(bound, 0.0, unknown)
+    if noise_seen and math.isinf(bound):
+        return Mechanism(bound, 0.0, "noise without a clip before it")
+    return Mechanism(bound, 0.0, "no Gaussian noise after a clip" if noise_seen else "no noise")
+
+
+def epsilon(
+    bound: float, sigma: float, *, rounds: int, delta: float, adjacency: str = "add_remove"
+) -> float:
+    """Epsilon of a Gaussian mechanism that a client takes part in ``rounds`` times.
+
+    Gaussian mechanisms compose to a Gaussian mechanism, of ``sqrt(rounds)`` times the sensitivity,
+    whose epsilon is known exactly; there is no subsampling to gain from, for the server knows who
+    takes part. Computed by Google's dp-accounting.
+
+    Args:
+        bound: largest l2 norm of the update, > 0 (:attr:`Mechanism.bound`).
+        sigma: standard deviation of the noise on each entry, > 0.
+        rounds: at least 1; the updates may depend on earlier rounds.
+        delta: the probability with which the bound may fail, in (0, 1).
+        adjacency: a key of :data:`ADJACENCIES`.
+
+    Returns:
+        Epsilon >= 0, by natural logarithm.
+
+    Raises:
+        GGLError: an argument is out of range, or dp-accounting is not installed.
+
+    Reference: Balle and Wang 2018, "Improving the Gaussian Mechanism for Differential Privacy",
+    theorem 8; composition: Dong, Roth and Su 2019, "Gaussian Differential Privacy", corollary 2.
+    """
+    for name, value in (("bound", bound), ("sigma", sigma)):
+        if not 0 < value < math.inf:
+            raise GGLError(f"{name}={value!r}: give a positive number")
+    if rounds < 1:
+        raise GGLError(f"rounds={rounds!r}: give an integer of at least 1")
+    check_delta(delta)
+    if adjacency not in ADJACENCIES:
+        raise GGLError(f"adjacency={adjacency!r}: give one of {', '.join(ADJACENCIES)}")
+    if not accountant_installed():
+        raise GGLError(f"epsilon needs the package dp-accounting: {REMEDY}")
+    from dp_accounting import get_epsilon_gaussian
+
+    multiplier = sigma / (ADJACENCIES[adjacency] * bound * math.sqrt(rounds))
+    return float(get_epsilon_gaussian(multiplier, delta))
+
+
+def check_delta(delta: float) -> None:
+    """Raise :class:`GGLError` unless 0 < delta < 1."""
+    if not 0 < delta < 1:
+        raise GGLError(f"delta={delta!r}: give a number between 0 and 1, e.g. 1e-5")
+
+
+def accountant_installed() -> bool:
+    """Whether dp-accounting is there."""
+    import importlib.util
+
+    return importlib.util.find_spec("dp_accounting") is not None

@@ -1,0 +1,426 @@
+"""What a defense costs: test accuracy after federated training under it, and its epsilon.
+
+A folder holds ``utility.json`` (what was asked for) and ``utility.jsonl`` (a line for each finished
+defense), beside an audit's or sweep's results or alone.
+"""
+
+import dataclasses
+import hashlib
+import json
+import math
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from ggl_jax.audit import privacy, results
+from ggl_jax.audit.runner import MODEL_STREAM, Progress, jsonable
+from ggl_jax.audit.sweep import differences
+from ggl_jax.client import defenses as client_defenses
+from ggl_jax.client import training
+from ggl_jax.errors import GGLError
+from ggl_jax.types import Defense, Model, PyTree
+
+#: Stream of the run's key for batches and the defenses' noise, beside the model's weights.
+TRAINING_STREAM = 2**31 - 3
+
+CONFIG, ROWS = "utility.json", "utility.jsonl"
+
+
+@dataclasses.dataclass(frozen=True)
+class UtilitySettings:
+    """How the federated model is trained; see :func:`ggl_jax.client.training.federated`.
+
+    ``test_images`` are held out of training; None takes a fifth of the images, at most 1,000.
+    Epsilon is that at ``delta``.
+    """
+
+    rounds: int = 100
+    clients: int = 4
+    batch_size: int = 16
+    learning_rate: float = 0.03
+    momentum: float = 0.9
+    local_steps: int = 1
+    local_learning_rate: float = 0.01
+    test_images: int | None = None
+    delta: float = 1e-5
+
+
+class Utility(NamedTuple):
+    """What a folder holds.
+
+    Attributes:
+        config: the content of ``utility.json``.
+        rows: one for each finished defense, see :func:`measure`.
+        interrupted: Ctrl-C ended the run that returns this; what is finished is kept.
+    """
+
+    config: dict[str, Any]
+    rows: list[dict[str, Any]]
+    interrupted: bool = False
+
+    def row_of(self, defense: str, fidelity: str) -> dict[str, Any] | None:
+        """The row of a defense; under another fidelity only where that means nothing ("none")."""
+        for row in self.rows:
+            if row["defense"] == defense and (defense == "none" or row["fidelity"] == fidelity):
+                return row
+        return None
+
+
+def split(
+    num_images: int, num_test: int | None, num_clients: int, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Share images out to the clients, and hold some out for the test.
+
+    Args:
+        num_images: how many there are.
+        num_test: how many to hold out; None for a fifth of them, at most 1,000.
+        num_clients: at least 1.
+        seed: of the shuffling.
+
+    Returns:
+        ``(train [m n], test [t])``, disjoint sorted positions: a row for each client, all of the
+        same length, so that up to m - 1 images are left over.
+
+    Raises:
+        GGLError: there are too few images.
+    """
+    if num_test is None:
+        num_test = min(1000, num_images // 5)
+    if num_test < 1 or num_test >= num_images:
+        raise GGLError(
+            f"test_images: got {num_test} of {num_images} images, allowed: 1 to "
+            f"{max(1, num_images - 1)}; give data with more images"
+        )
+    order = np.random.default_rng(seed).permutation(num_images)
+    test, rest = order[:num_test], order[num_test:]
+    each = len(rest) // num_clients
+    train = rest[: each * num_clients].reshape(num_clients, each)
+    return np.sort(train, axis=1), np.sort(test)
+
+
+def majority_accuracy(train_labels: np.ndarray, test_labels: np.ndarray) -> float:
+    """Accuracy on the test images of always naming the training images' commonest class.
+
+    Ties go to the lower class.
+    """
+    return float(np.mean(test_labels == np.bincount(train_labels.reshape(-1)).argmax()))
+
+
+def measure(
+    images,
+    labels,
+    *,
+    model: Model,
+    defenses: Sequence[Defense | str],
+    out: str | Path,
+    settings: UtilitySettings | None = None,
+    fidelities: Sequence[str] = ("paper",),
+    variables: PyTree | None = None,
+    seed: int = 0,
+    options: Mapping[str, Any] | None = None,
+    about: Mapping[str, Any] | None = None,
+    progress: Progress | None = None,
+) -> Utility:
+    """Train the federated model under each defense; keep each result as soon as it is there.
+
+    Every defense starts from the same weights and sees the same batches. The images are shared out
+    to the clients, each of which takes part in every round.
+
+    Args:
+        images: [n h w c], float in [0, 1].
+        labels: [n], integers.
+        model: the federated model.
+        defenses: specifications or :class:`Defense` objects; "none" is added as the control.
+        out: folder; what an earlier call finished there is kept and not repeated.
+        settings: of the training.
+        fidelities: of the defenses that are given as specifications: each is measured in each.
+        variables: the model's first weights; None for those of an audit with this seed.
+        seed: of everything random.
+        options: what ``utility.json`` shall say was asked for; by default settings, model and seed.
+        about: more entries for ``utility.json``, such as the command.
+        progress: called as it goes on.
+
+    Returns:
+        A :class:`Utility`; Ctrl-C returns one, too. A row has ``defense``, ``fidelity``,
+        ``accuracy`` (on the test images; None where the training diverged, and then
+        ``diverged_round`` says when), ``curve`` ([rounds, accuracies] on the way), ``bound`` and
+        ``sigma`` of the Gaussian mechanism, ``rounds`` that compose, ``delta``, ``epsilon`` and
+        ``epsilon_replace`` (see :data:`ggl_jax.audit.privacy.ADJACENCIES`; None where there is
+        none, and ``epsilon_note`` says why), and ``seconds``.
+
+    Raises:
+        GGLError: unusable images or labels, too few of them, an unknown defense, or the folder is
+            in use or holds another configuration.
+        StorageError: the disk is full; nothing that was finished is lost.
+    """
+    settings = settings or UtilitySettings()
+    privacy.check_delta(settings.delta)
+    images, labels = np.asarray(images, np.float32), np.asarray(labels)
+    _check_data(model, images, labels)
+    train_at, test_at = split(len(images), settings.test_images, settings.clients, seed)
+    if train_at.shape[1] < settings.batch_size:
+        raise GGLError(
+            f"batch_size: {settings.batch_size} is more than the {train_at.shape[1]} training "
+            f"images of each client; give more images, fewer test images or fewer clients"
+        )
+    todo = _named(defenses, fidelities)
+    for defense, _ in todo:
+        if settings.local_steps > 1 and client_defenses.replaces_update(defense):
+            raise GGLError(
+                f"local_steps: {defense.name} recomputes a single gradient step, so it cannot "
+                f"defend {settings.local_steps} local steps; use 1, or fidelity 'code'"
+            )
+        _training(model, defense, settings)
+    if options is None:
+        options = {**dataclasses.asdict(settings), "model": model.name, "seed": seed}
+    digest = hashlib.sha256(images.tobytes() + labels.astype(np.int64).tobytes())
+    for leaf in jax.tree.leaves(variables):
+        digest.update(np.asarray(leaf).tobytes())
+    config = {
+        **(about or {}),
+        "options": json.loads(json.dumps(options)),
+        "inputs": {"data": digest.hexdigest()},
+        "model": model.name,
+        "rounds": settings.rounds,
+        "clients": settings.clients,
+        "batch_size": settings.batch_size,
+        "delta": settings.delta,
+        "num_train": int(train_at.size),
+        "num_test": len(test_at),
+        "majority": majority_accuracy(labels[train_at], labels[test_at]),
+        "test_indices": test_at.tolist(),
+    }
+    folder = Path(out)
+    if folder.exists() and not folder.is_dir():
+        raise GGLError(f"out: {folder} is a file; choose another folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = results.Lock(folder, name="lock-utility")
+    journal = None
+    interrupted = False
+    try:
+        _prepare(folder, config)
+        journal = results.Journal(folder, name=ROWS)
+        known = Utility(config, results.read_journal(folder / ROWS))
+        todo = [(d, f) for d, f in todo if known.row_of(d.name, f) is None]
+        key = jax.random.key(seed)
+        if variables is None:
+            variables = jax.jit(model.init)(jax.random.fold_in(key, MODEL_STREAM))
+        data = (images[train_at], labels[train_at], images[test_at], labels[test_at])
+        try:
+            for number, (defense, fidelity) in enumerate(todo):
+
+                def report(phase, fraction, number=number, defense=defense):
+                    if progress is not None:
+                        label = f"{defense.name}: {phase}"
+                        progress(label, number, len(todo), fraction, None)
+
+                row = {"defense": defense.name, "fidelity": fidelity}
+                stream = jax.random.fold_in(key, TRAINING_STREAM)
+                row |= _train(stream, model, defense, variables, data, settings, report)
+                row |= _privacy(defense, variables, settings)
+                journal.append([jsonable(row)])
+        except KeyboardInterrupt:
+            interrupted = True
+    finally:
+        if journal is not None:
+            journal.close()
+        lock.release()
+    return Utility(config, results.read_journal(folder / ROWS), interrupted)
+
+
+def read(folder: str | Path) -> Utility | None:
+    """What :func:`measure` left in a folder, also while it runs; None where it never ran.
+
+    A row that lacks its epsilon for want of the accountant gets it now, if that is installed.
+
+    Raises:
+        GGLError: a file is damaged.
+    """
+    folder = Path(folder)
+    if not (folder / ROWS).exists():
+        return None
+    config = results.read_json(folder / CONFIG, f"{folder} is damaged")
+    rows = results.read_journal(folder / ROWS)
+    for row in rows:
+        if row["epsilon_note"] == _MISSING:
+            row.update(_epsilons(row["bound"], row["sigma"], row["rounds"], row["delta"]))
+    return Utility(config, rows)
+
+
+def _named(defenses, fidelities) -> list[tuple[Defense, str]]:
+    """Defenses, the control first, each by name and fidelity once."""
+    found: dict[tuple[str, str], tuple[Defense, str]] = {}
+    for defense in ["none", *defenses]:
+        for fidelity in fidelities:
+            own = defense
+            if isinstance(own, str):
+                own = client_defenses.parse(own, fidelity=fidelity)
+            key = (own.name, "" if own.name == "none" else fidelity)
+            found.setdefault(key, (own, fidelity))
+            if not isinstance(defense, str):
+                break
+    return list(found.values())
+
+
+def _check_data(model: Model, images: np.ndarray, labels: np.ndarray) -> None:
+    if images.ndim != 4 or images.shape[1:] != model.image_shape:
+        raise GGLError(
+            f"images: got shape {images.shape}, allowed: (n, *{model.image_shape}), as model "
+            f"{model.name!r} takes them"
+        )
+    if not np.all(np.isfinite(images)) or images.min() < 0.0 or images.max() > 1.0:
+        raise GGLError("images: values must be finite and lie in [0, 1]; divide uint8 by 255")
+    if labels.shape != images.shape[:1] or not np.issubdtype(labels.dtype, np.integer):
+        raise GGLError(
+            f"labels: got {labels.dtype} {labels.shape}, allowed: integers ({len(images)},), one "
+            "per image"
+        )
+    if labels.min() < 0 or labels.max() >= model.num_classes:
+        raise GGLError(
+            f"labels: got {labels.min()} to {labels.max()}, allowed: 0 to {model.num_classes - 1}; "
+            "raise the model's number of classes"
+        )
+
+
+def _prepare(folder: Path, config: dict[str, Any]) -> None:
+    """Write ``utility.json``, or refuse a folder where it says something else."""
+    path = folder / CONFIG
+    if not path.exists():
+        if (folder / ROWS).exists():
+            raise GGLError(f"out: {folder} has {ROWS} without {CONFIG}; move it away")
+        results.write_json(path, config)
+        return
+    old = results.read_json(path, f"out: {folder} is damaged")
+    changed = differences(
+        {"": old.get("options", {}), "inputs": old.get("inputs", {})},
+        {"": config["options"], "inputs": config["inputs"]},
+    )
+    if changed:
+        listed = "; ".join(line.removeprefix(".") for line in changed)
+        raise GGLError(
+            f"out: {folder} holds utilities measured with another configuration: {listed}; choose "
+            f"another folder, or move {CONFIG} and {ROWS} away"
+        )
+
+
+def _training(model, defense, settings: UtilitySettings) -> training.Training:
+    return training.federated(
+        model,
+        defense,
+        num_clients=settings.clients,
+        batch_size=settings.batch_size,
+        learning_rate=settings.learning_rate,
+        momentum=settings.momentum,
+        local_steps=settings.local_steps,
+        local_learning_rate=settings.local_learning_rate,
+    )
+
+
+def _train(key, model, defense, variables, data, settings, report) -> dict[str, Any]:
+    began = time.perf_counter()
+    images, labels, test_images, test_labels = data
+    rounds, accuracies, diverged = [], [], 0
+    report("compiling", 0.0)
+    for state in training.train(
+        _training(model, defense, settings),
+        key,
+        variables,
+        images,
+        labels,
+        num_rounds=settings.rounds,
+        every=math.ceil(settings.rounds / 10),
+    ):
+        diverged = int(state.diverged)
+        if diverged:
+            break
+        rounds.append(int(state.round))
+        accuracies.append(training.accuracy(model, state.variables, test_images, test_labels))
+        report(
+            f"{rounds[-1]} of {settings.rounds} rounds, accuracy {100 * accuracies[-1]:.1f} %",
+            rounds[-1] / settings.rounds,
+        )
+    return {
+        "accuracy": None if diverged else accuracies[-1],
+        "diverged_round": diverged or None,
+        "curve": [rounds, accuracies],
+        "seconds": time.perf_counter() - began,
+    }
+
+
+#: The note of a row whose epsilon can still be had.
+_MISSING = f"not computed: {privacy.REMEDY}"
+
+
+def _privacy(defense, variables, settings: UtilitySettings) -> dict[str, Any]:
+    found = privacy.mechanism(defense, len(jax.tree.leaves(variables["params"])))
+    row = {
+        "bound": found.bound,
+        "sigma": found.sigma,
+        "rounds": settings.rounds,
+        "delta": settings.delta,
+    }
+    if found.reason:
+        none = {"epsilon": None, "epsilon_replace": None}
+        return row | none | {"epsilon_note": found.reason}
+    return row | _epsilons(found.bound, found.sigma, settings.rounds, settings.delta)
+
+
+def _epsilons(bound, sigma, rounds, delta) -> dict[str, Any]:
+    if not privacy.accountant_installed():
+        return {"epsilon": None, "epsilon_replace": None, "epsilon_note": _MISSING}
+
+    def at(adjacency):
+        return privacy.epsilon(bound, sigma, rounds=rounds, delta=delta, adjacency=adjacency)
+
+    return {"epsilon": at("add_remove"), "epsilon_replace": at("replace"), "epsilon_note": ""}
+
+
+# --- words --------------------------------------------------------------------------------------
+
+
+def accuracy_text(row: Mapping[str, Any]) -> str:
+    """E.g. ``"81.3 %"``, or when the training diverged."""
+    if row["accuracy"] is None:
+        return f"diverged in round {row['diverged_round']}"
+    return f"{100 * row['accuracy']:.1f} %"
+
+
+def epsilon_text(row: Mapping[str, Any], name: str = "epsilon") -> str:
+    """E.g. ``"12.3"``, ``"5.1e+04"``, ``"none (unbounded)"``."""
+    value = row[name]
+    if value is not None:
+        return f"{value:.3g}"
+    return "not computed" if row["epsilon_note"] == _MISSING else "none (unbounded)"
+
+
+def warnings(found: Utility) -> list[str]:
+    """What makes the accuracies say little: a control that learnt nothing. Usually empty."""
+    control, majority = found.row_of("none", ""), found.config["majority"]
+    if control is None or control["accuracy"] is None:
+        return []
+    spread = math.sqrt(majority * (1 - majority) / found.config["num_test"])
+    if control["accuracy"] > majority + 2 * spread:
+        return []
+    return [
+        "Even the undefended model is not better than naming the commonest class (within two "
+        "standard errors), so these accuracies do not tell the defenses apart: train for more "
+        "rounds, or with another learning rate or model."
+    ]
+
+
+def legend(config: Mapping[str, Any]) -> str:
+    """What accuracy and epsilon mean here, in a few sentences."""
+    return (
+        f"Accuracy on {config['num_test']:,} images held out of training, after "
+        f"{config['rounds']:,} rounds of federated SGD of {config['model']}: "
+        f"{config['clients']} clients, each with a batch of {config['batch_size']} in each round, "
+        f"defended by each client; one run. Epsilon at delta {config['delta']:g}: of the Gaussian "
+        "mechanism, for all that one client shares in all rounds, with the server seeing each "
+        "client's update; neighbours differ in whether the client's update is there or zero (add "
+        "or remove), or in what it is (replace). Without a clip before Gaussian noise there is "
+        "none."
+    )

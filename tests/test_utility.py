@@ -1,0 +1,480 @@
+"""Federated training under defenses, epsilon of a clip followed by noise, and their report."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.optimize
+from conftest import TINY_SHAPE
+from flax import linen as nn
+from scipy.stats import norm
+from test_report import Page, make_row, make_sweep
+
+import ggl_jax as gx
+from ggl_jax.audit import html_report, privacy, results, utility
+from ggl_jax.cli import run
+from ggl_jax.client import training
+from ggl_jax.client.defenses import clip, noise, parse
+
+
+class Line(nn.Module):
+    """One Dense layer: enough to tell bright from dark, and quick to compile."""
+
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(2)(x.reshape(len(x), -1))
+
+
+@pytest.fixture(scope="module")
+def toy():
+    """Forty bright and sixty dark images, and a model that can tell them apart."""
+    rng = np.random.default_rng(2)
+    labels = (np.arange(100) % 5 < 2).astype(np.int32)
+    noise = rng.uniform(-0.2, 0.2, size=(100, 4, 4, 1))
+    images = (np.where(labels, 0.7, 0.3)[:, None, None, None] + noise).astype(np.float32)
+    settings = utility.UtilitySettings(rounds=20, clients=2, batch_size=8, learning_rate=0.1)
+    return {
+        "images": images,
+        "labels": labels,
+        "model": gx.from_flax(Line(), image_shape=(4, 4, 1)),
+        "settings": settings,
+    }
+
+
+# --- training -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def shards():
+    """Two clients with three images each."""
+    rng = np.random.default_rng(0)
+    return (
+        rng.uniform(size=(2, 3, *TINY_SHAPE)).astype(np.float32),
+        rng.integers(0, 3, size=(2, 3)).astype(np.int32),
+    )
+
+
+def last(states):
+    *_, state = states
+    return state
+
+
+def close(a, b, rtol=1e-5, atol=1e-6):
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=rtol, atol=atol), a, b)
+
+
+@pytest.mark.parametrize("scan", [False, True])
+def test_undefended_training_is_sgd_with_momentum(tiny_model, tiny_variables, shards, scan):
+    """Beside a loop in numpy on all six images: every client draws all it has."""
+    images, labels = shards
+    flat, classes = images.reshape(6, *TINY_SHAPE), labels.reshape(6)
+
+    def loss(params):
+        logits, _ = tiny_model.apply({"params": params}, flat)
+        return -jnp.mean(jnp.log(jax.nn.softmax(logits))[jnp.arange(6), classes])
+
+    slope = jax.jit(jax.grad(loss))
+    params = jax.tree.map(np.asarray, tiny_variables["params"])
+    velocity = jax.tree.map(np.zeros_like, params)
+    for _ in range(4):
+        step = jax.tree.map(np.asarray, slope(params))
+        velocity = jax.tree.map(lambda v, g: np.float32(0.6) * v + g, velocity, step)
+        params = jax.tree.map(lambda w, v: w - np.float32(0.3) * v, params, velocity)
+
+    made = training.federated(
+        tiny_model, parse("none"), num_clients=2, batch_size=3, learning_rate=0.3, momentum=0.6
+    )
+    states = list(
+        training.train(
+            made, jax.random.key(3), tiny_variables, *shards, num_rounds=4, every=3, scan=scan
+        )
+    )
+    assert [int(state.round) for state in states] == [3, 4]
+    close(states[-1].variables["params"], params)
+    moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), params, tiny_variables["params"])
+    assert min(jax.tree.leaves(moved)) > 1e-3
+
+
+def test_every_client_defends_its_own_update(tiny_model, tiny_variables, shards):
+    """A step is the mean of two updates that were clipped one by one, with fresh noise on each."""
+    images, labels = shards
+    options = {"num_clients": 2, "batch_size": 3, "learning_rate": 1.0, "momentum": 0.0}
+
+    def step(defense, key=0):
+        made = training.federated(tiny_model, defense, **options)
+        state = last(
+            training.train(made, jax.random.key(key), tiny_variables, images, labels, num_rounds=1)
+        )
+        return jax.tree.map(jnp.subtract, tiny_variables["params"], state.variables["params"])
+
+    own = [gx.gradient(tiny_model, tiny_variables, images[i], labels[i]) for i in range(2)]
+    norms = [np.sqrt(sum(np.sum(np.square(g)) for g in jax.tree.leaves(one))) for one in own]
+    bound = 0.5 * min(norms)
+    expected = jax.tree.map(lambda a, b: bound / 2 * (a / norms[0] + b / norms[1]), *own)
+    close(step(clip(bound=bound, fidelity="code")), expected, rtol=1e-4)
+
+    noisy = jax.tree.map(jnp.subtract, step(noise(sigma=0.2)), step(parse("none")))
+    values = np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(noisy)])
+    # Two independent draws, averaged: sigma / sqrt(2). Four standard errors.
+    assert abs(values.std() / (0.2 / np.sqrt(2)) - 1) < 4 / np.sqrt(2 * values.size)
+    assert abs(np.corrcoef(values[:-1], values[1:])[0, 1]) < 4 / np.sqrt(values.size)
+
+
+def test_accuracy_counts_every_image_once(tiny_model, tiny_variables, monkeypatch):
+    monkeypatch.setattr(training, "_EVALUATED_AT_ONCE", 4)
+    images = np.random.default_rng(1).uniform(size=(11, *TINY_SHAPE)).astype(np.float32)
+    logits, _ = tiny_model.apply(tiny_variables, images)
+    labels = np.array(np.argmax(logits, axis=1))
+    labels[[0, 9]] = (labels[[0, 9]] + 1) % 3  # the first fills the last batch up
+    assert training.accuracy(tiny_model, tiny_variables, images, labels) == pytest.approx(9 / 11)
+    broken = jax.tree.map(lambda x: x * jnp.nan, tiny_variables)
+    zeros = np.zeros(11, np.int32)
+    assert training.accuracy(tiny_model, broken, images, zeros) == 0
+
+
+@pytest.mark.parametrize(
+    "options", [{"num_clients": 0}, {"batch_size": 0}, {"learning_rate": 0.0}, {"momentum": 1.0}]
+)
+def test_training_refuses(tiny_model, options):
+    with pytest.raises(gx.GGLError, match=next(iter(options))):
+        training.federated(tiny_model, parse("none"), **options)
+
+
+# --- epsilon ------------------------------------------------------------------------------------
+
+
+def closed_form(sensitivity, sigma, delta):
+    """Balle and Wang 2018, theorem 8, solved for epsilon."""
+    ratio = sensitivity / sigma
+
+    def excess(eps):
+        tail = np.exp(eps + norm.logcdf(-ratio / 2 - eps / ratio))
+        return norm.cdf(ratio / 2 - eps / ratio) - tail - delta
+
+    return scipy.optimize.brentq(excess, 0, ratio**2 + 50 * ratio)
+
+
+@pytest.mark.parametrize(
+    ("bound", "sigma", "rounds", "delta"),
+    [(1.0, 1.0, 1, 1e-5), (4.0, 8.0, 30, 1e-6), (0.5, 10.0, 9, 1e-3), (31.5, 1.0, 1, 1e-5)],
+)
+def test_epsilon_is_that_of_the_analytic_gaussian_mechanism(bound, sigma, rounds, delta):
+    pytest.importorskip("dp_accounting")
+    reach = np.sqrt(rounds)
+    for adjacency, factor in (("add_remove", 1), ("replace", 2)):
+        found = privacy.epsilon(bound, sigma, rounds=rounds, delta=delta, adjacency=adjacency)
+        assert found == pytest.approx(closed_form(factor * bound * reach, sigma, delta), rel=1e-6)
+
+
+def test_composition_is_that_of_a_numerical_accountant():
+    dp = pytest.importorskip("dp_accounting")
+    event = dp.SelfComposedDpEvent(dp.GaussianDpEvent(6.0 / 1.5), 25)
+    accountant = dp.pld.PLDAccountant(value_discretization_interval=1e-3).compose(event)
+    found = privacy.epsilon(1.5, 6.0, rounds=25, delta=1e-5)
+    assert found == pytest.approx(accountant.get_epsilon(1e-5), rel=5e-3)
+    assert found > 1.2 * privacy.epsilon(1.5, 6.0, rounds=16, delta=1e-5)
+
+
+def test_epsilon_refuses(monkeypatch):
+    for change in ({"bound": np.inf}, {"sigma": 0.0}, {"rounds": 0}, {"delta": 1.0}):
+        arguments = {"bound": 1.0, "sigma": 1.0, "rounds": 1, "delta": 1e-5} | change
+        with pytest.raises(gx.GGLError, match=next(iter(change))):
+            privacy.epsilon(**arguments)
+    with pytest.raises(gx.GGLError, match="adjacency"):
+        privacy.epsilon(1.0, 1.0, rounds=1, delta=1e-5, adjacency="swap")
+    monkeypatch.setattr(privacy, "accountant_installed", lambda: False)
+    with pytest.raises(gx.GGLError, match="pip install 'ggl-jax\\[privacy\\]'"):
+        privacy.epsilon(1.0, 1.0, rounds=1, delta=1e-5)
+
+
+@pytest.mark.parametrize("fidelity", ["paper", "code"])
+@pytest.mark.parametrize(
+    "spec", ["clip:0.7", "clip:0.7+sparsify:0.5", "clip:2+clip:0.7", "soteria:0.5+clip:0.7"]
+)
+def test_no_update_is_longer_than_the_bound(toy, spec, fidelity):
+    """The bound is kept by an enormous update, and met by it (nothing is pruned in the first)."""
+    defense = parse(spec, fidelity=fidelity)
+    bound = privacy.mechanism(defense, 2).bound
+    assert bound == pytest.approx(0.7 * np.sqrt(2) if fidelity == "paper" else 0.7)
+    variables = toy["model"].init(jax.random.key(2))
+    rng = np.random.default_rng(1)
+    update = jax.tree.map(lambda w: jnp.asarray(1e3 * rng.normal(size=w.shape), jnp.float32),
+                          variables["params"])  # fmt: skip
+    images, labels = 1e3 * jnp.asarray(toy["images"][:1]), jnp.asarray(toy["labels"][:1])
+    context = gx.types.Context(toy["model"], variables, images, labels)
+    found = jax.jit(lambda u: defense.apply(jax.random.key(0), u, context))(update)
+    length = np.sqrt(sum(np.sum(np.square(g)) for g in jax.tree.leaves(found)))
+    assert length <= bound * (1 + 1e-5)
+    if spec == "clip:0.7":
+        assert length == pytest.approx(bound, rel=1e-5)
+
+
+def own(name):
+    return gx.from_function(lambda key, update: update, name=name)
+
+
+@pytest.mark.parametrize(
+    ("defense", "bound", "sigma", "reason"),
+    [
+        ("none", np.inf, 0, "no noise"),
+        ("clip:2", 2, 0, "no noise"),
+        ("noise:0.1", np.inf, 0, "without a clip"),
+        ("noise:0.1+clip:2", 2, 0, "after a clip"),
+        ("clip:2+noise:0", 2, 0, "no noise"),
+        ("clip:2+noise:0.1", 2, 0.1, ""),
+        ("clip:2+sparsify:0.9+noise:0.1", 2, 0.1, ""),
+        ("clip:2+soteria:0.8+noise:0.1", 2, 0.1, ""),
+        ("clip:2+noise:0.3+noise:0.4", 2, 0.5, ""),
+        ("clip:2+noise:0.3+sparsify:0.9+noise:0.4", 2, 0.3, ""),
+        ("clip:2+noise:0.1+clip:1", 2, 0.1, ""),
+        ("noise:9+clip:2+noise:0.1", 2, 0.1, ""),
+        ("clip:2+noise:0.1+soteria:0.8", np.inf, 0.1, "private image"),
+        ([own("rounding"), clip(bound=2.0, fidelity="code"), noise(sigma=0.1)], 2, 0.1, ""),
+        ([clip(bound=2.0), own("laplace")], np.inf, 0, "laplace is neither"),
+        ([clip(bound=2.0), own("scale"), noise(sigma=0.1)], np.inf, 0, "scale is neither"),
+        ([clip(bound=2.0), noise(sigma=0.1), own("mine")], np.inf, 0.1, "mine after the noise"),
+    ],
+)
+def test_what_counts_as_a_clip_and_then_noise(defense, bound, sigma, reason):
+    if isinstance(defense, str):
+        defense = parse(defense, fidelity="code")
+    else:
+        defense = gx.chain(gx.chain(*defense[:2]), *defense[2:])
+    found = privacy.mechanism(defense, 62)
+    assert found[:2] == pytest.approx((bound, sigma))
+    assert bool(found.reason) == bool(reason)
+    assert reason in found.reason
+
+
+# --- utility ------------------------------------------------------------------------------------
+
+
+def test_a_toy_problem_is_learnt_and_strong_noise_destroys_it(toy, tmp_path):
+    explode = gx.from_function(
+        lambda key, update: jax.tree.map(lambda g: jnp.inf * g, update), name="explode"
+    )
+    found = utility.measure(
+        **toy, defenses=["clip:1+noise:0.05", "clip:1+noise:100", explode], out=tmp_path
+    )
+    rows = {row["defense"]: row for row in found.rows}
+    assert list(rows) == ["none", "clip:1+noise:0.05", "clip:1+noise:100", "explode"]
+    assert rows["none"]["accuracy"] > 0.95
+    assert rows["clip:1+noise:0.05"]["accuracy"] > 0.9
+    assert rows["clip:1+noise:100"]["accuracy"] < 0.8
+    assert rows["none"]["curve"][0] == list(range(2, 21, 2))
+    assert rows["none"]["curve"][1][-1] == rows["none"]["accuracy"]
+    assert rows["explode"]["accuracy"] is None
+    assert rows["explode"]["diverged_round"] == 1
+    assert utility.accuracy_text(rows["explode"]).startswith("diverged in round")
+    # Two tensors, clipped to 1 each; twenty rounds.
+    assert rows["clip:1+noise:100"]["bound"] == pytest.approx(np.sqrt(2))
+    if privacy.accountant_installed():
+        expected = closed_form(np.sqrt(2 * 20), 100, 1e-5)
+        assert rows["clip:1+noise:100"]["epsilon"] == pytest.approx(expected, rel=1e-6)
+        assert rows["clip:1+noise:100"]["epsilon_replace"] > 1.5 * expected
+    assert rows["none"]["epsilon"] is None
+    assert utility.epsilon_text(rows["none"]) == "none (unbounded)"
+    assert utility.warnings(found) == []
+    chance = [row | {"accuracy": 0.65} for row in found.rows]
+    config = found.config | {"majority": 0.6, "num_test": 100}  # a standard error of 4.9 %
+    assert "not better" in utility.warnings(utility.Utility(config, chance))[0]
+    assert utility.warnings(utility.Utility(config | {"num_test": 1000}, chance)) == []
+    test = found.config["test_indices"]
+    counts = np.bincount(toy["labels"][test], minlength=2)
+    assert found.config["majority"] == pytest.approx(counts[0] / 20)
+
+
+def test_splits_are_disjoint_and_depend_on_the_seed():
+    train, test = utility.split(103, 20, 4, 0)
+    assert train.shape == (4, 20)
+    assert len(np.unique([*train.ravel(), *test])) == 100
+    assert not np.array_equal(test, utility.split(103, 20, 4, 1)[1])
+    assert len(utility.split(10_000, None, 4, 0)[1]) == 1000
+    with pytest.raises(gx.GGLError, match="test_images"):
+        utility.split(3, 3, 1, 0)
+    labels = np.array([0, 1, 1, 0, 0, 0])
+    assert utility.majority_accuracy(labels[:3], labels[3:]) == 0
+
+
+def test_interrupted_resumed_and_refused(toy, tmp_path):
+    calls = []
+
+    def stop(label, number, total, fraction, loss):
+        calls.append(label)
+        if "clip" in label and fraction > 0.3:
+            raise KeyboardInterrupt
+
+    defenses = ["none", "clip:1"]
+    broken = utility.measure(**toy, defenses=defenses, out=tmp_path, progress=stop)
+    assert broken.interrupted
+    assert [row["defense"] for row in broken.rows] == ["none"]
+    path = tmp_path / "utility.jsonl"
+    kept = path.read_text()
+    path.write_text(kept + '{"defense": "cl')  # killed while writing
+    calls.clear()
+    whole = utility.measure(
+        **toy, defenses=defenses, out=tmp_path, progress=lambda label, *_: calls.append(label)
+    )
+    assert path.read_text().startswith(kept)
+    assert all(label.startswith("clip:1") for label in calls)
+    assert [row["defense"] for row in whole.rows] == ["none", "clip:1"]
+    fresh = utility.measure(**toy, defenses=["clip:1"], out=tmp_path / "fresh")
+    assert fresh.rows[1]["accuracy"] == whole.rows[1]["accuracy"]
+    assert fresh.rows[1]["curve"] == whole.rows[1]["curve"]
+
+    changed = toy | {"settings": utility.UtilitySettings(rounds=21, clients=2, batch_size=8)}
+    with pytest.raises(gx.GGLError, match=r"rounds: 20 -> 21; learning_rate: 0.1 -> 0.03"):
+        utility.measure(**changed, defenses=defenses, out=tmp_path)
+    other = toy | {"images": 1 - toy["images"]}
+    with pytest.raises(gx.GGLError, match=r"inputs\.data"):
+        utility.measure(**other, defenses=defenses, out=tmp_path)
+    assert path.read_text().count("\n") == 2
+    lock = results.Lock(tmp_path, name="lock-utility")
+    with pytest.raises(gx.GGLError, match="in use"):
+        utility.measure(**toy, defenses=defenses, out=tmp_path)
+    lock.release()
+
+
+def test_epsilon_comes_later_where_the_accountant_was_missing(toy, tmp_path, monkeypatch):
+    pytest.importorskip("dp_accounting")
+    quick = toy | {"settings": utility.UtilitySettings(rounds=1, clients=2, batch_size=8)}
+    with monkeypatch.context() as patch:
+        patch.setattr(privacy, "accountant_installed", lambda: False)
+        made = utility.measure(**quick, defenses=["clip:1+noise:1"], out=tmp_path)
+        assert "pip install" in made.rows[1]["epsilon_note"]
+        assert utility.epsilon_text(made.rows[1]) == "not computed"
+    found = utility.read(tmp_path).rows[1]
+    assert found["epsilon"] == pytest.approx(closed_form(np.sqrt(2), 1, 1e-5), rel=1e-6)
+    assert found["epsilon_note"] == ""
+
+
+# --- report -------------------------------------------------------------------------------------
+
+
+def write_utility(folder, rows):
+    config = {
+        **{"options": {}, "inputs": {}, "model": "lenet", "majority": 0.58, "num_test": 100},
+        **{"rounds": 10, "clients": 2, "batch_size": 4, "delta": 1e-5},
+    }
+    results.write_json(folder / "utility.json", config)
+    lines = []
+    for defense, accuracy, eps in rows:
+        note = "" if eps else "no noise"
+        row = {"defense": defense, "fidelity": "paper", "accuracy": accuracy, "epsilon": eps}
+        row |= {"epsilon_replace": eps and 3 * eps, "epsilon_note": note}
+        row |= {"diverged_round": None if accuracy else 7, "seconds": 1.0}
+        lines.append(json.dumps(row) + "\n")
+    (folder / "utility.jsonl").write_text("".join(lines))
+
+
+def test_the_report_draws_privacy_and_utility(tmp_path):
+    gains = {"none": 9.0, "clip:4": 9.1, "clip:4+noise:0.1": 3.0, "noise:9": -1.0}
+    rows = [
+        make_row(f"{d}{i}".replace(":", "-"), f"{i}", d, 11 + gain + i)
+        for d, gain in gains.items()
+        for i in range(2)
+    ]
+    records = make_sweep(tmp_path / "run", rows)
+    path = html_report.write(records)
+    hint = f"ggl-jax utility {tmp_path / 'run'}"
+    assert hint in path.read_text()
+    assert hint in path.with_suffix(".md").read_text()
+    assert not (tmp_path / "run" / "privacy-utility.svg").exists()
+
+    measured = [("none", 0.9, None), ("clip:4", 0.88, None), ("clip:4+noise:0.1", 0.61, 1234.0)]
+    write_utility(tmp_path / "run", [*measured, ("noise:9", None, None), ("clip:1", 0.7, None)])
+    page = Page(html_report.write(records).read_text())
+    (figure,) = (f for f in page.figures if f["aria-label"].startswith("Test accuracy"))
+    assert "clip:4+noise:0.1: +3.5" in figure["aria-label"]
+    assert "majority class: 58.0 %" in figure["aria-label"]
+    said = "".join(page.text)
+    for label in (
+        "none, ε none", "clip:4+noise:0.1, ε 1.23e+03", "noise:9, diverged, ε none",
+        "majority class", "undefended", "leakage: PSNR above",
+    ):  # fmt: skip
+        assert label in said, label
+    assert hint not in said
+    assert "clip:1, ε" not in said  # not audited: in the table alone
+    markdown = path.with_suffix(".md").read_text()
+    assert "| clip:4+noise:0.1 | +3.5 [" in markdown
+    assert "| 61.0 % | 1.23e+03 | 3.7e+03 |" in markdown
+    assert "| clip:1 | – | 70.0 % | none (unbounded)" in markdown
+    assert "diverged in round 7" in markdown
+    assert "(privacy-utility.svg)" in markdown
+    Page((tmp_path / "run" / "privacy-utility.svg").read_text())
+
+
+def test_points_of_both_fidelities(tmp_path):
+    rows = [
+        make_row(f"{f}{i}", f"{i}", "clip:4", 12.0 + i, fidelity=f,
+                 axes={"attack": "ggl", "fidelity": f})
+        for f in ("paper", "code") for i in range(2)
+    ]  # fmt: skip
+    records = make_sweep(tmp_path / "run", rows)
+    write_utility(tmp_path / "run", [("none", 0.9, None), ("clip:4", 0.8, None)])
+    text = html_report.markdown(records)
+    assert "| clip:4 (paper) | +1.5 [" in text
+    assert "80.0 %" in text.split("| clip:4 (paper) |")[1].splitlines()[0]
+    assert "%" not in text.split("| clip:4 (code) |")[1].splitlines()[0]
+
+
+@pytest.mark.parametrize("heights", [[0.5] * 4, [0.1, 0.9, 0.5], [0.5, 0.52, 0.1, 0.55, 0.51]])
+def test_labels_keep_apart(heights):
+    placed = html_report._spread(heights, 0.1)
+    assert np.all(np.diff(np.sort(placed)) > 0.1 - 1e-9)
+    assert np.argsort(placed, kind="stable").tolist() == np.argsort(heights, kind="stable").tolist()
+    assert np.mean(placed) == pytest.approx(np.mean(heights))
+
+
+# --- command ------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def faces(tmp_path_factory):
+    path = tmp_path_factory.mktemp("data") / "faces.npz"
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 255, size=(24, 32, 32, 3)).astype(np.uint8)
+    np.savez(path, images=images, labels=np.arange(24) % 2)
+    return path
+
+
+SHORT = ["--rounds", "2", "--clients", "2", "--batch-size", "2"]
+
+
+def test_command_on_its_own(faces, tmp_path, capsys):
+    out = tmp_path / "out"
+    given = ["utility", "--data", str(faces), "--out", str(out), "--model", "lenet", *SHORT]
+    assert run([*given, "--defenses", "clip:1+noise:0.1"]) == 0
+    said = capsys.readouterr().out
+    assert "majority class" in said
+    assert "none (unbounded)" in " ".join(said.split())
+    rows = [json.loads(line) for line in (out / "utility.jsonl").read_text().splitlines()]
+    assert [row["defense"] for row in rows] == ["none", "clip:1+noise:0.1"]
+    assert rows[1]["rounds"] == 2
+    assert rows[1]["bound"] == pytest.approx(np.sqrt(8))
+    # More defenses go on in the same folder; other options do not.
+    assert run([*given, "--defenses", "clip:1"]) == 0
+    assert len((out / "utility.jsonl").read_text().splitlines()) == 3
+    assert run([*given, "--defenses", "clip:1", "--learning-rate", "0.5"]) == 2
+    assert "learning_rate: 0.03 -> 0.5" in capsys.readouterr().err
+
+
+def test_command_on_a_sweep(faces, tmp_path, capsys):
+    rows = [make_row(f"{d[:4]}{i}", f"{i}", d, 12.0 + i)
+            for d in ("none", "clip:4") for i in range(2)]  # fmt: skip
+    records = make_sweep(tmp_path / "run", rows)
+    assert run(["utility", str(records.folder), *SHORT]) == 2
+    assert "swept from Python" in capsys.readouterr().err
+    options = {"preset": "quick", "fixed": {"model": "lenet", "data": str(faces)}}
+    options |= {"axes": {"defense": ["none", "clip:4"]}, "exclude": []}
+    results.write_json(records.folder / "config.json", records.config | {"options": options})
+    assert run(["utility", str(records.folder), *SHORT]) == 0
+    found = utility.read(records.folder)
+    assert [row["defense"] for row in found.rows] == ["none", "clip:4"]
+    assert found.config["options"]["data"] == str(faces)
+    assert "Privacy and utility" in (records.folder / "report.html").read_text()
+    assert run(["utility", str(tmp_path)]) == 2
+    assert run(["utility", "--data", str(faces)]) == 2
+    assert "--defenses and --out" in capsys.readouterr().err
