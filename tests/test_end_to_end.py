@@ -1,6 +1,7 @@
 """The main job on a problem that must be solved: an image that lies in a tiny prior's range."""
 
 import json
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,7 @@ import pytest
 from conftest import TINY_SHAPE
 
 import ggl_jax as gx
-from ggl_jax.audit.runner import AuditInterrupted, assign
+from ggl_jax.audit.runner import AuditInterrupted, assign, release_programs
 
 SETTINGS = gx.AttackSettings(population=16, steps=60, restarts=2, regularizer="none")
 
@@ -209,6 +210,25 @@ def test_instance_streams_do_not_depend_on_the_batch(
         instance_ids=[1],
     )
     np.testing.assert_allclose(both.rows[1]["loss"], second.rows[0]["loss"], rtol=1e-5)
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="Linux counts memory mappings")
+def test_programs_are_released_before_mappings_run_out():
+    def used():
+        return len(Path("/proc/self/maps").read_text().splitlines())
+
+    def compiled(i):
+        program = jax.jit(lambda x: jnp.sin(x @ x.T + i).sum())
+        program(jnp.ones((8, 8)))
+        return program
+
+    programs = [compiled(i) for i in range(20)]
+    before = used()
+    assert not release_programs(1.0)
+    assert used() >= before
+    assert release_programs(0.0)
+    assert used() < before - len(programs)
+    assert programs[3](jnp.zeros((2, 2))) == pytest.approx(4 * np.sin(3.0), rel=1e-5)
 
 
 def test_nan_gradient_is_one_clear_error(tiny_model, tiny_prior, tiny_prior_params, tiny_images):

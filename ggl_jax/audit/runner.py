@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import gc
 import json
 import math
 import os
@@ -177,6 +178,37 @@ def build_programs(
         local_learning_rate=client.local_learning_rate,
     )
     return _Programs(jax.jit(share), stages, search)
+
+
+#: Share of a Linux process' memory mappings at which compiled programs are given up.
+MAPPINGS_SHARE = 0.6
+
+
+def release_programs(share: float = MAPPINGS_SHARE) -> bool:
+    """Give up compiled programs before the process runs out of memory mappings.
+
+    XLA's CPU backend maps every compiled function by itself, some thousands for one search, and
+    Linux allows a process 65,530 by default: a run of some twenty different searches would die in
+    LLVM with "Cannot allocate memory". Programs needed again are compiled again, or read from the
+    compilation cache.
+
+    Args:
+        share: of the mappings that the system allows, in [0, 1].
+
+    Returns:
+        Whether programs were given up; False where the system does not count mappings.
+    """
+    try:
+        limit = int(Path("/proc/sys/vm/max_map_count").read_text())
+        with open("/proc/self/maps", "rb") as file:
+            used = sum(1 for _ in file)
+    except (OSError, ValueError):
+        return False
+    if used <= share * limit:
+        return False
+    jax.clear_caches()
+    gc.collect()
+    return True
 
 
 def groups_of(
@@ -410,6 +442,7 @@ def audit(
                     finished[i] = rows, recs
                 if keeper is not None:
                     keeper.clear()
+                release_programs()
             for found in finished:
                 assert found is not None
                 result.rows.extend(found[0])
