@@ -249,7 +249,8 @@ def groups_of(
     ]
 
 
-def _check_inputs(model: Model, prior: Prior, images: np.ndarray, labels: np.ndarray) -> None:
+def check_images(model: Model, images: np.ndarray) -> None:
+    """Raise :class:`GGLError` unless ``images`` [n h w c] fit the model and lie in [0, 1]."""
     if images.ndim != 4 or images.shape[1:] != model.image_shape:
         raise GGLError(
             f"images: got shape {images.shape}, allowed: (n, *{model.image_shape}), as model "
@@ -257,6 +258,10 @@ def _check_inputs(model: Model, prior: Prior, images: np.ndarray, labels: np.nda
         )
     if not np.all(np.isfinite(images)) or images.min() < 0.0 or images.max() > 1.0:
         raise GGLError("images: values must be finite and lie in [0, 1]; divide uint8 by 255")
+
+
+def _check_inputs(model: Model, prior: Prior, images: np.ndarray, labels: np.ndarray) -> None:
+    check_images(model, images)
     if prior.image_shape != model.image_shape:
         raise GGLError(
             f"prior: {prior.name!r} makes images of shape {prior.image_shape}, but model "

@@ -17,7 +17,7 @@ import jax
 import numpy as np
 
 from ggl_jax.audit import privacy, results
-from ggl_jax.audit.runner import MODEL_STREAM, Progress, jsonable
+from ggl_jax.audit.runner import MODEL_STREAM, Progress, check_images, jsonable
 from ggl_jax.audit.sweep import differences
 from ggl_jax.client import defenses as client_defenses
 from ggl_jax.client import training
@@ -267,13 +267,7 @@ def _named(defenses, fidelities) -> list[tuple[Defense, str]]:
 
 
 def _check_data(model: Model, images: np.ndarray, labels: np.ndarray) -> None:
-    if images.ndim != 4 or images.shape[1:] != model.image_shape:
-        raise GGLError(
-            f"images: got shape {images.shape}, allowed: (n, *{model.image_shape}), as model "
-            f"{model.name!r} takes them"
-        )
-    if not np.all(np.isfinite(images)) or images.min() < 0.0 or images.max() > 1.0:
-        raise GGLError("images: values must be finite and lie in [0, 1]; divide uint8 by 255")
+    check_images(model, images)
     if labels.shape != images.shape[:1] or not np.issubdtype(labels.dtype, np.integer):
         raise GGLError(
             f"labels: got {labels.dtype} {labels.shape}, allowed: integers ({len(images)},), one "
