@@ -60,6 +60,7 @@ summary{cursor:pointer}
 .sheet img{width:96px;height:96px;image-rendering:pixelated;display:block;margin:auto}
 svg{max-width:100%;height:auto;color:var(--ink)}
 svg text{fill:currentColor}
+.pairs{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,24rem),1fr));gap:1rem}
 pre{background:var(--soft);padding:.8rem;overflow-x:auto;white-space:pre-wrap}
 .note{opacity:.8;font-size:.9rem}
 """
@@ -202,7 +203,7 @@ def _overview(groups: Sequence[Leakage]) -> str:
 
 
 def _families(groups: Sequence[Leakage]) -> list[str]:
-    """One figure for each kind of defense with several parameters: PSNR by the parameter."""
+    """PSNR by the parameter, a figure for each kind of defense with several; side by side."""
     families: dict[str, list[tuple[float, Leakage]]] = {}
     for group in groups:
         family, value = family_of(group.defense)
@@ -213,7 +214,7 @@ def _families(groups: Sequence[Leakage]) -> list[str]:
         values = sorted({value for value, _ in members})
         if len(values) < 2:
             continue
-        figure = Figure(figsize=(7.5, 3.4), layout="constrained")
+        figure = Figure(figsize=(5.2, 3.4), layout="constrained")
         axis = figure.subplots()
         variants = list(dict.fromkeys(group.variant for _, group in members))
         for series, variant in enumerate(variants[:MAX_SERIES]):
@@ -231,14 +232,14 @@ def _families(groups: Sequence[Leakage]) -> list[str]:
             axis.set_xscale("log")
         axis.set_xlabel(f"parameter of {family}")
         axis.set_ylabel("PSNR, dB")
-        figure.legend(loc="outside right upper", frameon=False, fontsize="small")
+        figure.legend(loc="outside upper left", ncols=4, frameon=False, fontsize="small")
         low, high = by_value[values[0]], by_value[values[-1]]
         description = (
             f"PSNR by the parameter of {family}: {_mean(low.psnr)} dB at {values[0]:g}, "
             f"{_mean(high.psnr)} dB at {values[-1]:g}; dashed the control, dotted the ceiling"
         )
         figures.append(_svg(figure, f"family{number}", description))
-    return figures
+    return ['<div class="pairs">', *figures, "</div>"] if figures else []
 
 
 def _loss_curves(groups: Sequence[Leakage]) -> str:
