@@ -292,10 +292,22 @@ def test_splits_are_disjoint_and_depend_on_the_seed():
     assert len(np.unique([*train.ravel(), *test])) == 100
     assert not np.array_equal(test, utility.split(103, 20, 4, 1)[1])
     assert len(utility.split(10_000, None, 4, 0)[1]) == 1000
-    with pytest.raises(gx.GGLError, match="test_images"):
+    with pytest.raises(gx.GGLError, match="test_images: got 3 of 3 images, allowed: 1 to 2"):
         utility.split(3, 3, 1, 0)
+    with pytest.raises(gx.GGLError, match="images: got 1"):
+        utility.split(1, None, 1, 0)
     labels = np.array([0, 1, 1, 0, 0, 0])
     assert utility.majority_accuracy(labels[:3], labels[3:]) == 0
+
+
+def test_settings_are_refused_before_any_work(toy, tmp_path):
+    for name, value in {"rounds": 0, "clients": -1, "batch_size": 0}.items():
+        with pytest.raises(gx.GGLError, match=f"{name}: got {value}"):
+            utility.UtilitySettings(**{name: value})
+    bad = toy | {"settings": utility.UtilitySettings(learning_rate=-1.0, clients=2, batch_size=8)}
+    with pytest.raises(gx.GGLError, match="learning_rate"):
+        utility.measure(**bad, defenses=["none"], out=tmp_path / "new")
+    assert not (tmp_path / "new").exists()
 
 
 def test_interrupted_resumed_and_refused(toy, tmp_path):

@@ -48,6 +48,12 @@ class UtilitySettings:
     test_images: int | None = None
     delta: float = 1e-5
 
+    def __post_init__(self):
+        for name in ("rounds", "clients", "batch_size"):
+            value = getattr(self, name)
+            if value < 1:
+                raise GGLError(f"{name}: got {value}, allowed: whole numbers of at least 1")
+
 
 class Utility(NamedTuple):
     """What a folder holds.
@@ -90,10 +96,12 @@ def split(
     """
     if num_test is None:
         num_test = min(1000, num_images // 5)
+    if num_images < 2:
+        raise GGLError(f"images: got {num_images}, needed: some to train on, others to test on")
     if num_test < 1 or num_test >= num_images:
         raise GGLError(
-            f"test_images: got {num_test} of {num_images} images, allowed: 1 to "
-            f"{max(1, num_images - 1)}; give data with more images"
+            f"test_images: got {num_test} of {num_images} images, allowed: 1 to {num_images - 1}; "
+            "give that many, or more images"
         )
     order = np.random.default_rng(seed).permutation(num_images)
     test, rest = order[:num_test], order[num_test:]
@@ -169,6 +177,7 @@ def measure(
         )
     todo = _named(defenses, fidelities)
     for defense, _ in todo:
+        _training(model, defense, settings)  # refuses unusable settings before any work is done
         if settings.local_steps > 1 and client_defenses.replaces_update(defense):
             raise GGLError(
                 f"local_steps: {defense.name} recomputes a single gradient step, so it cannot "
