@@ -7,3 +7,7 @@ class GGLError(Exception):
     The message is one line that names the argument, the value it had, what is allowed and the
     remedy. The command line prints it without a traceback and exits with code 2.
     """
+
+
+class StorageError(GGLError):
+    """The results could not be written; what was finished before is kept."""

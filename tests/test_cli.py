@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ggl_jax import checkpoint
+from ggl_jax import checkpoint, files
 from ggl_jax.adversary.attacks import ATTACKS
-from ggl_jax.audit import runner
+from ggl_jax.audit import results, runner
 from ggl_jax.cli import run
 from ggl_jax.commands.audit import defaults
 from ggl_jax.priors import dcgan
@@ -250,9 +250,21 @@ def test_unwritable_output(audit, capsys, monkeypatch, code):
     def fail(*args, **kwargs):
         raise OSError(code, os.strerror(code), "results.jsonl")
 
-    monkeypatch.setattr(runner, "save_png", fail)
+    monkeypatch.setattr(files, "write_png", fail)
     assert audit("--defenses", "none") == 2
     one_error_line(capsys, os.strerror(code))
+
+
+def test_a_folder_in_use_is_left_alone(audit, tmp_path, capsys):
+    assert audit("--defenses", "none") == 0
+    held = results.Lock(tmp_path / "out", name="lock")
+    try:
+        capsys.readouterr()
+        assert audit("--defenses", "none") == 2
+        one_error_line(capsys, "in use")
+    finally:
+        held.release()
+    assert audit("--defenses", "none") == 0
 
 
 def test_a_folder_with_other_things_is_left_alone(audit, tmp_path, capsys):

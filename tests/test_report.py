@@ -15,6 +15,7 @@ import scipy.stats
 from PIL import Image
 
 import ggl_jax as gx
+from ggl_jax import files
 from ggl_jax.audit import html_report, results
 from ggl_jax.audit.aggregate import family_of, leakage
 from ggl_jax.audit.check import check
@@ -61,13 +62,13 @@ def make_sweep(folder, rows, *, failed=(), left=(), pictures=True):
     for cell in (*failed, *left):
         axes = {"attack": "ggl", "defense": "none", "seed": 9, "image": "x", "evaluations": 100}
         cells[cell] = axes
-    results.write_json(folder / "plan.json", {"cells": cells})
+    files.write_json(folder / "plan.json", {"cells": cells})
     config = {"command": "ggl-jax sweep <g>.toml", "options": {"axes": {}}, "inputs": {}}
-    results.write_json(folder / "config.json", config)
+    files.write_json(folder / "config.json", config)
     journal = results.Journal(folder)
     for row in rows:
         if pictures:
-            results.write_png(folder / row["reconstruction"], np.full((4, 4, 3), 0.5))
+            files.write_png(folder / row["reconstruction"], np.full((4, 4, 3), 0.5))
         journal.append([row])
     for cell in failed:
         journal.append([{"cell": cell, "failed": "ValueError: <b>no</b>"}])
@@ -188,7 +189,7 @@ def test_check_counts_exact_copies_and_broken_searches(tmp_path, capsys):
 def make_audit(folder, rows, defenses=("none",)):
     folder.mkdir()
     config = {"options": {"defenses": list(defenses)}, "command": "ggl-jax audit"}
-    results.write_json(folder / "config.json", config)
+    files.write_json(folder / "config.json", config)
     for row in rows:
         for name in ("cell", "part", "parts", "axes"):
             row.pop(name)

@@ -24,6 +24,7 @@ from ggl_jax import checkpoint
 from ggl_jax.audit import results
 from ggl_jax.audit import sweep as sweeps
 from ggl_jax.commands.sweep import load_grid, read_grid
+from ggl_jax.errors import StorageError
 from ggl_jax.priors import dcgan
 from ggl_jax.types import Candidates, Defense
 
@@ -312,7 +313,7 @@ def test_a_full_disk_is_a_clear_error_and_loses_nothing(tiny, tmp_path, monkeypa
 
     monkeypatch.setattr(os, "write", full)
     for number in (2, 2):
-        with pytest.raises(results.StorageError, match="no space left"):
+        with pytest.raises(StorageError, match="no space left"):
             gx.sweep(**tiny, axes=axes, out=out)
         assert len(lines(out)) == number
     assert len(gx.sweep(**tiny, axes=axes, out=out).rows) == 4
@@ -333,7 +334,7 @@ def test_a_full_file_system(tiny, tmp_path):
     try:
         out = disk / "sweep"
         axes = {"seed": list(range(4))}
-        with pytest.raises(results.StorageError, match="no space left"):
+        with pytest.raises(StorageError, match="no space left"):
             gx.sweep(**tiny, axes=axes, out=out)
         kept = [row["cell"] for row in lines(out)]
         assert kept

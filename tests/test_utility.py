@@ -13,6 +13,7 @@ from scipy.stats import norm
 from test_report import Page, make_row, make_sweep
 
 import ggl_jax as gx
+from ggl_jax import files
 from ggl_jax.audit import html_report, privacy, results, utility
 from ggl_jax.cli import run
 from ggl_jax.client import training
@@ -370,7 +371,7 @@ def write_utility(folder, rows):
         **{"options": {}, "inputs": {}, "model": "lenet", "majority": 0.58, "num_test": 100},
         **{"rounds": 10, "clients": 2, "batch_size": 4, "delta": 1e-5},
     }
-    results.write_json(folder / "utility.json", config)
+    files.write_json(folder / "utility.json", config)
     lines = []
     for defense, accuracy, eps in rows:
         note = "" if eps else "no noise"
@@ -481,7 +482,7 @@ def test_command_on_a_sweep(faces, tmp_path, capsys):
     assert "swept from Python" in capsys.readouterr().err
     options = {"preset": "quick", "fixed": {"model": "lenet", "data": str(faces)}}
     options |= {"axes": {"defense": ["none", "clip:4"]}, "exclude": []}
-    results.write_json(records.folder / "config.json", records.config | {"options": options})
+    files.write_json(records.folder / "config.json", records.config | {"options": options})
     assert run(["utility", str(records.folder), *SHORT]) == 0
     found = utility.read(records.folder)
     assert [row["defense"] for row in found.rows] == ["none", "clip:4"]

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
+from ggl_jax import files
 from ggl_jax.audit.runner import AuditResult
 
 #: More rows than this are not readable in one figure; the PNGs of all of them are on disk.
@@ -72,9 +73,7 @@ def draw(result: AuditResult, path: Path, *, title: str = "") -> None:
             for spine in axes[r, c].spines.values():
                 spine.set_visible(True)
                 spine.set_color("0.6")
-    partial = path.with_suffix(".part")
-    figure.savefig(partial, format="png", dpi=130)
-    partial.replace(path)
+    files.write_figure(path, figure)
 
 
 def _db(value: float | None) -> str:

@@ -15,6 +15,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
 
+from ggl_jax import files
 from ggl_jax.audit import results, utility
 from ggl_jax.audit.aggregate import (
     Leakage,
@@ -498,7 +499,7 @@ def _sheets(records: Records, groups: Sequence[Leakage]) -> str:
                         continue
                     controls, original = pictures[name]
                     image = original if field is None else getattr(controls, field)
-                    line.append(_image(results.png_bytes(image), f"{title} of {name}"))
+                    line.append(_image(files.png_bytes(image), f"{title} of {name}"))
                 lines.append(line)
         for group in sorted(own, key=lambda g: -g.psnr.mean)[:MAX_SHEET_ATTACKS]:
             first = {row["image"]: row for row in reversed(group.rows)}
@@ -726,15 +727,15 @@ def write(records: Records, folder: Path | None = None) -> Path:
     points = [] if found is None else _points(found, _groups(records))
     if found is not None and _drawn(points):
         figure = _standalone(_privacy_utility(found, points))
-        results.write_bytes(folder / UTILITY_FIGURE, figure.encode())
+        files.write_bytes(folder / UTILITY_FIGURE, figure.encode())
     return path
 
 
 def _write(folder: Path, name: str, page: str, text: str) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
-    results.write_bytes(folder / f"{name}.md", text.encode())
+    files.write_bytes(folder / f"{name}.md", text.encode())
     path = folder / f"{name}.html"
-    results.write_bytes(path, page.encode())
+    files.write_bytes(path, page.encode())
     return path
 
 
@@ -801,15 +802,13 @@ def write_comparison(a: Records, b: Records, folder: Path) -> Path:
     Raises:
         GGLError: as :func:`compare`.
     """
-    from ggl_jax.audit.sweep import differences
-
     table = compare(a, b)
     title = f"{a.folder.resolve().name} (A) and {b.folder.resolve().name} (B)"
     legend = (
         "Gain: PSNR above the stronger blind control, dB, mean over the images that both have, "
         "with a 95 % interval. B - A is paired by image: an interval without zero is a difference."
     )
-    changed = differences(
+    changed = results.differences(
         {k: a.config.get(k) for k in ("options", "inputs", "environment")},
         {k: b.config.get(k) for k in ("options", "inputs", "environment")},
     )

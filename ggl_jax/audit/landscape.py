@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from scipy import stats
 
+from ggl_jax import files
 from ggl_jax.adversary import estimation
 from ggl_jax.adversary.labels import infer_labels
 from ggl_jax.adversary.search import run_stages
@@ -260,6 +261,4 @@ def draw(found: Landscape, path: Path, *, title: str = "") -> None:
         axis.set_aspect("equal")
         axis.set_xlabel("first direction (norms of the result)", fontsize=8)
         axis.set_ylabel("second direction", fontsize=8)
-    partial = path.with_suffix(".part")
-    figure.savefig(partial, format="png", dpi=130)
-    partial.replace(path)
+    files.write_figure(path, figure)

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
+from ggl_jax import files
 from ggl_jax.adversary.strategy import AttackSettings
 from ggl_jax.audit.metrics import confidence_interval
 from ggl_jax.audit.runner import AuditResult
@@ -386,6 +387,4 @@ def draw(
                     show(axes[r, column], image, psnr)
     for column, heading in enumerate(["private image", *experiment.defenses]):
         axes[0, column].set_title(heading, fontsize=8)
-    partial = path.with_suffix(".part")
-    figure.savefig(partial, format="png", dpi=110)
-    partial.replace(path)
+    files.write_figure(path, figure, dpi=110)

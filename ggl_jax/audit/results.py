@@ -11,18 +11,11 @@ import fcntl
 import json
 import os
 from collections.abc import Mapping, Sequence
-from io import BytesIO
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-from PIL import Image
-
+from ggl_jax import files
 from ggl_jax.errors import GGLError
-
-
-class StorageError(GGLError):
-    """The results could not be written; what was finished before is kept."""
 
 
 class Records(NamedTuple):
@@ -55,64 +48,6 @@ class Records(NamedTuple):
         """The cells that neither finished nor failed."""
         known = self.finished | set(self.failures)
         return [cell for cell in self.cells if cell not in known]
-
-
-def sync_folder(folder: Path) -> None:
-    """Make renames and new files in a folder durable."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all, and sync it.
-
-    Raises:
-        StorageError: the disk is full or not writable.
-    """
-    partial = path.with_name(path.name + ".part")
-    try:
-        with partial.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-        sync_folder(path.parent)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            partial.unlink()
-        raise _storage_error(path, error) from error
-
-
-def write_json(path: Path, content: Any) -> None:
-    """:func:`write_bytes` of indented JSON."""
-    write_bytes(path, (json.dumps(content, indent=1) + "\n").encode())
-
-
-def write_png(path: Path, image: np.ndarray) -> None:
-    """:func:`write_bytes` of a float image [h w c] in [0, 1], losslessly at 8 bits a channel."""
-    write_bytes(path, png_bytes(image))
-
-
-def png_bytes(image: np.ndarray) -> bytes:
-    """A float image [h w c] in [0, 1] as the bytes of a PNG."""
-    pixels = np.asarray(np.clip(image, 0.0, 1.0) * 255.0 + 0.5, np.uint8)
-    stream = BytesIO()
-    Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels).save(stream, format="PNG")
-    return stream.getvalue()
-
-
-def _storage_error(path: Path, error: OSError) -> StorageError:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        why = "no space left on the disk"
-        remedy = "free some and give the same command again"
-    else:
-        why, remedy = error.strerror or str(error), "mend that and give the same command again"
-    return StorageError(
-        f"out: {path} could not be written ({why}); every finished cell is kept, {remedy}"
-    )
 
 
 class Lock:
@@ -159,7 +94,7 @@ class Journal:
         new = not self.path.exists()
         self._handle = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
         if new:
-            sync_folder(folder)
+            files.sync_folder(folder)
         length = _read_journal(self.path)[1]
         if length < os.fstat(self._handle).st_size:
             os.ftruncate(self._handle, length)
@@ -182,7 +117,7 @@ class Journal:
             with contextlib.suppress(OSError):
                 os.ftruncate(self._handle, before)
             if isinstance(error, OSError):
-                raise _storage_error(self.path, error) from error
+                raise files.storage_error(self.path, error) from error
             raise
 
     def close(self) -> None:
@@ -253,6 +188,24 @@ def read_json(path: Path, otherwise: str) -> dict[str, Any]:
     except (OSError, json.JSONDecodeError, UnicodeDecodeError):
         pass
     raise GGLError(f"{otherwise} ({path} is missing or damaged)")
+
+
+def differences(old: Any, new: Any, name: str = "") -> list[str]:
+    """What differs between two configurations, one line for each: ``"fixed.steps: 4 -> 8"``."""
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        keys = dict.fromkeys([*old, *new])
+        return [
+            line
+            for key in keys
+            for line in differences(old.get(key), new.get(key), f"{name}.{key}" if name else key)
+        ]
+    if isinstance(old, list) and isinstance(new, list):
+        added = [v for v in new if v not in old]
+        gone = [v for v in old if v not in new]
+        if added or gone:
+            return [f"{name}: + {v!r}" for v in added] + [f"{name}: - {v!r}" for v in gone]
+        return [] if old == new else [f"{name}: in another order"]
+    return [] if old == new else [f"{name}: {old!r} -> {new!r}"]
 
 
 def _read_sweep(folder: Path, config: dict[str, Any]) -> Records:

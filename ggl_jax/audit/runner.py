@@ -3,9 +3,7 @@
 import dataclasses
 import functools
 import gc
-import json
 import math
-import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,12 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
+from ggl_jax import files
 from ggl_jax.adversary import estimation
 from ggl_jax.adversary.labels import infer_labels, public_expectations
 from ggl_jax.adversary.resume import Checkpoints
 from ggl_jax.adversary.search import Stage, run_stages
 from ggl_jax.adversary.strategy import AttackSettings, combines, make_stages, mean_image
-from ggl_jax.audit import metrics
+from ggl_jax.audit import metrics, results
 from ggl_jax.audit.controls import Controls, prior_controls
 from ggl_jax.client import defenses as client_defenses
 from ggl_jax.client.gradients import local_update
@@ -95,16 +94,6 @@ class AuditInterrupted(KeyboardInterrupt):
 
 #: ``progress(phase, cell_number, num_cells, fraction, loss)``, called often.
 Progress = Callable[[str, int, int, float, float | None], None]
-
-
-def save_png(path: Path, image: np.ndarray) -> None:
-    """Write a float image [h w c] in [0, 1] losslessly (8 bits a channel), atomically."""
-    pixels = np.asarray(np.clip(image, 0.0, 1.0) * 255.0 + 0.5, np.uint8)
-    if pixels.shape[-1] == 1:
-        pixels = pixels[..., 0]
-    partial = path.with_suffix(".part")
-    Image.fromarray(pixels).save(partial, format="PNG")
-    os.replace(partial, path)
 
 
 def assign(reconstructions: jax.Array, originals: jax.Array) -> np.ndarray:
@@ -385,12 +374,12 @@ def audit(
     at_once = settings.instances or default_instances(model, mesh)
     groups = groups_of(images, labels, names, parsed, client.batch_size, at_once)
     num_cells = sum(len(group) for group in groups)
-    store = _Store(Path(out)) if out is not None else None
     if searches is None and out is not None:
         searches = Path(out) / "searches"
     programs = {d.name: build_programs(model, prior, d, client, settings) for d in parsed}
     result = AuditResult([], [], dict(controls or {}), dict(zip(names, images, strict=True)))
     done = 0
+    store = _Store(Path(out)) if out is not None else None
     try:
         for group in groups:
 
@@ -455,6 +444,9 @@ def audit(
             done += len(group)
     except KeyboardInterrupt:
         raise AuditInterrupted(result) from None
+    finally:
+        if store is not None:
+            store.close()
     return result
 
 
@@ -533,7 +525,7 @@ def _run_group(
     # The wall-clock time of a group is shared by its cells.
     search_seconds = (time.perf_counter() - search_began) / len(group)
     seconds = (time.perf_counter() - began) / len(group)
-    results = []
+    found = []
     for number, cell in enumerate(group):
         images, problem = reconstructed[number], problems[number]
         order = assign(images, cell.images)
@@ -581,8 +573,8 @@ def _run_group(
             }
             rows.append(jsonable(row))
             recs.append(np.asarray(image))
-        results.append((rows, recs))
-    return results
+        found.append((rows, recs))
+    return found
 
 
 def _curve(history: np.ndarray, points: int = 48) -> list[list[float]]:
@@ -596,37 +588,24 @@ def _file_name(defense: Defense) -> str:
 
 
 class _Store:
-    """The output folder: rows appended and synced as cells finish, pictures written before them."""
+    """The output folder: rows appended and synced as cells finish, pictures written before them.
+
+    Raises:
+        GGLError: another run is at work there, or its results are damaged.
+    """
 
     def __init__(self, folder: Path):
         self.folder = folder
         (folder / "reconstructions").mkdir(parents=True, exist_ok=True)
-        self.path = folder / "results.jsonl"
-        self.rows: dict[tuple[str, str], dict] = {}
-        if self.path.exists():
-            self._read()
-
-    def _read(self):
-        lines = self.path.read_text().split("\n")
-        whole = []
-        for number, line in enumerate(lines):
-            if not line:
-                continue
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError:
-                # A run that was killed while writing leaves half a line, and only at the end.
-                if number == len(lines) - 1:
-                    continue
-                raise GGLError(
-                    f"out: line {number + 1} of {self.path} is not JSON; move the file away"
-                ) from None
-            whole.append(line)
-            self.rows[row["image"], row["defense"]] = row
-        if lines[-1]:
-            partial = self.path.with_suffix(".part")
-            partial.write_text("".join(f"{line}\n" for line in whole))
-            os.replace(partial, self.path)
+        self.lock = results.Lock(folder, name="lock")
+        try:
+            self.journal = results.Journal(folder, name="results.jsonl")
+        except GGLError:
+            self.lock.release()
+            raise
+        self.rows = {
+            (row["image"], row["defense"]): row for row in results.read_journal(self.journal.path)
+        }
 
     def finished(self, cell: Cell):
         keys = [(name, cell.defense.name) for name in cell.names]
@@ -643,14 +622,13 @@ class _Store:
         return rows, recs
 
     def write(self, cell: Cell, rows: list[dict], recs: list[np.ndarray]):
-        lines = []
         for position, (row, image) in enumerate(zip(rows, recs, strict=True)):
             defense = _file_name(cell.defense)
             name = f"reconstructions/{cell.first + position:04d}_{defense}.png"
-            save_png(self.folder / name, image)
+            files.write_png(self.folder / name, image)
             row["reconstruction"] = name
-            lines.append(json.dumps(row) + "\n")
-        with self.path.open("a") as file:
-            file.writelines(lines)
-            file.flush()
-            os.fsync(file.fileno())
+        self.journal.append(rows)
+
+    def close(self) -> None:
+        self.journal.close()
+        self.lock.release()

@@ -24,6 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ggl_jax import files
 from ggl_jax.adversary import estimation
 from ggl_jax.adversary.attacks import resolve
 from ggl_jax.adversary.search import Stage, default_steps_per_call, run_search
@@ -439,24 +440,6 @@ def _evaluations(settings, client, model, prior, defense) -> int:
     )
 
 
-def differences(old: Any, new: Any, name: str = "") -> list[str]:
-    """What differs between two configurations, one line for each: ``"fixed.steps: 4 -> 8"``."""
-    if isinstance(old, Mapping) and isinstance(new, Mapping):
-        keys = dict.fromkeys([*old, *new])
-        return [
-            line
-            for key in keys
-            for line in differences(old.get(key), new.get(key), f"{name}.{key}" if name else key)
-        ]
-    if isinstance(old, list) and isinstance(new, list):
-        added = [v for v in new if v not in old]
-        gone = [v for v in old if v not in new]
-        if added or gone:
-            return [f"{name}: + {v!r}" for v in added] + [f"{name}: - {v!r}" for v in gone]
-        return [] if old == new else [f"{name}: in another order"]
-    return [] if old == new else [f"{name}: {old!r} -> {new!r}"]
-
-
 def _prepare(
     folder: Path, grid: Grid, extend: bool, about: Mapping[str, Any]
 ) -> dict[str, dict[str, Any]]:
@@ -469,7 +452,7 @@ def _prepare(
     path, plan_path = folder / "config.json", folder / "plan.json"
     if path.exists():
         old = results.read_json(path, f"out: {folder} holds something else; choose another --out")
-        changed = differences(
+        changed = results.differences(
             {"": old.get("options", {}), "inputs": old.get("inputs", {})},
             {"": options, "inputs": grid.inputs},
         )
@@ -498,8 +481,8 @@ def _prepare(
             config["history"] = past
     for name in ("reconstructions", "controls"):
         (folder / name).mkdir(exist_ok=True)
-    results.write_json(plan_path, {"cells": cells})
-    results.write_json(path, config)
+    files.write_json(plan_path, {"cells": cells})
+    files.write_json(path, config)
     return cells
 
 
@@ -564,7 +547,7 @@ class _ControlStore:
                     pictures["scores"] = np.asarray(json.dumps(found.scores))
                     arrays: dict[str, Any] = {k: np.asarray(v) for k, v in pictures.items()}
                     np.savez_compressed(stream, **arrays)
-                    results.write_bytes(path, stream.getvalue())
+                    files.write_bytes(path, stream.getvalue())
 
 
 def read_controls(path: Path) -> tuple[Controls, np.ndarray]:
@@ -755,7 +738,7 @@ def _finish(cell, found, parts, folder, store) -> list[dict[str, Any]]:
     rows = []
     for part, position in enumerate(parts):
         name = f"reconstructions/{cell.id}-{part}.png"
-        results.write_png(folder / name, found.reconstructions[position])
+        files.write_png(folder / name, found.reconstructions[position])
         rows.append(
             {
                 "cell": cell.id,

@@ -16,9 +16,9 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from ggl_jax import files
 from ggl_jax.audit import privacy, results
 from ggl_jax.audit.runner import MODEL_STREAM, Progress, check_images, jsonable
-from ggl_jax.audit.sweep import differences
 from ggl_jax.client import defenses as client_defenses
 from ggl_jax.client import training
 from ggl_jax.errors import GGLError
@@ -177,13 +177,12 @@ def measure(
         )
     todo = _named(defenses, fidelities)
     for defense, _ in todo:
-        _training(model, defense, settings)  # refuses unusable settings before any work is done
         if settings.local_steps > 1 and client_defenses.replaces_update(defense):
             raise GGLError(
                 f"local_steps: {defense.name} recomputes a single gradient step, so it cannot "
                 f"defend {settings.local_steps} local steps; use 1, or fidelity 'code'"
             )
-        _training(model, defense, settings)
+        _training(model, defense, settings)  # refuses unusable settings before any work is done
     if options is None:
         options = {**dataclasses.asdict(settings), "model": model.name, "seed": seed}
     digest = hashlib.sha256(images.tobytes() + labels.astype(np.int64).tobytes())
@@ -295,10 +294,10 @@ def _prepare(folder: Path, config: dict[str, Any]) -> None:
     if not path.exists():
         if (folder / ROWS).exists():
             raise GGLError(f"out: {folder} has {ROWS} without {CONFIG}; move it away")
-        results.write_json(path, config)
+        files.write_json(path, config)
         return
     old = results.read_json(path, f"out: {folder} is damaged")
-    changed = differences(
+    changed = results.differences(
         {"": old.get("options", {}), "inputs": old.get("inputs", {})},
         {"": config["options"], "inputs": config["inputs"]},
     )

@@ -1,5 +1,6 @@
 """What several subcommands share: the console, their inputs, the environment, folders, progress."""
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -12,6 +13,7 @@ from typing import Any, NamedTuple
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from ggl_jax import files
 from ggl_jax.errors import GGLError
 
 console = Console()
@@ -24,6 +26,12 @@ def fingerprint(*parts) -> str:
             part if isinstance(part, bytes) else json.dumps(part, sort_keys=True).encode()
         )
     return digest.hexdigest()
+
+
+def fields_of(kind: type, command: Any) -> dict[str, Any]:
+    """The options of a command that are fields of a dataclass of settings, too."""
+    names = (field.name for field in dataclasses.fields(kind))
+    return {name: getattr(command, name) for name in names if hasattr(command, name)}
 
 
 class Inputs(NamedTuple):
@@ -153,15 +161,7 @@ def check_config(out: Path, config: dict) -> None:
         )
     out.mkdir(parents=True, exist_ok=True)
     if not path.exists():
-        partial = path.with_suffix(".part")
-        partial.write_text(json.dumps(config, indent=2) + "\n")
-        partial.replace(path)
-
-
-def write_text(path: Path, text: str) -> None:
-    partial = path.with_suffix(".part")
-    partial.write_text(text)
-    partial.replace(path)
+        files.write_json(path, config)
 
 
 class AuditBar:

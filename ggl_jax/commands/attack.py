@@ -5,9 +5,10 @@ import shlex
 from pathlib import Path
 from typing import Literal
 
+from ggl_jax import files
 from ggl_jax.commands import _devices
 from ggl_jax.commands import audit as audit_command
-from ggl_jax.commands._shared import AuditBar, console, environment
+from ggl_jax.commands._shared import AuditBar, console, environment, fields_of
 from ggl_jax.errors import GGLError
 
 
@@ -77,7 +78,6 @@ def run(command: AttackCommand, argv: list[str]) -> int:
     from ggl_jax import foreign
     from ggl_jax.adversary.reconstruct import reconstruct
     from ggl_jax.adversary.strategy import AttackSettings
-    from ggl_jax.audit import results
     from ggl_jax.client.defenses import parse, summary
     from ggl_jax.client.updates import read_update, read_variables
     from ggl_jax.priors import load_prior
@@ -95,7 +95,7 @@ def run(command: AttackCommand, argv: list[str]) -> int:
     chosen = ["--preset", command.preset, "--attack", command.attack]
     chosen += [] if command.optimizer is None else ["--optimizer", command.optimizer]
     base = audit_command.defaults(chosen)
-    given = {f.name: getattr(base, f.name) for f in dataclasses.fields(AttackSettings)}
+    given = fields_of(AttackSettings, base)
     given |= {"attack": command.attack, "optimizer": command.optimizer or base.optimizer}
     given["regularizer"] = command.regularizer or base.regularizer
     settings = AttackSettings(**given | ({"steps": command.steps} if command.steps else {}))
@@ -132,7 +132,7 @@ def run(command: AttackCommand, argv: list[str]) -> int:
         "loss_history": [float(f"{loss:.5g}") for loss in found.history],
     }
     for number, image in enumerate(found.images):
-        results.write_png(command.out / f"reconstruction-{number}.png", image)
+        files.write_png(command.out / f"reconstruction-{number}.png", image)
     lines = [
         f"Labels inferred: {content['labels']}. Defense as estimated: "
         f"{content['defense_estimated'] or 'no parameters'}.",
@@ -150,7 +150,7 @@ def run(command: AttackCommand, argv: list[str]) -> int:
     content |= {"command": "ggl-jax " + shlex.join(argv), "environment": environment()}
     finite = {k: None if isinstance(v, float) and not np.isfinite(v) else v
               for k, v in content.items()}  # fmt: skip
-    results.write_json(command.out / "result.json", finite)
+    files.write_json(command.out / "result.json", finite)
     for line in lines:
         console.print(line, markup=False)
     console.print(f"Pictures and numbers: {command.out}/", markup=False, soft_wrap=True)

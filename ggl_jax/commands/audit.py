@@ -8,15 +8,16 @@ import shlex
 from pathlib import Path
 from typing import Literal
 
+from ggl_jax import files
 from ggl_jax.commands import _devices
 from ggl_jax.commands._shared import (
     AuditBar,
     check_config,
     console,
     environment,
+    fields_of,
     fingerprint,
     load_inputs,
-    write_text,
 )
 from ggl_jax.errors import GGLError
 
@@ -291,12 +292,6 @@ def run(command: AuditCommand, argv: list[str]) -> int:
     check_config(
         out, {"command": shown_command, "options": options, "inputs": inputs, "environment": env}
     )
-    settings = AttackSettings(
-        **{f.name: getattr(command, f.name) for f in dataclasses.fields(AttackSettings)}
-    )
-    client = ClientSettings(
-        **{f.name: getattr(command, f.name) for f in dataclasses.fields(ClientSettings)}
-    )
     num = len(dataset.images)
     console.print(
         f"Auditing {len(command.defenses)} defenses on {num} image{'s' * (num != 1)} of "
@@ -318,8 +313,8 @@ def run(command: AuditCommand, argv: list[str]) -> int:
                 names=dataset.names,
                 instance_ids=dataset.indices,
                 others=_others(command, dataset, prior.image_shape[0]),
-                client=client,
-                settings=settings,
+                client=ClientSettings(**fields_of(ClientSettings, command)),
+                settings=AttackSettings(**fields_of(AttackSettings, command)),
                 num_controls=command.num_controls,
                 ceiling_steps=command.ceiling_steps,
                 lpips=command.lpips,
@@ -336,7 +331,7 @@ def run(command: AuditCommand, argv: list[str]) -> int:
         figure.draw(result, out / "figure.png", title=title)
         date = datetime.date.today().isoformat()
         where = f"{date}; {env['device']}; {env['cpu']}; jax {env['jax']}; {num} images"
-        write_text(
+        files.write_text(
             out / "summary.md",
             report.markdown(summaries, command=shown_command, environment=where),
         )

@@ -2,19 +2,19 @@
 
 import argparse
 import dataclasses
-import json
 import shlex
 from pathlib import Path
 from typing import Literal
 
+from ggl_jax import files
 from ggl_jax.commands._shared import (
     AuditBar,
     check_config,
     console,
     environment,
+    fields_of,
     fingerprint,
     load_inputs,
-    write_text,
 )
 from ggl_jax.commands.audit import SEARCHES
 from ggl_jax.errors import GGLError
@@ -120,8 +120,7 @@ def run(command: LandscapeCommand, argv: list[str]) -> int:
         raise GGLError(
             f"label: got {label}, allowed: 0 to {model.num_classes - 1}; raise --num-classes"
         )
-    fields = {field.name for field in dataclasses.fields(AttackSettings)}
-    given = {k: v for k, v in dataclasses.asdict(command).items() if k in fields}
+    given = fields_of(AttackSettings, command)
     if command.optimizer == "adam":
         # as the audit's default search, not as published
         given |= {"signed": False, "schedule": "ramp"}
@@ -179,7 +178,7 @@ def run(command: LandscapeCommand, argv: list[str]) -> int:
         "command": shown,
         "environment": env,
     }
-    write_text(command.out / "landscape.json", json.dumps(report, indent=2) + "\n")
+    files.write_json(command.out / "landscape.json", report)
     if found.note:
         console.print(f"LPIPS was not measured: {found.note}", markup=False, soft_wrap=True)
     console.print(

@@ -8,6 +8,7 @@ from typing import Literal
 
 import tyro
 
+from ggl_jax import files
 from ggl_jax.commands._shared import (
     AuditBar,
     check_config,
@@ -15,7 +16,6 @@ from ggl_jax.commands._shared import (
     environment,
     fingerprint,
     load_inputs,
-    write_text,
 )
 from ggl_jax.errors import GGLError
 
@@ -122,7 +122,7 @@ def run(command: ReproduceCommand, argv: list[str]) -> int:
             f"seed {command.seed}; prior {card['name']}"
         )
         text = paper.markdown(experiment, results, command=shown, where=where)
-        write_text(out / "table.md", text)
+        files.write_text(out / "table.md", text)
         paper.draw(experiment, results, out / "figure.png")
         console.print(Markdown(text))
         console.print(f"Table: {out}/table.md; pictures: {out}/figure.png", markup=False)

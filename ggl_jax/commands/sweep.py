@@ -13,7 +13,7 @@ import tyro
 
 from ggl_jax.commands import _devices
 from ggl_jax.commands import audit as audit_command
-from ggl_jax.commands._shared import AuditBar, console, environment, load_inputs
+from ggl_jax.commands._shared import AuditBar, console, environment, fields_of, load_inputs
 from ggl_jax.errors import GGLError
 
 #: Options of an audit that a grid cannot fix: they are its axes, or say where things go.
@@ -172,8 +172,7 @@ def load_grid(path: Path):
         num_classes=command.num_classes,
         batch_norm=command.batch_norm,
     )
-    names = [field.name for field in dataclasses.fields(AttackSettings)]
-    own = {name: value for name, value in file.fixed.items() if name in names}
+    own = {k: v for k, v in file.fixed.items() if k in fields_of(AttackSettings, command)}
 
     def settings(values) -> AttackSettings:
         """The preset's settings for the attack and optimiser at hand, then the fixed ones."""
@@ -183,7 +182,7 @@ def load_grid(path: Path):
             if value not in (None, sweep.PUBLISHED):
                 chosen += [f"--{name}", value]
         base = audit_command.defaults(chosen)
-        return AttackSettings(**({name: getattr(base, name) for name in names} | own))
+        return AttackSettings(**(fields_of(AttackSettings, base) | own))
 
     return sweep.plan(
         dataset.images,
@@ -192,9 +191,7 @@ def load_grid(path: Path):
         axes=file.axes,
         exclude=file.exclude,
         settings=settings,
-        client=ClientSettings(
-            **{f.name: getattr(command, f.name) for f in dataclasses.fields(ClientSettings)}
-        ),
+        client=ClientSettings(**fields_of(ClientSettings, command)),
         prior=prior,
         prior_params=prior_params,
         names=dataset.names,

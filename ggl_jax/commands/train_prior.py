@@ -4,7 +4,7 @@ import dataclasses
 import shlex
 from pathlib import Path
 
-from ggl_jax.commands._shared import console
+from ggl_jax.commands._shared import console, fields_of
 from ggl_jax.errors import GGLError
 
 
@@ -66,8 +66,7 @@ def run(command: TrainPriorCommand, argv: list[str]) -> int:
             files.append((path, float(weight or 1)))
         except ValueError:
             raise GGLError(f"data: {entry!r}: the weight after * must be a number") from None
-    names = {f.name for f in dataclasses.fields(wgan_gp.Config)}
-    options = {n: getattr(command, n) for n in names if hasattr(command, n)}
+    options = fields_of(wgan_gp.Config, command)
     if command.conditional:
         options["num_classes"] = wgan_gp.count_classes(files)
     config = wgan_gp.Config(**options)

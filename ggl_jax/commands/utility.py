@@ -8,7 +8,7 @@ from typing import Any, Literal
 import tyro
 
 from ggl_jax.commands import audit as audit_command
-from ggl_jax.commands._shared import AuditBar, console, environment
+from ggl_jax.commands._shared import AuditBar, console, environment, fields_of
 from ggl_jax.errors import GGLError
 
 
@@ -112,15 +112,9 @@ def run(command: UtilityCommand, argv: list[str]) -> int:
     extra: dict[str, Any] = {"batch_norm": batch_norm} if name != "lenet" else {}
     model = get_model(name, num_classes=num_classes, image_shape=dataset.images.shape[1:], **extra)
     settings = utility.UtilitySettings(
-        rounds=command.rounds,
-        clients=command.clients,
-        batch_size=command.batch_size,
-        learning_rate=command.learning_rate,
-        momentum=command.momentum,
+        **fields_of(utility.UtilitySettings, command),
         local_steps=base.local_steps,
         local_learning_rate=base.local_learning_rate,
-        test_images=command.test_images,
-        delta=command.delta,
     )
     options = dataclasses.asdict(settings) | {
         "data": data,

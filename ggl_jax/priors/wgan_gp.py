@@ -28,7 +28,7 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 
-from ggl_jax import checkpoint
+from ggl_jax import checkpoint, files
 from ggl_jax.errors import GGLError
 from ggl_jax.images import from_signed, to_signed
 from ggl_jax.priors.dcgan import IMAGE_SHAPE, Critic, Generator, dcgan
@@ -486,12 +486,6 @@ def _standing_statistics(config: Config, generator_params, key, *, num: int):
 # --- the run ----------------------------------------------------------------------------------
 
 
-def _write_json(path: Path, value) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(value, indent=2) + "\n")
-    temporary.replace(path)
-
-
 def _claim_folder(out_dir: Path, config: Config, sources: list[dict], resume: bool) -> None:
     """Writes `config.json`, or checks that the one there is this run's."""
     path = out_dir / "config.json"
@@ -522,7 +516,7 @@ def _claim_folder(out_dir: Path, config: Config, sources: list[dict], resume: bo
                 f"{out_dir} holds a run of another configuration ({'; '.join(differences)}); "
                 "give another folder or the same configuration"
             )
-    _write_json(path, mine)
+    files.write_json(path, mine)
 
 
 def _manager(out_dir: Path) -> ocp.CheckpointManager:
