@@ -21,7 +21,7 @@ from conftest import TINY_SHAPE
 
 import ggl_jax as gx
 from ggl_jax import checkpoint
-from ggl_jax.audit import results
+from ggl_jax.audit import cost, results
 from ggl_jax.audit import sweep as sweeps
 from ggl_jax.commands.sweep import load_grid, read_grid
 from ggl_jax.errors import StorageError
@@ -571,12 +571,12 @@ def test_an_estimate_adds_up_what_its_stages_were_measured_to_cost(tiny, monkeyp
             *(np.zeros((*size, *rest)) for rest in [(4,), (1, 8, 8, 3), (1,), (), ()])
         )
         if stage.attack.name == "refine":
-            return sweeps._Pace(start=0.0, step=0.5, once=7.0, candidates=found)
-        return sweeps._Pace(start=3.0, step=0.25, once=10.0, candidates=found)
+            return cost._Pace(start=0.0, step=0.5, once=7.0, candidates=found)
+        return cost._Pace(start=3.0, step=0.25, once=10.0, candidates=found)
 
-    monkeypatch.setattr(sweeps, "_measure_stage", pace)
-    monkeypatch.setattr(sweeps, "_seconds", lambda function: (function(), 0.0))
-    found = sweeps.estimate(grid)
+    monkeypatch.setattr(cost, "_measure_stage", pace)
+    monkeypatch.setattr(cost, "_seconds", lambda function: (function(), 0.0))
+    found = cost.estimate(grid)
     # Factored or not, search or refinement; two images for each of six programs.
     assert (found.cells, found.programs, found.kinds, found.measured) == (12, 6, 4, 4)
     assert found.evaluations == sum(cell.evaluations for cell in grid.cells)
@@ -587,10 +587,10 @@ def test_an_estimate_adds_up_what_its_stages_were_measured_to_cost(tiny, monkeyp
     assert [points for *_, points in measured] == [None, (1, 1, 8 * 8 * 3)] * 2
     # Half of it is finished.
     half = [cell.id for cell in grid.cells if cell.settings.steps == 5]
-    left = sweeps.estimate(grid, finished=half)
+    left = cost.estimate(grid, finished=half)
     np.testing.assert_allclose(left.seconds, 6 * each[2] + 3 * 17.0)
     # No time: one stage is measured, two evaluations a step; the others are as fast.
-    short = sweeps.estimate(grid, seconds=0.0)
+    short = cost.estimate(grid, seconds=0.0)
     assert (short.measured, short.kinds) == (1, 4)
     each = {steps: 3.0 + 0.25 * steps + 0.125 * 7 for steps in (2, 5)}
     np.testing.assert_allclose(short.seconds, 6 * sum(each.values()) + 6 * 20.0)
@@ -598,13 +598,13 @@ def test_an_estimate_adds_up_what_its_stages_were_measured_to_cost(tiny, monkeyp
 
 def test_an_estimate_measures_and_passes_over_what_cannot_run(tiny):
     grid = sweeps.plan(**tiny, axes={"defense": ["sparsify:0.5"]})
-    found = sweeps.estimate(grid)
+    found = cost.estimate(grid)
     assert (found.measured, found.kinds) == (1, 1)
     assert 0 < found.seconds < float("inf")
     broken = Defense("broken", *[lambda *args: 1 / 0] * 5, None)
     grid = sweeps.plan(**tiny, axes={"defense": [broken]})
     with pytest.raises(gx.GGLError, match="the calibration failed in every program"):
-        sweeps.estimate(grid)
+        cost.estimate(grid)
 
 
 # --- grid files ---------------------------------------------------------------------------------

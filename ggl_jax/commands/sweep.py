@@ -211,7 +211,7 @@ def run(command: SweepCommand, argv: list[str]) -> int:
     )
     import jax
 
-    from ggl_jax.audit import html_report, results, sweep
+    from ggl_jax.audit import cost, html_report, results, sweep
 
     grid = load_grid(command.grid)
     mesh = _devices.mesh(command.shard)
@@ -219,7 +219,7 @@ def run(command: SweepCommand, argv: list[str]) -> int:
     first = jax.process_index() == 0
     if command.dry_run:
         done = results.read(out).finished if (out / "plan.json").exists() else set()
-        return _dry_run(grid, sweep.estimate(grid, finished=sorted(done), mesh=mesh))
+        return _dry_run(grid, cost.estimate(grid, finished=sorted(done), mesh=mesh))
     if first:
         console.print(
             f"{len(grid.cells):,} cells, {sum(c.evaluations for c in grid.cells):,} gradient "
