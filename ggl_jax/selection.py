@@ -11,34 +11,37 @@ import jax.numpy as jnp
 #: Entries of the subsample that the search starts from.
 _SAMPLE = 2**15
 
+#: Slices that are added to each other before a count is reduced.
+_SLICES = 8
+
 #: Of so many secant steps in a row, one is a bisection, which bounds their total number.
 _PERIOD = 8
 
 
-def split(magnitudes: jax.Array, count: jax.Array | int) -> tuple[jax.Array, jax.Array]:
-    """A threshold with ``count`` entries below it.
+def split(values: jax.Array, count: jax.Array | int) -> tuple[jax.Array, jax.Array]:
+    """A threshold with ``count`` entries of smaller magnitude.
 
     Args:
-        magnitudes: [n] floats >= 0, n at least 1. NaN counts as larger than any number.
+        values: [n] floats, n at least 1. NaN counts as larger than any number.
         count: 0 to n, may be traced; outside, the nearest end is taken.
 
     Returns:
-        ``(threshold, below)`` with ``below`` the number of entries smaller than the threshold,
-        int32. It equals ``count`` unless equal entries stand in the way; then it is the largest
-        possible number under ``count``, and the threshold is the value of those equal entries.
-        Neither is differentiable.
+        ``(threshold, below)`` with ``below`` the number of magnitudes under the threshold, int32.
+        It equals ``count`` unless equal entries stand in the way; then it is the largest possible
+        number under ``count``, and the threshold is the magnitude of those equal entries. Neither
+        is differentiable.
     """
-    magnitudes = jax.lax.stop_gradient(magnitudes)
-    dtype, size = magnitudes.dtype, magnitudes.size
+    values = jax.lax.stop_gradient(values)
+    dtype, size = values.dtype, values.size
     count = jnp.clip(jnp.asarray(count), 0, size).astype(jnp.int32)
     if size <= _SAMPLE:
-        last = jnp.where(count < size, _bisect(magnitudes, count + 1), jnp.inf)
-        return last, _count_below(magnitudes, last)
-    first, slope = _first_guess(magnitudes, count)
+        last = jnp.where(count < size, _bisect(jnp.abs(values), count + 1), jnp.inf)
+        return last, _count_below(values, last)
+    first, slope = _first_guess(values, count)
 
     def refine(state):
         step, trial, low, below_low, high, last, below_last, slope, _ = state
-        below = _count_below(magnitudes, trial)
+        below = _count_below(values, trial)
         fits = below <= count
         low, below_low = jnp.where(fits, trial, low), jnp.where(fits, below, below_low)
         high = jnp.where(fits, high, trial)
@@ -95,7 +98,7 @@ def zero_smallest(values: jax.Array, count: jax.Array | int) -> jax.Array:
         Like ``values``. Its derivative is one at the kept entries and zero at the others.
     """
     magnitudes = jax.lax.stop_gradient(jnp.abs(values))
-    threshold, below = split(magnitudes, count)
+    threshold, below = split(values, count)
     excess = count - below
 
     def last_to_go(excess):
@@ -125,18 +128,20 @@ def _any_of_batch(axis_size, in_batched, flags):
     return any_of(flags), False
 
 
-def _count_below(magnitudes, threshold):
-    flags = magnitudes < threshold
-    # XLA's CPU code sums floats faster; they are exact up to 2^24.
-    if magnitudes.size <= 2**24:
-        return jnp.sum(jnp.where(flags, 1.0, 0.0), dtype=jnp.float32).astype(jnp.int32)
-    return jnp.sum(flags, dtype=jnp.int32)
+def _count_below(values, threshold):
+    # XLA's CPU code adds up one entry a cycle in a reduction, but many where arrays are added: so
+    # slices are added first, and what is left to reduce is short. Three times as fast. Magnitudes
+    # are taken anew in each pass, which costs less than another array to read.
+    length = values.size // _SLICES
+    flags = (jnp.abs(values) < threshold).astype(jnp.int32)
+    slices = flags[: length * _SLICES].reshape(_SLICES, length)
+    return jnp.sum(sum(slices)) + jnp.sum(flags[length * _SLICES :])
 
 
-def _first_guess(magnitudes, count):
+def _first_guess(values, count):
     """A trial threshold and the change of threshold per entry, from a subsample."""
-    size, dtype = magnitudes.size, magnitudes.dtype
-    sample = magnitudes[:: size // _SAMPLE]
+    size, dtype = values.size, values.dtype
+    sample = jnp.abs(values[:: size // _SAMPLE])
     scale = sample.size / size
     rank = jnp.round(count.astype(jnp.float32) * scale).astype(jnp.int32)
     guess = _bisect(sample, rank, passes=20)

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 import ggl_jax as gx
 from ggl_jax.adversary import matching
-from ggl_jax.adversary.matching import convolve, layers
+from ggl_jax.adversary.matching import convolve, layers, winograd
 from ggl_jax.adversary.matching.program import trace
 from ggl_jax.types import Model
 
@@ -64,7 +64,18 @@ class Odd(nn.Module):
         return nn.Dense(3)(jnp.mean(masked(x), axis=1))
 
 
+class Channels(nn.Module):
+    """Convolutions that go by Winograd's algorithm, forth, back and for formed gradients."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.tanh(nn.Conv(32, (2, 2))(x))
+        x = nn.tanh(nn.Conv(40, (3, 3), padding=((1, 0), (2, 1)))(x))
+        return nn.Dense(3)(jnp.mean(x, axis=(1, 2)))
+
+
 MODELS = {
+    "channels": (Channels(), {}),
     "many kinds": (Net(), {}),
     "wide": (Wide(), {}),
     "odd": (Odd(), {}),
@@ -463,8 +474,55 @@ def test_kernel_gradient_on_its_own():
         ours, own_pull_back = jax.vjp(lambda a: convolve.convolve(site.layer, a, prepared), a)
         np.testing.assert_allclose(ours, output, atol=1e-12)
         np.testing.assert_allclose(own_pull_back(d)[0], pull_back(d)[0], atol=1e-12)
-        g = convolve.kernel_gradient(site.layer, a, d)
+        (g,) = convolve.kernel_gradients(site.layer, a[None], d[None])
         np.testing.assert_allclose(jnp.moveaxis(g, 0, -2), pull_back(d)[1], atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "padding"),
+    [(8, 8, ((1, 1), (1, 1))), (7, 10, ((0, 2), (1, 0))), (5, 8, ((0, 0), (0, 0)))],
+)
+def test_winograd_equals_the_plain_convolution(height, width, padding, monkeypatch):
+    monkeypatch.setattr(winograd, "_BYTES", 2**18)  # several chunks
+    rng = np.random.default_rng(0)
+    with jax.enable_x64(True):
+        x = jnp.asarray(rng.standard_normal((7, 2, height, width, 33)))
+        kernel = jnp.asarray(rng.standard_normal((3, 3, 33, 40)))
+
+        def plain(x, kernel):
+            return jax.lax.conv_general_dilated(
+                x, kernel, (1, 1), padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
+            )
+
+        output, pull_back = jax.vjp(plain, x.reshape(-1, height, width, 33), kernel)
+        transformed = winograd.prepare(kernel)
+        ours = winograd.convolve(x.reshape(-1, height, width, 33), transformed, padding)
+        np.testing.assert_allclose(ours, output, atol=1e-11)
+        d = jnp.asarray(rng.standard_normal((7, 2, *output.shape[1:])))
+        back = tuple((2 - low, 2 - high) for low, high in padding)
+        ours = winograd.convolve(d.reshape(output.shape), transformed, back, exchanged=True)
+        np.testing.assert_allclose(ours, pull_back(d.reshape(output.shape))[0], atol=1e-11)
+        gradients = winograd.kernel_gradients(x, d, padding)
+        for own, a, cotangent in zip(gradients, x, d, strict=True):
+            expected = jax.vjp(lambda k, a=a: plain(a, k), kernel)[1](cotangent)[0]
+            np.testing.assert_allclose(own, expected, atol=1e-11)
+
+
+@pytest.mark.parametrize(
+    ("spec", "gram"),
+    [pytest.param("clip:0.5", True, marks=pytest.mark.slow), ("sparsify:0.7", False)],
+)
+def test_winograd_within_the_loss_and_its_derivative(spec, gram, monkeypatch):
+    monkeypatch.setattr(layers, "prefers_gram", lambda layer: gram)
+    monkeypatch.setattr(winograd, "_MIN_TILES_OF_GRADIENTS", 16)
+    used = []
+    for name in ("convolve", "kernel_gradients"):
+        inner = getattr(winograd, name)
+        monkeypatch.setattr(
+            winograd, name, lambda *a, inner=inner, name=name: used.append(name) or inner(*a)
+        )
+    test_fused_equals_direct("channels", spec, {"batch": 2}, {})
+    assert set(used) == {"convolve", "kernel_gradients"}
 
 
 def test_memory_bounds_what_is_computed_at_once(tiny_model, tiny_variables, tiny_images):

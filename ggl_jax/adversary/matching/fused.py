@@ -289,12 +289,13 @@ def _factored_layer(layer: layers.Layer, target, mask) -> Tensor:
 def _former(layer: layers.Layer, like: jax.Array) -> tuple[Callable, int]:
     """How a layer's gradients are formed, ``form(a, d)``, and for how many candidates at once.
 
-    Where :mod:`.convolve` serves the layer, one at a time and with the input channels in front;
-    else in the order of :func:`layers.form`.
+    Where :mod:`.convolve` serves the layer, with the input channels in front; else in the order of
+    :func:`layers.form`.
     """
     if not _spelled_out(layer):
         return functools.partial(layers.form, layer), _at_once(layers.form_bytes(layer, like))
-    return lambda a, d: convolve.kernel_gradient(layer, a[0], d[0])[None], 1
+    form = functools.partial(convolve.kernel_gradients, layer)
+    return form, convolve.gradients_at_once(layer, like.dtype)
 
 
 def _at_once(size: int) -> int:
@@ -338,8 +339,9 @@ def _simulated(program: Program, observed: PyTree, simulate_one: list[Callable])
             if _spelled_out(layer):
                 g = jnp.moveaxis(g, 1, -2)
             g = layers.kernel_as_stored(layer, g)
-            if at_once == 1:  # spares the simulation `vmap`, which turns branches into selects
-                return simulate_one[leaf](g[0])[None]
+            if _spelled_out(layer) or at_once == 1:
+                # `vmap` would turn the simulation's branches into selects.
+                return in_chunks(lambda g: simulate_one[leaf](g[0])[None], 1, g)
             return jax.vmap(simulate_one[leaf])(g)
 
         return Tensor(target, gradients, None, at_once)
