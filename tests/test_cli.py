@@ -10,11 +10,13 @@ import jax
 import numpy as np
 import pytest
 from PIL import Image
+from rich.console import Console
 
 from ggl_jax import checkpoint, files
 from ggl_jax.adversary.attacks import ATTACKS
 from ggl_jax.audit import results, runner
 from ggl_jax.cli import run
+from ggl_jax.commands import _shared
 from ggl_jax.commands.audit import defaults
 from ggl_jax.priors import dcgan
 
@@ -341,3 +343,20 @@ def test_train_prior_and_export(tmp_path, capsys):
     one_error_line(capsys, "held-out")
     assert run(["train-prior", "--data", str(tmp_path / "none.npz"), *options]) == 2
     one_error_line(capsys, "none.npz")
+
+
+def test_progress_without_a_terminal(monkeypatch):
+    shown = Console(record=True, width=100)
+    monkeypatch.setattr(_shared, "console", shown)
+    with _shared.AuditBar() as bar:
+        bar("none: search", 0, 4, 0.1, 9.0)
+        bar("none: search", 0, 4, 0.2, 8.0)  # too soon for another line
+        monkeypatch.setattr(_shared, "_QUIET_SECONDS", 0.0)
+        bar("none: search", 0, 4, 0.4, 7.5)
+        bar("clip:4: search", 1, 4, 0.0, None)
+    lines = [line.split("s  ")[1] for line in shown.export_text().splitlines()]
+    assert lines == [
+        "[1/4] none: search",
+        "[1/4] none: search, 10% of all, loss 7.5",
+        "[2/4] clip:4: search",
+    ]

@@ -18,6 +18,9 @@ from ggl_jax.errors import GGLError
 
 console = Console()
 
+#: Where progress is not live, no longer than this without a line.
+_QUIET_SECONDS = 60.0
+
 
 def fingerprint(*parts) -> str:
     digest = hashlib.sha256()
@@ -165,7 +168,7 @@ def check_config(out: Path, config: dict) -> None:
 
 
 class AuditBar:
-    """Live progress on a terminal; one line per cell and phase change elsewhere.
+    """Live progress on a terminal; elsewhere a line for each change of phase, and each minute.
 
     Args:
         audits: how many audits of equal size it will be the ``progress`` of, one after the other.
@@ -175,7 +178,7 @@ class AuditBar:
         self.audits = audits
         self.name, self.index = "", 0
         self.live = console.is_terminal
-        self.last = ""
+        self.last, self.printed = "", 0.0
         self.bar = Progress(
             TextColumn("{task.description}", markup=False),
             BarColumn(),
@@ -208,6 +211,12 @@ class AuditBar:
             self.bar.update(
                 self.task, description=text, completed=number + fraction, total=total, shown=shown
             )
-        elif text != self.last:
-            console.print(f"{time.perf_counter() - self.began:7.1f} s  {text}", markup=False)
+        else:
+            seconds = time.perf_counter() - self.began
+            changed = text != self.last
+            if changed or seconds - self.printed >= _QUIET_SECONDS:
+                more = "" if changed else f", {(number + fraction) / total:.0%} of all"
+                more += f", {shown}" if shown and not changed else ""
+                console.print(f"{seconds:7.1f} s  {text}{more}", markup=False)
+                self.printed = seconds
         self.last = text
