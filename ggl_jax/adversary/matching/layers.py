@@ -125,7 +125,9 @@ def form(layer: Layer, a: jax.Array, d: jax.Array) -> jax.Array:
     return g.reshape(a.shape[0], *layer.kernel_spatial, inner, layer.out_channels)
 
 
-def inner_product(layer: Layer, a: jax.Array, d: jax.Array, y: jax.Array | tuple) -> jax.Array:
+def inner_product(
+    layer: Layer, a: jax.Array, d: jax.Array, y: jax.Array | convolve.Prepared
+) -> jax.Array:
     """<y, g> for every candidate, without g.
 
     Args:
@@ -139,7 +141,7 @@ def inner_product(layer: Layer, a: jax.Array, d: jax.Array, y: jax.Array | tuple
         [n].
     """
     merged = a.reshape(-1, *a.shape[2:])
-    if isinstance(y, tuple):
+    if isinstance(y, convolve.Prepared):
         output = convolve.convolve(layer, merged, y)
     elif layer.kernel_spatial:
         rank = len(layer.kernel_spatial)
