@@ -211,12 +211,12 @@ class AuditBar:
             self.bar.update(
                 self.task, description=text, completed=number + fraction, total=total, shown=shown
             )
-        else:
-            seconds = time.perf_counter() - self.began
-            changed = text != self.last
-            if changed or seconds - self.printed >= _QUIET_SECONDS:
-                more = "" if changed else f", {(number + fraction) / total:.0%} of all"
-                more += f", {shown}" if shown and not changed else ""
-                console.print(f"{seconds:7.1f} s  {text}{more}", markup=False)
-                self.printed = seconds
-        self.last = text
+            return
+        seconds, line = time.perf_counter() - self.began, text
+        if text == self.last:
+            if seconds - self.printed < _QUIET_SECONDS:
+                return
+            share = f"{(number + fraction) / total:.0%} of all"
+            line = ", ".join(part for part in (text, share, shown) if part)
+        console.print(f"{seconds:7.1f} s  {line}", markup=False)
+        self.last, self.printed = text, seconds
