@@ -63,8 +63,6 @@ def _parse(argv: list[str]):
     # A subcommand's default is given to tyro so that --help shows what will be used.
     searching = {"audit": audit.defaults, "landscape": landscape.defaults}
     defaults = {name: searching[name](argv[1:]) for name in argv[:1] if name in searching}
-    # A subcommand's default is given to tyro so that --help shows what the preset sets.
-    defaults = {"audit": audit.defaults(argv[1:])} if argv[:1] == ["audit"] else {}
     values_only: Any = tyro.conf.FlagConversionOff
     commands: Any = functools.reduce(
         operator.or_,
@@ -113,7 +111,7 @@ def run(argv: list[str] | None = None) -> int:
         The exit code: 0 done, 2 unusable input (one line on stderr), 130 interrupted.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    errors = Console(stderr=True)
+    errors = Console(stderr=True, emoji=False)
     try:
         command = _parse(argv)
         _use_compilation_cache()

@@ -6,6 +6,7 @@ Public images are float32 NHWC in [0, 1]. Networks (the federated model and the 
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 def to_signed(images: jax.Array) -> jax.Array:
@@ -16,6 +17,25 @@ def to_signed(images: jax.Array) -> jax.Array:
 def from_signed(images: jax.Array) -> jax.Array:
     """Map images from the networks' range [-1, 1] to the public range [0, 1]."""
     return 0.5 * (images + 1.0)
+
+
+def assign(images: jax.Array, references: jax.Array, penalties: np.ndarray | None = None):
+    """Which image belongs to which reference, by the Hungarian method on mean squared error.
+
+    Args:
+        images: [b h w c].
+        references: [b h w c].
+        penalties: [b b], added to the error of reference i and image j; None for none.
+
+    Returns:
+        [b] indices into ``images``.
+    """
+    from scipy.optimize import linear_sum_assignment
+
+    a = np.asarray(references).reshape(len(references), 1, -1)
+    b = np.asarray(images).reshape(1, len(images), -1)
+    errors = np.mean((a - b) ** 2, axis=-1)
+    return linear_sum_assignment(errors if penalties is None else errors + penalties)[1]
 
 
 def _averaging(size: int, target: int, dtype) -> jax.Array:

@@ -122,6 +122,9 @@ class Defense(NamedTuple):
         rewire: ``rewire(estimated, variables, head) -> variables`` at which candidates' gradients
             are taken, for a defense that changes the forward pass (Soteria on the representation);
             None where they are the shared ones.
+        observe: ``observe(estimated, update) -> update``: the part of the observed update that
+            candidates are compared with, where the simulation leaves something out that the client
+            shared (Soteria's layer); None where all of it is compared.
     """
 
     name: str
@@ -131,6 +134,7 @@ class Defense(NamedTuple):
     simulate: Callable
     factor: Callable | None
     rewire: Callable | None = None
+    observe: Callable | None = None
 
 
 class Info(NamedTuple):
@@ -197,7 +201,8 @@ class Candidates(NamedTuple):
         labels: [r b], the classes that go with them.
         losses: [r], the attack's whole loss, regularisers included.
         distances: [r], the distance of updates alone, by which attacks with different regularisers
-            can be compared.
+            can be compared. Exact but for a regulariser that couples the restarts ("group"), whose
+            share is that at the restarts' present places.
     """
 
     points: jax.Array

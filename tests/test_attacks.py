@@ -11,8 +11,9 @@ from flax import linen as nn
 import ggl_jax as gx
 from ggl_jax.adversary.attacks import ATTACKS, make_attack, pixel_refinement, resolve
 from ggl_jax.adversary.losses import parse_regularizer
+from ggl_jax.adversary.optimizers import make_optimizer
 from ggl_jax.adversary.search import Stage, run_stages
-from ggl_jax.adversary.strategy import mean_image
+from ggl_jax.adversary.strategy import mean_image, unused_options
 from ggl_jax.audit import data
 from ggl_jax.errors import GGLError
 from ggl_jax.priors.pixels import pixels_of
@@ -133,6 +134,25 @@ def test_refinement_leaves_the_prior_behind(model, variables, tiny_images, tiny_
     assert found.evaluations == 5 * 8 + 150
     assert found.history.shape == (1, 155)
     assert seen == list(range(1, 156))
+
+
+def test_regularizers_by_hand():
+    latents = jnp.asarray([[[1.0, 3.0]]])  # mean 2, variance 1, norm^2 10
+    nothing = jnp.zeros((1, 1, 1, 1, 1))
+    # KLD to N(0, 1): (variance + mean^2 - 1 - log variance) / 2, once, or for each of 2 entries.
+    for fidelity, expected in (("code", 2.0), ("paper", 4.0)):
+        found = parse_regularizer("kld", fidelity=fidelity)(latents, nothing)
+        np.testing.assert_allclose(found, [expected], rtol=1e-6)
+    np.testing.assert_allclose(parse_regularizer("norm:0.5")(latents, nothing), [0.5 * 8.0**2])
+    # [-1, 1]: vertical differences 0.4 and 0.4, horizontal 0.8 and 0.8.
+    image = jnp.asarray([[0.5, 0.9], [0.7, 1.1]])[None, None, ..., None] - 0.1
+    zeros = jnp.zeros((1, 1, 1))
+    np.testing.assert_allclose(parse_regularizer("total_variation")(zeros, image), [1.2], rtol=1e-6)
+    np.testing.assert_allclose(
+        parse_regularizer("l2")(zeros, image), [0.2**2 + 0.6**2 + 0.2**2 + 1.0], rtol=1e-5
+    )
+    both = parse_regularizer("total_variation:2+l2:0")(zeros, image)
+    np.testing.assert_allclose(both, [2.4], rtol=1e-6)
 
 
 def test_group_consistency():
@@ -297,3 +317,105 @@ def test_shared_statistics_reach_the_search(tiny_images, tiny_prior, tiny_prior_
         )  # fmt: skip
         losses.append([row["loss"] for row in result.rows])
     assert losses[0] != losses[1]
+
+
+def test_unknown_options_are_refused(model, tiny_prior):
+    with pytest.raises(GGLError, match=r"regularizr.*did you mean 'regularizer'"):
+        make_attack("gi", model, tiny_prior, regularizr="none")
+    with pytest.raises(GGLError, match=r"popsize: no optimizer"):
+        make_optimizer("cma_es", popsize=8)
+    # Another optimiser's options are left out, and said to be.
+    make_attack("ggl", model, tiny_prior, learning_rate=0.1, population=8)
+    lines = unused_options(gx.AttackSettings(learning_rate=0.1, population=8, steps=3))
+    assert [line.partition(":")[0] for line in lines] == ["learning_rate"]
+    assert "cma_es" in lines[0]
+    assert "adam" in lines[0]
+    assert not unused_options(gx.AttackSettings(optimizer="adam", steps=3, refine="auto"))
+    # Finalists go on by Adam, whose options they need.
+    assert not unused_options(gx.AttackSettings(learning_rate=0.1, restarts=2, finalists=2))
+
+
+def test_comparisons_need_what_they_change(model, tiny_prior):
+    for compare in ("support", "undefended"):
+        settings = gx.AttackSettings(attack="ig", compare=compare)
+        with pytest.raises(GGLError, match=f"compare: '{compare}'.*--adaptive True"):
+            gx.make_stages(settings, model, tiny_prior, gx.parse("none"))
+        settings = dataclasses.replace(settings, adaptive=True)
+        assert gx.make_stages(settings, model, tiny_prior, gx.parse("none"))[1]["adaptive"]
+    with pytest.raises(GGLError, match=r"compare: 'likelihood'.*--distance squared_l2"):
+        make_attack("ig", model, tiny_prior, likelihood=True)
+    with pytest.raises(GGLError, match="local_steps: soteria"):
+        gx.make_stages(
+            gx.AttackSettings(), model, tiny_prior, gx.parse("soteria:0.5"), local_steps=2
+        )
+    for name in ("final_steps", "refine_steps"):
+        with pytest.raises(GGLError, match=f"{name}: got 0"):
+            gx.make_stages(
+                gx.AttackSettings(**{name: 0}), model, tiny_prior, gx.parse("none")
+            )  # fmt: skip
+
+
+@pytest.mark.parametrize("fidelity", ["paper", "code"])
+def test_soteria_undefended_fits_the_private_image(
+    fidelity, model, variables, tiny_images, tiny_prior
+):
+    defense = gx.parse("soteria:0.5", fidelity=fidelity, compare="undefended")
+    images, labels = tiny_images[:1], jnp.asarray([1])
+    update = gx.gradient(model, variables, images, labels)
+    context = gx.Context(model, variables, images, labels)
+    for chained in (defense, gx.chain(defense, gx.parse("none"))):
+        observed = chained.apply(jax.random.key(1), update, context)
+        problem = Problem(observed, variables, {}, labels, chained.estimate(observed, model.head))
+        attack = make_attack("gi", model, tiny_prior, defense=chained, adaptive=True, steps=1)
+        # The defended layer is left out on both sides, so the truth is at distance 0.
+        at_truth = attack.distances(problem, images[:, None], labels)
+        elsewhere = attack.distances(problem, tiny_images[1:2, None], labels)
+        assert float(at_truth[0]) < 1e-6 * float(elsewhere[0])
+
+
+def test_refinement_keeps_the_attacks_distance(model, variables, tiny_images, tiny_prior):
+    _, problem = problem_of(model, variables, tiny_images[0], 1)
+    for attack, distance in (("ig", "cosine"), ("gi", "squared_l2")):
+        settings = gx.AttackSettings(attack=attack, refine="pixels", refine_steps=2, steps=2)
+        stages, _ = gx.make_stages(settings, model, tiny_prior, gx.parse("none"))
+        found = stages[-1].attack.distances(problem, tiny_images[1:, None], problem.labels)
+        expected = gx.matching_loss(model, variables, problem.observed, distance=distance)
+        # Relative to an update of zero, whose cosine distance is 1.
+        scale = 1.0
+        if distance == "squared_l2":
+            scale = sum(float(jnp.sum(y**2)) for y in jax.tree.leaves(problem.observed))
+        np.testing.assert_allclose(
+            found, expected(tiny_images[1:, None], problem.labels) / scale, rtol=1e-4
+        )
+
+
+def test_a_mean_finds_the_order_of_a_batch():
+    # Two restarts found the same three images in other places; the labels of two are equal.
+    images = jnp.stack([jnp.full((2, 2, 1), value) for value in (0.1, 0.9, 0.5)])
+    labels = jnp.asarray([[[0, 0, 1], [0, 0, 1]]])
+    swapped = images[jnp.asarray([1, 0, 2])] + 0.02
+    found = Candidates(None, jnp.stack([images, swapped])[None], labels, None, None)
+    np.testing.assert_allclose(mean_image(found)[0], images + 0.01, atol=1e-6)
+    # An image of another label is not taken for it, however alike.
+    apart = Candidates(None, jnp.stack([images, swapped])[None], labels.at[0, 1].set(
+        jnp.asarray([0, 1, 0])), None, None)  # fmt: skip
+    first = mean_image(apart)[0, 2]
+    np.testing.assert_allclose(first, (images[2] + swapped[1]) / 2, atol=1e-6)
+
+
+def test_local_steps_cost_a_gradient_each(model, tiny_prior):
+    one, three = (
+        make_attack("ggl", model, tiny_prior, population=8, pool=5, local_steps=steps)
+        for steps in (1, 3)
+    )
+    assert (one.evaluations_per_step, one.evaluations_at_start) == (8, 5)
+    assert (three.evaluations_per_step, three.evaluations_at_start) == (24, 15)
+
+
+def test_given_points_need_no_pool(model, variables, tiny_images, tiny_prior):
+    _, problem = problem_of(model, variables, tiny_images[0], 1)
+    attack = make_attack("gi", model, tiny_prior, pool=6, restarts=1, steps=2)
+    key = jax.random.split(jax.random.key(0), 1)
+    points = pixels_of(tiny_images[1:2])[None]
+    assert gx.run_search(attack, key, [problem], steps=2, points=points).evaluations == 2
+    assert gx.run_search(attack, key, [problem], steps=2).evaluations == 8

@@ -120,7 +120,7 @@ def test_default_search_goes_through_its_stages(prior_folder, tmp_path, capsys, 
     assert [row["evaluations"] for row in rows] == [6 + 3 * 2 + 2 * 2 + 3, 6 + 3 * 2]
     assert all(row["optimizer"] == "adam" and row["adaptive"] for row in rows)
     capsys.readouterr()
-    assert run([*arguments, "--finalists", "4"]) == 2
+    assert run([*arguments, "--finalists", "1"]) == 2
     one_error_line(capsys, "out", "finalists")
     assert run([*arguments, "--finalists", "4", "--out", str(tmp_path / "new")]) == 2
     one_error_line(capsys, "finalists", "4", "restarts, 3")
@@ -131,8 +131,12 @@ def test_presets_know_attacks_and_optimizers(capsys):
     assert (quick.optimizer, quick.pool, quick.refine) == ("adam", 100, "auto")
     paper = defaults(["--preset", "paper"])
     published = ATTACKS["ggl"]
-    assert (paper.steps, paper.refine) == (published.steps, "none")
-    assert published.settings == {"optimizer": paper.optimizer, "population": paper.population}
+    assert (paper.optimizer, paper.steps, paper.refine) == ("cma_es", 800, "none")
+    assert published.optimizer_settings == {"population": paper.population}
+    by_adam = defaults(["--preset", "paper", "--optimizer", "adam"])
+    assert (by_adam.optimizer, by_adam.steps, by_adam.population) == ("adam", 2500, None)
+    assert defaults(["--preset", "paper", "--attack", "ig"]).distance == "cosine"
+    assert defaults(["--adaptive", "False"]).compare == "published" != quick.compare
     other = defaults(["--optimizer", "cma_es"])
     assert (other.pool, other.restarts, other.steps) == (None, None, 16)
     assert defaults(["--attack=ig", "--preset", "standard"]).steps == 1000
@@ -150,6 +154,22 @@ def test_config_json_reproduces_the_run(audit, tmp_path, capsys):
     assert rows[0]["defense"] == rows[1]["defense"]
     for name in ("loss", "psnr", "seed"):
         assert rows[0][name] == pytest.approx(rows[1][name], rel=1e-5)
+
+
+def test_config_and_what_options_depend_on(audit, tmp_path, capsys):
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps({"options": {"defenses": ["none"], "steps": 3}}))
+    for name, value in (("preset", "paper"), ("attack", "ig"), ("optimizer", "adam")):
+        assert run(["audit", "--config", str(config), f"--{name}", value]) == 2
+        one_error_line(capsys, name, value, "--config")
+    assert defaults(["--config", str(config), "--seed", "3"]).steps == 3
+
+
+def test_unused_options_are_named(audit, capsys):
+    assert audit("--defenses", "none", "--learning-rate", "0.1") == 0
+    assert "Note: learning_rate: not used; cma_es has no such option" in " ".join(
+        capsys.readouterr().out.split()
+    )
 
 
 def test_interrupt_keeps_finished_cells(audit, tmp_path, capsys, monkeypatch):
@@ -193,11 +213,22 @@ def test_interrupt_keeps_finished_cells(audit, tmp_path, capsys, monkeypatch):
         (["--batch-size", "2"], ["batch_size", "2"]),
         (["--prior", "no_such_prior"], ["no_such_prior"]),
         (["--data", "embedded:faces"], ["lfw"]),
+        (["--batch-size", "0"], ["batch_size", "0", "at least 1"]),
+        (["--seed", "-1"], ["seed", "-1", "at least 0"]),
+        (["--num-controls", "0"], ["num_controls", "0"]),
+        (["--local-learning-rate", "0"], ["local_learning_rate", "above 0"]),
+        (["--memory", "-1"], ["memory", "-1"]),
+        (["--refine-steps", "0"], ["refine_steps", "0"]),
+        (["--num-classes", "0"], ["num_classes", "0"]),
+        (["--defenses"], ["defenses", "none"]),
+        (["--compare", "support", "--adaptive", "False"], ["compare", "--adaptive True"]),
+        (["--indices", "0:100:10"], ["'0:100:10'"]),
     ],
 )
-def test_bad_options(audit, capsys, arguments, words):
+def test_bad_options(audit, tmp_path, capsys, arguments, words):
     assert audit(*arguments) == 2
     one_error_line(capsys, *words)
+    assert not (tmp_path / "out").exists()  # nothing is in the corrected command's way
 
 
 def write_npz(path, **arrays):

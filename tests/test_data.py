@@ -83,6 +83,7 @@ def test_preprocess_refuses_what_would_explode():
         ("1,5,9", [1, 5, 9]),
         ("9,1", [9, 1]),
         ("0:8", list(range(8))),
+        (":12", list(range(10))),
         ("0:10:4", [0, 4, 8]),
         (":2, 7", [0, 1, 7]),
         ("8:", [8, 9]),

@@ -1,6 +1,7 @@
 """The documents' examples run, and what they name exists."""
 
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,16 @@ import pytest
 import ggl_jax as gx
 
 ROOT = Path(__file__).parents[1]
+
+
+def shown_commands(text):
+    """The arguments of every whole ``ggl-jax`` command in bash blocks."""
+    for block in re.findall(r"```bash\n(.*?)```", text, re.S):
+        for line in block.replace("\\\n", " ").splitlines():
+            for part in line.partition(" #")[0].split("&&"):
+                words = shlex.split(part)
+                if words[:1] == ["ggl-jax"] and "--help" not in words and "..." not in part:
+                    yield words[1:]
 
 
 def blocks(path):
@@ -32,12 +43,14 @@ def test_extending_works_as_shown(capsys):
     "document", ["README.md", *(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md"))]
 )
 def test_paths_and_commands_exist(document):
-    from ggl_jax.cli import COMMANDS
+    from ggl_jax.cli import COMMANDS, _parse
 
     text = (ROOT / document).read_text()
     for path in re.findall(r"`((?:ggl_jax|docs|tests|benchmarks|checkpoints)/[\w./-]*)`", text):
         assert (ROOT / path).exists(), path
     for command in re.findall(r"ggl-jax ([a-z][a-z-]+)", text):
         assert command in COMMANDS, command
+    for command in shown_commands(text):
+        _parse(command)  # exits where tyro does not understand it
     for module in re.findall(r"python -m (benchmarks\.\w+)", text):
         assert (ROOT / (module.replace(".", "/") + ".py")).exists(), module

@@ -13,7 +13,7 @@ from ggl_jax import checkpoint
 from ggl_jax.adversary.strategy import AttackSettings
 from ggl_jax.audit import landscape, metrics
 from ggl_jax.audit.runner import audit
-from ggl_jax.cli import run
+from ggl_jax.cli import _parse, run
 from ggl_jax.client import defenses
 from ggl_jax.client.gradients import gradient
 from ggl_jax.errors import GGLError
@@ -152,6 +152,13 @@ def test_bad_settings(setting, tiny_images, center):
         landscape.find_center(
             tiny_images[0], 0, settings=AttackSettings(attack="ig"), **shared, **params
         )
+
+
+def test_command_searches_as_the_quick_audit():
+    command, audit = _parse(["landscape"]), _parse(["audit"])
+    for name in ("steps", "pool", "restarts", "relative", "regularizer", "compare"):
+        assert getattr(command, name) == getattr(audit, name) is not None
+    assert _parse(["landscape", "--optimizer", "cma_es"]).pool is None
 
 
 def test_command(tmp_path, capsys, monkeypatch):

@@ -22,7 +22,7 @@ from ggl_jax.types import NONFINITE, OK, STALLED
 OPTIONS = {
     "steps": 150,
     "population": 16,
-    "batch_size": 5,
+    "round_size": 5,
     "num_initial": 20,
     "num_candidates": 200,
     "max_points": 64,
@@ -317,7 +317,9 @@ def test_best_so_far_keeps_restarts_apart():
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_candidates_are_ordered_by_restart(name):
     # Restarts that start far apart stay apart: a restart's best must be near its own start.
-    optimizer = best_so_far(make_optimizer(name, population=8, steps=10, sigma0=0.1, initial=10))
+    optimizer = best_so_far(
+        make_optimizer(name, population=8, steps=10, sigma0=0.1, num_initial=10)
+    )
     starts = jnp.asarray([[-1.5] * 4, [1.5] * 4])
     state = optimizer.init(jax.random.key(0), starts)
     losses = lambda z: jnp.sum((z - jnp.sign(z[:, :1]) * 1.5) ** 2, axis=1)  # noqa: E731
@@ -327,6 +329,25 @@ def test_candidates_are_ordered_by_restart(name):
     assert any(bool(jnp.all(state.latents[1] == row)) for row in second)
     if name != "turbo":  # which starts from a design over its whole box
         assert bool(jnp.all(first[:, 0] < 0) & jnp.all(second[:, 0] > 0))
+
+
+def test_adam_follows_its_published_schedules():
+    # Under a constant gradient Adam moves by its step size: 1 - steps^2's rounding.
+    moved = {}
+    for schedule in ("step", "ramp"):
+        optimizer = adam(steps=80, learning_rate=0.1, schedule=schedule, signed=True)
+        state, places = optimizer.init(None, jnp.zeros((1, 1))), []
+        for _ in range(80):
+            state, _ = optimizer.step(None, state, lambda z: jnp.sum(z, axis=1))
+            places.append(float(state[0][0, 0]))
+        moved[schedule] = -np.diff([0.0, *places])
+    expected = np.repeat([1e-1, 1e-2, 1e-3, 1e-4], [30, 20, 20, 10])
+    np.testing.assert_allclose(moved["step"], expected, rtol=0.05)
+    # 4 steps of warm-up from 0, 60 at 56 of them, then half a cosine over the last 20.
+    np.testing.assert_allclose(moved["ramp"][:5], [0, 0.025, 0.05, 0.075, 0.1], rtol=0.01)
+    np.testing.assert_allclose(moved["ramp"][5:60], 0.1, rtol=1e-3)
+    down = 0.05 * (1 + np.cos(np.pi * np.arange(20) / 20))
+    np.testing.assert_allclose(moved["ramp"][60:], down, rtol=1e-2, atol=1e-6)
 
 
 def test_adam_stays_in_its_box():

@@ -134,6 +134,28 @@ def test_the_server_alone_gets_the_image_back(
     assert found.history.shape == (150,)
 
 
+def test_the_server_averages_restarts_where_it_was_asked_to(
+    tiny_model, tiny_variables, tiny_prior, tiny_prior_params, tiny_images
+):
+    update = gradient(tiny_model, tiny_variables, tiny_images[:1], jnp.asarray([2]))
+    found = {}
+    for combine in ("best", "mean", "auto"):
+        found[combine] = reconstruct(
+            jax.random.key(0),
+            update,
+            model=tiny_model,
+            variables=tiny_variables,
+            prior=tiny_prior,
+            prior_params=tiny_prior_params,
+            defense=gx.parse("noise:0.1"),
+            settings=gx.AttackSettings(
+                optimizer="adam", steps=2, restarts=3, start="prior", combine=combine
+            ),
+        ).images
+    np.testing.assert_array_equal(found["auto"], found["mean"])
+    assert np.max(np.abs(found["best"] - found["mean"])) > 0.05
+
+
 def test_the_command(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "cache"))
     prior = dcgan(width=2, latent_dim=4)
@@ -177,5 +199,8 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     assert judged["psnr_ceiling"] >= judged["psnr_control_mean"]
     capsys.readouterr()
     assert run([*command, "--weights", str(tmp_path / "none.npz")]) == 2
+    assert run([*command, "--image", "no.png", "--out", str(tmp_path / "other")]) == 2
+    assert "image: no.png does not exist" in capsys.readouterr().err
+    assert not (tmp_path / "other").exists()  # found out before the search
     assert run([*command, "--model", "resnet18"]) == 2
     assert "not those of a resnet18" in capsys.readouterr().err

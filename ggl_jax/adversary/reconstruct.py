@@ -4,13 +4,12 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from ggl_jax.adversary import estimation
 from ggl_jax.adversary.labels import infer_labels, public_expectations
 from ggl_jax.adversary.search import run_stages
-from ggl_jax.adversary.strategy import AttackSettings, make_stages
+from ggl_jax.adversary.strategy import AttackSettings, make_stages, result_images
 from ggl_jax.types import Defense, Model, Prior, Problem, PyTree
 
 # The search's stream and that of the public samples.
@@ -23,8 +22,9 @@ class Reconstruction(NamedTuple):
     Attributes:
         images: [b h w c] float32 in [0, 1], in no particular order.
         labels: [b] the inferred classes.
-        loss: the attack's whole loss at the result.
-        distance: the distance of updates at the result.
+        loss: the attack's whole loss at the result, or at the best restart where the result is the
+            mean image of all.
+        distance: the distance of updates there.
         estimated: the defense's estimated parameters.
         evaluations: gradient evaluations spent.
         history: [steps] lowest loss so far.
@@ -117,7 +117,7 @@ def reconstruct(
         callback=callback,
     )
     return Reconstruction(
-        images=np.asarray(jnp.clip(outcome.images[0], 0.0, 1.0)),
+        images=result_images(settings, defense, stages, outcome)[0],
         labels=np.asarray(outcome.labels[0]),
         loss=float(outcome.losses[0]),
         distance=float(outcome.distances[0]),

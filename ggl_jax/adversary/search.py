@@ -25,7 +25,7 @@ class SearchResult(NamedTuple):
         candidates: each restart's best, [i r ...], lowest loss first.
         evaluations: gradient evaluations spent on each instance.
         history: [i steps], lowest loss so far after each step.
-        status: [i], OK, NONFINITE (no step of a call had a finite loss) or STALLED.
+        status: [i], OK, NONFINITE (some step had no candidate of finite loss) or STALLED.
     """
 
     candidates: Candidates
@@ -132,8 +132,9 @@ def run_search(
         A :class:`SearchResult`.
 
     Edge cases:
-        The search ends early when every instance's whole call was non-finite. An instance whose
-        best loss did not improve at all after its first step is marked STALLED.
+        The search ends early when no step of a call was OK in any instance: all were non-finite,
+        or the optimiser had nowhere left to go. An instance whose best loss did not improve at all
+        after its first step is marked STALLED.
     """
     if steps < 1:
         raise GGLError(f"steps: got {steps}, allowed: whole numbers of at least 1")
@@ -192,7 +193,9 @@ def run_search(
     flat = (all_losses.shape[1] > 1) & (all_losses[:, -1] >= all_losses[:, 0])
     return SearchResult(
         candidates=found,
-        evaluations=attack.evaluations_at_start + done * attack.evaluations_per_step,
+        # given points are not drawn from a pool
+        evaluations=(attack.evaluations_at_start if points is None else 0)
+        + done * attack.evaluations_per_step,
         history=all_losses,
         status=jnp.where(failed != OK, failed, jnp.where(flat, STALLED, OK)),
     )

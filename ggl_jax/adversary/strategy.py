@@ -1,14 +1,18 @@
 """How hard, and with what, the adversary searches: settings, and the stages they stand for."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from ggl_jax.adversary.attacks import make_attack, pixel_refinement, resolve
-from ggl_jax.adversary.search import Stage
+from ggl_jax.adversary.attacks import make_attack, pixel_refinement, resolve, unused
+from ggl_jax.adversary.search import SearchResult, Stage
+from ggl_jax.client.defenses import replaces_update
 from ggl_jax.errors import GGLError
+from ggl_jax.images import assign
 from ggl_jax.priors.pixels import pixels_of
 from ggl_jax.types import Candidates, Defense, Model, Prior
 
@@ -88,6 +92,7 @@ def make_stages(
     batch_size: int = 1,
     local_steps: int = 1,
     local_learning_rate: float = 0.01,
+    instances: int = 1,
 ) -> tuple[list[Stage], dict[str, Any]]:
     """The stages of a search, for :func:`ggl_jax.adversary.search.run_stages`.
 
@@ -104,15 +109,25 @@ def make_stages(
         batch_size: images per observed update.
         local_steps: SGD steps in the client's update.
         local_learning_rate: their step size.
+        instances: searches that will run in one batch on a device.
 
     Returns:
         The stages, and the attack's settings as resolved.
 
     Raises:
-        GGLError: for a setting out of its range.
+        GGLError: for a setting out of its range, a comparison that a non-adaptive attack cannot
+            make, or a defense of single gradients where there are several local steps.
     """
     if settings.refine not in REFINEMENTS:
         raise GGLError(f"refine: got {settings.refine!r}, allowed: {', '.join(REFINEMENTS)}")
+    for name in ("final_steps", "refine_steps"):
+        if getattr(settings, name) < 1:
+            raise GGLError(f"{name}: got {getattr(settings, name)}, allowed: at least 1")
+    if local_steps > 1 and replaces_update(defense):
+        raise GGLError(
+            f"local_steps: {defense.name} recomputes a single gradient step, so it cannot "
+            f"defend {local_steps} local steps; use 1, or --fidelity code"
+        )
     given = {
         field.name: getattr(settings, field.name)
         for field in dataclasses.fields(settings)
@@ -123,8 +138,14 @@ def make_stages(
         "batch_size": batch_size,
         "local_steps": local_steps,
         "local_learning_rate": local_learning_rate,
+        "instances": instances,
     }
     resolved = resolve(settings.attack, **given)
+    if settings.compare in ("support", "undefended") and not resolved["adaptive"]:
+        raise GGLError(
+            f"compare: {settings.compare!r} changes how the defense is simulated, and this "
+            f"{settings.attack} does not simulate it; add --adaptive True, or leave --compare out"
+        )
     restarts = resolved.get("restarts", 1)
     if not 0 <= settings.finalists <= restarts:
         raise GGLError(
@@ -148,7 +169,8 @@ def make_stages(
         last = make_attack(settings.attack, model, prior, defense=defense, **(given | by_adam))
         stages.append(Stage(last, settings.final_steps, _best_points(settings.finalists)))
     if settings.refine == "pixels" or (settings.refine == "auto" and not _adds_noise(defense)):
-        shared = ("distance", "likelihood", "fidelity", "method", "chunk_size", "memory")
+        # Not the likelihood: it scales the distance, and the penalty is sized for a relative one.
+        shared = ("distance", "fidelity", "method", "chunk_size", "memory", "instances")
         refinement = pixel_refinement(
             model,
             steps=settings.refine_steps,
@@ -180,6 +202,53 @@ def _mean_pixels(candidates):
 def mean_image(candidates: Candidates) -> jax.Array:
     """The mean over the restarts, [i b h w c], of candidates [i r ...], each within [0, 1].
 
-    Images of a batch are averaged place by place, which takes distinct labels.
+    An update does not tell the order of a batch's images, so restarts may hold the same ones in
+    different places. Those of equal label are first brought into the order of the best restart,
+    each beside the one that it resembles most.
     """
-    return jnp.mean(jnp.clip(candidates.images, 0.0, 1.0), axis=1)
+    images = jnp.clip(candidates.images, 0.0, 1.0)
+    if images.shape[2] > 1:
+        images = jnp.asarray(_in_one_order(np.asarray(images), np.asarray(candidates.labels)))
+    return jnp.mean(images, axis=1)
+
+
+def _in_one_order(images: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Each restart's images [i r b h w c] in the places of the first one's."""
+    ordered = images.copy()
+    for i, (restarts, classes) in enumerate(zip(images, labels, strict=True)):
+        for r in range(1, len(restarts)):
+            # Pixels differ by at most 1, so another label costs more than any likeness gains.
+            apart = 10.0 * (classes[0][:, None] != classes[r])
+            ordered[i, r] = restarts[r][assign(restarts[r], restarts[0], apart)]
+    return ordered
+
+
+def result_images(
+    settings: AttackSettings, defense: Defense, stages: Sequence[Stage], outcome: SearchResult
+) -> np.ndarray:
+    """What the adversary ends up with, [i b h w c] in [0, 1]: the best restart, or their mean.
+
+    Args:
+        settings: the search.
+        defense: what the client did.
+        stages: from :func:`make_stages`.
+        outcome: from :func:`ggl_jax.adversary.search.run_stages`.
+    """
+    refined = stages[-1].attack.name == "refine"  # starts from the mean by itself
+    mean = combines(settings, defense) and not refined
+    images = mean_image(outcome.candidates) if mean else outcome.images
+    return np.clip(np.asarray(images), 0.0, 1.0)
+
+
+def unused_options(settings: AttackSettings) -> list[str]:
+    """One line for each option that is given and that neither the attack nor its optimiser has."""
+    # Every search has steps; the other names mean something else to an optimiser, if anything.
+    others = (*_NOT_THE_ATTACKS, "steps")
+    given = {k: v for k, v in dataclasses.asdict(settings).items() if k not in others}
+    optimizer = resolve(settings.attack, optimizer=settings.optimizer)["optimizer"]
+    by_adam = unused("adam", given) if settings.finalists else given
+    return [
+        f"{name}: not used; {optimizer} has no such option, only {', '.join(owners)}"
+        for name, owners in unused(optimizer, given).items()
+        if name in by_adam
+    ]

@@ -203,7 +203,8 @@ def parse_indices(text: str, size: int) -> list[int]:
 
     Args:
         text: positions and ranges as in Python, separated by commas: `3`, `1,5,9`, `0:8`,
-            `0:100:10`, `:8`, `:` (all). Positions count from 0.
+            `0:100:10`, `:8` (the first 8, or all where there are fewer), `:` (all). Positions count
+            from 0.
         size: how many images there are.
 
     Returns:
@@ -211,7 +212,7 @@ def parse_indices(text: str, size: int) -> list[int]:
 
     Raises:
         GGLError: anything else, no image at all, an image named twice, or a position outside
-            [0, size - 1]; the end of a range may be `size` at most.
+            [0, size - 1]; the end of a range with a start may be `size` at most.
     """
     chosen: list[int] = []
     for part in text.split(","):
@@ -230,6 +231,8 @@ def parse_indices(text: str, size: int) -> list[int]:
         first, last, stride = int(start or 0), int(stop or size), int(step or 1)
         if stride < 1:
             raise GGLError(f"indices={text!r}: the step of {part!r} must be at least 1")
+        if start == "":
+            last = min(last, size)
         if last > size:
             raise GGLError(
                 f"indices={text!r}: the range {part!r} ends beyond the data set, whose size "

@@ -19,12 +19,13 @@ from ggl_jax.adversary import estimation
 from ggl_jax.adversary.labels import infer_labels, public_expectations
 from ggl_jax.adversary.resume import Checkpoints
 from ggl_jax.adversary.search import Stage, run_stages
-from ggl_jax.adversary.strategy import AttackSettings, combines, make_stages, mean_image
+from ggl_jax.adversary.strategy import AttackSettings, combines, make_stages, result_images
 from ggl_jax.audit import metrics, results
 from ggl_jax.audit.controls import Controls, prior_controls
 from ggl_jax.client import defenses as client_defenses
 from ggl_jax.client.gradients import local_update
 from ggl_jax.errors import GGLError
+from ggl_jax.images import assign
 from ggl_jax.priors import load_prior
 from ggl_jax.types import (
     OK,
@@ -96,25 +97,6 @@ class AuditInterrupted(KeyboardInterrupt):
 Progress = Callable[[str, int, int, float, float | None], None]
 
 
-def assign(reconstructions: jax.Array, originals: jax.Array) -> np.ndarray:
-    """Which reconstruction belongs to which original, by the Hungarian method on squared error.
-
-    Only the audit may do this: a batch's update does not tell the order of its images.
-
-    Args:
-        reconstructions: [b h w c].
-        originals: [b h w c].
-
-    Returns:
-        [b] indices into ``reconstructions``.
-    """
-    from scipy.optimize import linear_sum_assignment
-
-    a = np.asarray(originals).reshape(len(originals), 1, -1)
-    b = np.asarray(reconstructions).reshape(1, len(reconstructions), -1)
-    return linear_sum_assignment(np.mean((a - b) ** 2, axis=-1))[1]
-
-
 def jsonable(value: Any) -> Any:
     """Values for JSON; infinities and NaN become None, since JSON has no such numbers."""
     if isinstance(value, dict):
@@ -165,6 +147,7 @@ def build_programs(
         batch_size=client.batch_size,
         local_steps=client.local_steps,
         local_learning_rate=client.local_learning_rate,
+        instances=settings.instances or default_instances(model),
     )
     return _Programs(jax.jit(share), stages, search)
 
@@ -200,6 +183,17 @@ def release_programs(share: float = MAPPINGS_SHARE) -> bool:
     return True
 
 
+def check_batches(num_images: int, batch_size: int) -> None:
+    """Raise :class:`GGLError` unless the images split into batches of that size."""
+    if batch_size < 1:
+        raise GGLError(f"batch_size: got {batch_size}, allowed: whole numbers of at least 1")
+    if num_images % batch_size:
+        raise GGLError(
+            f"batch_size: {num_images} images cannot be split into batches of {batch_size}; "
+            "choose indices whose number is a multiple of it"
+        )
+
+
 def groups_of(
     images: np.ndarray,
     labels: np.ndarray,
@@ -212,11 +206,7 @@ def groups_of(
 
     Groups of the first images come first, so that these are complete first.
     """
-    if len(images) % batch_size:
-        raise GGLError(
-            f"batch_size: {len(images)} images cannot be split into batches of {batch_size}; "
-            "choose indices whose number is a multiple of it"
-        )
+    check_batches(len(images), batch_size)
     if instances < 1:
         raise GGLError(f"instances: got {instances}, allowed: whole numbers of at least 1")
     starts = range(0, len(images), batch_size)
@@ -354,13 +344,6 @@ def audit(
             f"share_statistics: model {model.name} has no BatchNorm layers, so there are none to "
             "share; leave it out"
         )
-    if client.local_steps > 1:
-        for defense in parsed:
-            if client_defenses.replaces_update(defense):
-                raise GGLError(
-                    f"local_steps: {defense.name} recomputes a single gradient step, so it cannot "
-                    f"defend {client.local_steps} local steps; use 1, or --fidelity code"
-                )
     key = jax.random.key(seed)
     if variables is None:
         variables = jax.jit(model.init)(jax.random.fold_in(key, MODEL_STREAM))
@@ -371,7 +354,7 @@ def audit(
         public = jax.jit(public_expectations, static_argnums=(0, 2))(
             model, variables, prior, prior_params, public_key
         )
-    at_once = settings.instances or default_instances(model, mesh)
+    at_once = default_instances(model, mesh) if settings.instances is None else settings.instances
     groups = groups_of(images, labels, names, parsed, client.batch_size, at_once)
     num_cells = sum(len(group) for group in groups)
     if searches is None and out is not None:
@@ -519,15 +502,14 @@ def _run_group(
         checkpoints=keeper,
         callback=lambda done, losses: report("search", done / steps, float(jnp.mean(losses))),
     )
-    combined = programs.stages[-1].attack.name != "refine" and combines(settings, defense)
-    images = mean_image(outcome.candidates) if combined else outcome.images
-    reconstructed = np.clip(np.asarray(images), 0.0, 1.0)
+    reconstructed = result_images(settings, defense, programs.stages, outcome)
     # The wall-clock time of a group is shared by its cells.
     search_seconds = (time.perf_counter() - search_began) / len(group)
     seconds = (time.perf_counter() - began) / len(group)
     found = []
     for number, cell in enumerate(group):
         images, problem = reconstructed[number], problems[number]
+        # Only the audit may do this: an update does not tell the order of a batch's images.
         order = assign(images, cell.images)
         status = int(outcome.status[number])
         rows, recs = [], []
@@ -565,6 +547,7 @@ def _run_group(
                 "search_seconds": search_seconds,
                 "status": STATUS_MESSAGES[status],
                 "ok": status == OK,
+                # of the best restart, where the result is the mean image of all
                 "loss": outcome.losses[number],
                 "distance": outcome.distances[number],
                 "loss_curve": _curve(np.asarray(outcome.history[number])),

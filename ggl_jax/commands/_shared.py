@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import platform
 import time
@@ -16,7 +17,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from ggl_jax import files
 from ggl_jax.errors import GGLError
 
-console = Console()
+# Without emoji: in text of the user's, ":100:" is a range.
+console = Console(emoji=False)
 
 #: Where progress is not live, no longer than this without a line.
 _QUIET_SECONDS = 60.0
@@ -35,6 +37,25 @@ def fields_of(kind: type, command: Any) -> dict[str, Any]:
     """The options of a command that are fields of a dataclass of settings, too."""
     names = (field.name for field in dataclasses.fields(kind))
     return {name: getattr(command, name) for name in names if hasattr(command, name)}
+
+
+def require_at_least(command: Any, **lowest: float) -> None:
+    """Refuse options below their lowest values, by the options' own names.
+
+    Args:
+        command: a subcommand's options; None among them is not checked.
+        **lowest: option -> lowest value; whole numbers if that is an int, else numbers above it.
+
+    Raises:
+        GGLError: names the option, its value and what is allowed.
+    """
+    for name, low in lowest.items():
+        value = getattr(command, name)
+        whole = isinstance(low, int)
+        if value is None or (value >= low if whole else low < value < math.inf):
+            continue
+        allowed = f"whole numbers of at least {low}" if whole else f"numbers above {low:g}"
+        raise GGLError(f"{name}: got {value}, allowed: {allowed}")
 
 
 class Inputs(NamedTuple):
@@ -98,11 +119,9 @@ def load_inputs(
         if unlabelled is None:
             raise GGLError(f"data: {data} has no labels; {remedy}")
         labels = np.full(len(dataset.images), unlabelled, np.int32)
-    classes = (
-        num_classes
-        or prior.num_classes
-        or max(2, dataset.num_classes or 0, int(np.max(labels)) + 1)
-    )
+    classes = prior.num_classes if num_classes is None else num_classes
+    if classes is None:
+        classes = max(2, dataset.num_classes or 0, int(np.max(labels)) + 1)
     options = {} if batch_norm is None or model_name == "lenet" else {"batch_norm": batch_norm}
     model = get_model(model_name, num_classes=classes, image_shape=prior.image_shape, **options)
     return Inputs(dataset._replace(labels=labels), prior, prior_params, card, model)

@@ -8,7 +8,7 @@ from typing import Literal
 from ggl_jax import files
 from ggl_jax.commands import _devices
 from ggl_jax.commands import audit as audit_command
-from ggl_jax.commands._shared import AuditBar, console, environment, fields_of
+from ggl_jax.commands._shared import AuditBar, console, environment, fields_of, require_at_least
 from ggl_jax.errors import GGLError
 
 
@@ -73,7 +73,6 @@ def run(command: AttackCommand, argv: list[str]) -> int:
     """``ggl-jax attack``."""
     import jax
     import jax.numpy as jnp
-    import numpy as np
 
     from ggl_jax import foreign
     from ggl_jax.adversary.reconstruct import reconstruct
@@ -83,9 +82,15 @@ def run(command: AttackCommand, argv: list[str]) -> int:
     from ggl_jax.priors import load_prior
     from ggl_jax.types import STATUS_MESSAGES
 
+    require_at_least(
+        command,
+        **{"label": 0, "batch_size": 1, "local_steps": 1, "local_learning_rate": 0.0, "steps": 1},
+        **{"num_controls": 1, "ceiling_steps": 1, "seed": 0},
+    )
     if command.image is not None and command.batch_size > 1:
         raise GGLError("image: judged for one image only; use --batch-size 1, or ggl-jax audit")
     prior, prior_params, _ = load_prior(command.prior)
+    original = None if command.image is None else _private_image(command, prior)
     tensors = foreign.read(command.weights)
     model, variables = read_variables(tensors, command.model, prior.image_shape)
     update = read_update(command.gradient, variables["params"])
@@ -98,7 +103,8 @@ def run(command: AttackCommand, argv: list[str]) -> int:
     given = fields_of(AttackSettings, base)
     given |= {"attack": command.attack, "optimizer": command.optimizer or base.optimizer}
     given["regularizer"] = command.regularizer or base.regularizer
-    settings = AttackSettings(**given | ({"steps": command.steps} if command.steps else {}))
+    given["steps"] = base.steps if command.steps is None else command.steps
+    settings = AttackSettings(**given)
     defense = parse(command.defense, fidelity=settings.fidelity, compare=settings.compare)
     command.out.mkdir(parents=True, exist_ok=True)
     with AuditBar() as bar:
@@ -138,8 +144,12 @@ def run(command: AttackCommand, argv: list[str]) -> int:
         f"{content['defense_estimated'] or 'no parameters'}.",
         f"Distance of updates {found.distance:.4g}, where the update's squared norm is {norm:.4g}.",
     ]
-    if command.image is not None:
-        content["judged"] = _judge(command, found.images[0], model, variables, prior, prior_params)
+    content |= {"command": "ggl-jax " + shlex.join(argv), "environment": environment()}
+    if original is not None:
+        _write(command, content)  # whatever becomes of the controls
+        content["judged"] = _judge(
+            command, found.images[0], original, model, variables, prior, prior_params
+        )
         scores = content["judged"]
         lines.append(
             f"PSNR {scores['psnr']:.1f} dB; mean image {scores['psnr_mean_image']:.1f}, random "
@@ -147,28 +157,42 @@ def run(command: AttackCommand, argv: list[str]) -> int:
         )
     else:
         lines.append("Whether it shows the private image cannot be told without it (--image).")
-    content |= {"command": "ggl-jax " + shlex.join(argv), "environment": environment()}
-    finite = {k: None if isinstance(v, float) and not np.isfinite(v) else v
-              for k, v in content.items()}  # fmt: skip
-    files.write_json(command.out / "result.json", finite)
+    _write(command, content)
     for line in lines:
         console.print(line, markup=False)
     console.print(f"Pictures and numbers: {command.out}/", markup=False, soft_wrap=True)
     return 0
 
 
-def _judge(command: AttackCommand, image, model, variables, prior, prior_params) -> dict:
+def _write(command: AttackCommand, content: dict) -> None:
+    from ggl_jax.audit.runner import jsonable
+
+    files.write_json(command.out / "result.json", jsonable(content))
+
+
+def _private_image(command: AttackCommand, prior):
+    """The private image [h w c] in [0, 1]."""
+    import jax.numpy as jnp
+
+    from ggl_jax.audit import data
+
+    assert command.image is not None
+    if not command.image.exists():
+        raise GGLError(f"image: {command.image} does not exist; give an image file")
+    private = data.load(str(command.image), image_size=prior.image_shape[0], labels=command.label)
+    if len(private.images) != 1:
+        raise GGLError(f"image: {command.image} holds {len(private.images)} images; give one file")
+    return jnp.asarray(private.images[0])
+
+
+def _judge(command: AttackCommand, image, original, model, variables, prior, prior_params) -> dict:
     """Scores and controls, as in an audit."""
     import jax
     import jax.numpy as jnp
 
-    from ggl_jax.audit import data, metrics
+    from ggl_jax.audit import metrics
     from ggl_jax.audit.controls import prior_controls
 
-    private = data.load(str(command.image), image_size=prior.image_shape[0], labels=command.label)
-    if len(private.images) != 1:
-        raise GGLError(f"image: {command.image} holds {len(private.images)} images; give one file")
-    original = jnp.asarray(private.images[0])
     scores = {
         name: float(function(jnp.asarray(image), original, model, variables))
         for name, function in metrics.METRICS.items()

@@ -18,14 +18,15 @@ from ggl_jax.commands._shared import (
     fields_of,
     fingerprint,
     load_inputs,
+    require_at_least,
 )
 from ggl_jax.errors import GGLError
 
 #: What each preset sets besides the search. Presets differ in effort, never in what is measured.
 PRESETS: dict[str, dict] = {
     "quick": {"indices": "0", "ceiling_steps": 300},
-    "standard": {"indices": "0:8", "ceiling_steps": 400},
-    "paper": {"indices": "0:8", "ceiling_steps": 400},
+    "standard": {"indices": ":8", "ceiling_steps": 400},
+    "paper": {"indices": ":8", "ceiling_steps": 400},
 }
 
 _ADAM = {
@@ -34,7 +35,7 @@ _ADAM = {
     "compare": "support",
 }
 #: How each preset searches, by attack and, for ggl, by optimiser. Its default search is the one of
-#: lowest loss on public images (README); the paper's, CMA-ES as published, is that of its preset.
+#: lowest loss on public images (README). Preset paper is every attack as published.
 SEARCHES: dict[str, dict[str, dict]] = {
     "quick": {
         "ggl": {**_ADAM, "pool": 100, "restarts": 4, "steps": 40, "refine_steps": 60},
@@ -62,11 +63,6 @@ SEARCHES: dict[str, dict[str, dict]] = {
         "ig": {"steps": 1000},
         "gi": {"steps": 1000},
     },
-    "paper": {
-        "ggl": {"optimizer": "cma_es", "population": 50, "steps": 800},
-        "ggl/cma_es": {"population": 50, "steps": 800},
-        "ggl/turbo": {"steps": 100},
-    },
 }
 
 
@@ -87,13 +83,15 @@ class AuditCommand:
     well win over the preset's; those that an attack or optimiser other than the default does not
     know are left out of it."""
     config: Path | None = None
-    """A config.json of an earlier run: start from all of its options."""
+    """A config.json of an earlier run: start from all of its options, which others given here
+    change; not with --preset, --attack or --optimizer, on which further options depend."""
     data: str = "embedded"
     """Private images: embedded (a portrait that ships with scikit-image), embedded:faces,
     embedded:nonfaces, a .npz file (uint8 images [n h w 3], labels), a folder of images, or
     tfds:NAME[:SPLIT] such as tfds:celeb_a:test."""
     indices: str = "0"
-    """Which of them: a number, a list such as 0,3,5, or a range such as 0:8."""
+    """Which of them: a number, a list such as 0,3,5, or a range such as 0:8 or :8 (the first 8, or
+    all where there are fewer)."""
     label: int | None = None
     """Class label for every image, for data without labels."""
     defenses: tuple[str, ...] = (
@@ -224,18 +222,32 @@ def defaults(argv: list[str]) -> AuditCommand:
     """
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     finder.add_argument("--preset")
-    finder.add_argument("--attack", default="ggl")
+    finder.add_argument("--attack")
     finder.add_argument("--optimizer")
+    finder.add_argument("--adaptive")
     finder.add_argument("--config", type=Path)
     found, _ = finder.parse_known_args(argv)
     if found.config is not None:
+        for name in ("preset", "attack", "optimizer"):
+            if getattr(found, name) is not None:
+                raise GGLError(
+                    f"{name}: got {getattr(found, name)!r} beside --config, which has set what "
+                    f"depends on it; leave out --config or --{name}"
+                )
         return read_config(found.config)
-    preset = found.preset if found.preset in PRESETS else "quick"
-    chosen = found.attack if found.optimizer is None else f"{found.attack}/{found.optimizer}"
-    if chosen == "ggl/adam" and preset != "paper":
-        chosen = "ggl"
-    search = SEARCHES[preset].get(chosen, {})
-    return AuditCommand(**{"preset": preset, **PRESETS[preset], **search})
+    preset, attack = found.preset if found.preset in PRESETS else "quick", found.attack or "ggl"
+    options = {"preset": preset, **PRESETS[preset]}
+    if preset == "paper":
+        from ggl_jax.adversary.attacks import resolve
+
+        published = resolve(attack, optimizer=found.optimizer)
+        known = {field.name for field in dataclasses.fields(AuditCommand)}
+        return AuditCommand(**options | {k: v for k, v in published.items() if k in known})
+    chosen = attack if found.optimizer is None else f"{attack}/{found.optimizer}"
+    search = dict(SEARCHES[preset].get("ggl" if chosen == "ggl/adam" else chosen, {}))
+    if found.adaptive == "False":
+        search.pop("compare", None)  # there is no simulation that it could change
+    return AuditCommand(**options | search)
 
 
 def read_config(path: Path) -> AuditCommand:
@@ -248,6 +260,20 @@ def read_config(path: Path) -> AuditCommand:
         raise GGLError(f"config: {path} does not exist; give a run's config.json") from None
     except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError):
         raise GGLError(f"config: {path} is not a config.json of ggl-jax audit") from None
+
+
+def _check(command: AuditCommand) -> None:
+    """Refuse values that no data, model or prior could make sense of."""
+    if not command.defenses:
+        raise GGLError("defenses: got none; name at least one, e.g. --defenses none clip:4")
+    require_at_least(
+        command,
+        **{"seed": 0, "label": 0, "num_classes": 1, "suspects": 0},
+        **{"batch_size": 1, "local_steps": 1, "local_learning_rate": 0.0},
+        **{"steps": 1, "restarts": 1, "pool": 0, "population": 4, "finalists": 0},
+        **{"final_steps": 1, "refine_steps": 1, "learning_rate": 0.0, "sigma0": 0.0},
+        **{"chunk_size": 1, "memory": 0.0, "instances": 1, "num_controls": 1, "ceiling_steps": 1},
+    )
 
 
 def _options(command: AuditCommand) -> dict:
@@ -263,14 +289,24 @@ def run(command: AuditCommand, argv: list[str]) -> int:
     """``ggl-jax audit``."""
     import numpy as np
 
-    from ggl_jax.adversary.strategy import AttackSettings
+    from ggl_jax.adversary.strategy import AttackSettings, unused_options
     from ggl_jax.audit import figure, report
-    from ggl_jax.audit.runner import AuditInterrupted, ClientSettings, audit
+    from ggl_jax.audit.runner import (
+        AuditInterrupted,
+        ClientSettings,
+        audit,
+        build_programs,
+        check_batches,
+    )
     from ggl_jax.client.defenses import parse
 
-    # Cheap checks first: a typing error should not cost a minute of work.
-    for spec in command.defenses:
-        parse(spec, fidelity=command.fidelity)
+    # Cheap checks first: a typing error should cost no work, and leave no folder behind.
+    _check(command)
+    settings = AttackSettings(**fields_of(AttackSettings, command))
+    client = ClientSettings(**fields_of(ClientSettings, command))
+    parsed = [
+        parse(spec, fidelity=command.fidelity, compare=command.compare) for spec in command.defenses
+    ]
     dataset, prior, prior_params, card, model = load_inputs(
         command.data,
         command.prior,
@@ -281,6 +317,9 @@ def run(command: AuditCommand, argv: list[str]) -> int:
         num_classes=command.num_classes,
         batch_norm=command.batch_norm,
     )
+    check_batches(len(dataset.images), command.batch_size)
+    for defense in parsed:
+        build_programs(model, prior, defense, client, settings)  # for its errors
     options = _options(command)
     inputs = {
         "images": fingerprint(dataset.images.tobytes(), np.asarray(dataset.labels).tobytes()),
@@ -293,6 +332,8 @@ def run(command: AuditCommand, argv: list[str]) -> int:
         out, {"command": shown_command, "options": options, "inputs": inputs, "environment": env}
     )
     num = len(dataset.images)
+    for line in unused_options(settings):
+        console.print(f"Note: {line}", markup=False, soft_wrap=True)
     console.print(
         f"Auditing {len(command.defenses)} defenses on {num} image{'s' * (num != 1)} of "
         f"{command.data}: {model.name}, prior {card['name']}, attack {command.attack}. "
@@ -309,12 +350,12 @@ def run(command: AuditCommand, argv: list[str]) -> int:
                 model=model,
                 prior=prior,
                 prior_params=prior_params,
-                defenses=command.defenses,
+                defenses=parsed,
                 names=dataset.names,
                 instance_ids=dataset.indices,
                 others=_others(command, dataset, prior.image_shape[0]),
-                client=ClientSettings(**fields_of(ClientSettings, command)),
-                settings=AttackSettings(**fields_of(AttackSettings, command)),
+                client=client,
+                settings=settings,
                 num_controls=command.num_controls,
                 ceiling_steps=command.ceiling_steps,
                 lpips=command.lpips,
@@ -362,8 +403,6 @@ def _others(command: AuditCommand, dataset, size: int):
 
     from ggl_jax.audit import data as audit_data
 
-    if command.suspects < 0:
-        raise GGLError(f"suspects: got {command.suspects}, allowed: whole numbers of at least 0")
     left = np.setdiff1d(np.arange(dataset.size), dataset.indices)
     chosen = np.random.default_rng(command.seed).permutation(left)[: command.suspects]
     if not len(chosen):

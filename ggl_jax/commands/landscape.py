@@ -15,6 +15,7 @@ from ggl_jax.commands._shared import (
     fields_of,
     fingerprint,
     load_inputs,
+    require_at_least,
 )
 from ggl_jax.commands.audit import SEARCHES
 from ggl_jax.errors import GGLError
@@ -103,8 +104,14 @@ def run(command: LandscapeCommand, argv: list[str]) -> int:
 
     from ggl_jax.adversary.strategy import AttackSettings
     from ggl_jax.audit import landscape, metrics
+    from ggl_jax.audit.runner import ClientSettings, build_programs
     from ggl_jax.client import defenses
 
+    require_at_least(
+        command,
+        **{"index": 0, "label": 0, "num_classes": 1, "resolution": 2, "span": 0.0, "seed": 0},
+        **{"steps": 1, "restarts": 1, "pool": 0, "population": 4, "chunk_size": 1, "memory": 0.0},
+    )
     defense = defenses.parse(command.defense, fidelity=command.fidelity, compare=command.compare)
     dataset, prior, prior_params, card, model = load_inputs(
         command.data,
@@ -125,6 +132,7 @@ def run(command: LandscapeCommand, argv: list[str]) -> int:
         # as the audit's default search, not as published
         given |= {"signed": False, "schedule": "ramp"}
     settings = AttackSettings(**given)
+    build_programs(model, prior, defense, ClientSettings(), settings)  # for its errors
     options = {k: v for k, v in dataclasses.asdict(command).items() if k != "out"}
     shown = "ggl-jax " + shlex.join(argv)
     env = environment()

@@ -16,6 +16,7 @@ from ggl_jax.commands._shared import (
     environment,
     fingerprint,
     load_inputs,
+    require_at_least,
 )
 from ggl_jax.errors import GGLError
 
@@ -59,9 +60,8 @@ def run(command: ReproduceCommand, argv: list[str]) -> int:
     from ggl_jax.audit.runner import AuditInterrupted, AuditResult, audit
 
     experiment = paper.EXPERIMENTS[command.experiment]()
+    require_at_least(command, images=1, seed=0)
     num = experiment.images if command.images is None else command.images
-    if num < 1:
-        raise GGLError(f"images: got {num}, allowed: whole numbers of at least 1")
     data = experiment.data if command.data is None else command.data
     if data is None:
         raise GGLError(
@@ -71,10 +71,15 @@ def run(command: ReproduceCommand, argv: list[str]) -> int:
     dataset, prior, prior_params, card, model = load_inputs(
         data,
         command.prior,
-        indices=f"0:{num}",
+        indices=f":{num}",
         unlabelled=experiment.label,
         remedy=f"{command.experiment} needs them",
     )
+    if len(dataset.images) < num:
+        raise GGLError(
+            f"images: got {num}, but {data} has {len(dataset.images)}; give --images "
+            f"{len(dataset.images)} or other --data"
+        )
     out = command.out or Path(f"ggl-{command.experiment}-{command.scale}")
     options = dataclasses.asdict(command)
     options.pop("out")

@@ -90,6 +90,11 @@ def _fits(value: Any, hint: Any) -> bool:
 
 
 def _check_option(where: str, name: str, value: Any, hints: dict[str, Any]) -> None:
+    if name in ("seed", "indices", "defenses"):
+        axis = {"indices": "image", "defenses": "defense"}.get(name, name)
+        raise GGLError(f"grid: {where}: {name} is an axis; write {axis} = [...] under [axes]")
+    if name in _NOT_FIXED:
+        raise GGLError(f"grid: {where}: {name} is not a grid's; leave it out")
     if name not in hints:
         near = difflib.get_close_matches(name, hints, n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""
@@ -181,6 +186,8 @@ def load_grid(path: Path):
             value = values.get(name, own.get(name))
             if value not in (None, sweep.PUBLISHED):
                 chosen += [f"--{name}", value]
+        if values.get("adaptive", own.get("adaptive")) is False:
+            chosen += ["--adaptive", "False"]
         base = audit_command.defaults(chosen)
         return AttackSettings(**(fields_of(AttackSettings, base) | own))
 
@@ -262,7 +269,7 @@ def run(command: SweepCommand, argv: list[str]) -> int:
 def _dry_run(grid, estimate) -> int:
     hours = estimate.seconds / 3600
     shown = f"{hours:.1f} h" if hours >= 1 else f"{estimate.seconds / 60:.1f} min"
-    done = len(grid.cells) - estimate.cells
+    done, broken = len(grid.cells) - estimate.cells, _broken(grid)
     console.print(
         f"{len(grid.cells):,} cells ({done:,} finished), {estimate.programs:,} programs to "
         f"compile, {estimate.evaluations:,} gradient evaluations.\n"
@@ -271,4 +278,23 @@ def _dry_run(grid, estimate) -> int:
         markup=False,
         soft_wrap=True,
     )
-    return 0
+    for cell, reason in broken[:5]:
+        shown = ", ".join(f"{k} {v}" for k, v in cell.axes.items())
+        console.print(f"  cannot run: {shown}: {reason}", markup=False, soft_wrap=True)
+    if len(broken) > 5:
+        console.print(f"  and {len(broken) - 5:,} more")
+    return 1 if broken else 0
+
+
+def _broken(grid) -> list[tuple[Any, GGLError]]:
+    """The cells whose search cannot be built, and why."""
+    from ggl_jax.audit.runner import build_programs
+
+    found = []
+    for cell in grid.cells:
+        if cell.evaluations == 0:
+            try:
+                build_programs(grid.model, grid.prior, cell.defense, cell.client, cell.settings)
+            except GGLError as error:
+                found.append((cell, error))
+    return found

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import tyro
 
 from ggl_jax.commands import audit as audit_command
-from ggl_jax.commands._shared import AuditBar, console, environment, fields_of
+from ggl_jax.commands._shared import AuditBar, console, environment, fields_of, require_at_least
 from ggl_jax.errors import GGLError
 
 
@@ -90,10 +90,16 @@ def run(command: UtilityCommand, argv: list[str]) -> int:
     from ggl_jax.client.models import get_model
     from ggl_jax.priors import load_prior
 
+    require_at_least(
+        command,
+        **{"rounds": 1, "clients": 1, "batch_size": 1, "test_images": 1, "seed": 0},
+        **{"learning_rate": 0.0},
+    )
     if command.folder is not None:
         base, defenses, fidelities = _of_run(command.folder)
         prior = load_prior(base.prior)[0]
-        size, classes = prior.image_shape[0], base.num_classes or prior.num_classes
+        size = prior.image_shape[0]
+        classes = prior.num_classes if base.num_classes is None else base.num_classes
     else:
         missing = [n for n in ("defenses", "data", "out") if getattr(command, n) is None]
         if missing:
@@ -107,7 +113,9 @@ def run(command: UtilityCommand, argv: list[str]) -> int:
     dataset = audit_data.load(data, image_size=size, labels=base.label)
     if dataset.labels is None:
         raise GGLError(f"data: {data} has no labels; add a labels.csv (file,label)")
-    num_classes = classes or max(2, dataset.num_classes or 0, int(np.max(dataset.labels)) + 1)
+    num_classes = classes
+    if num_classes is None:
+        num_classes = max(2, dataset.num_classes or 0, int(np.max(dataset.labels)) + 1)
     batch_norm = command.batch_norm or base.batch_norm
     extra: dict[str, Any] = {"batch_norm": batch_norm} if name != "lenet" else {}
     model = get_model(name, num_classes=num_classes, image_shape=dataset.images.shape[1:], **extra)

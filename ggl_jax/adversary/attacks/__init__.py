@@ -16,7 +16,7 @@ from ggl_jax.adversary.attacks.grad_inversion import grad_inversion
 from ggl_jax.adversary.attacks.inverting_gradients import inverting_gradients
 from ggl_jax.adversary.attacks.refinement import pixel_refinement
 from ggl_jax.adversary.attacks.search_attack import BOUNDS, STARTS, search_attack
-from ggl_jax.adversary.optimizers import make_optimizer
+from ggl_jax.adversary.optimizers import make_optimizer, optimizer_options
 from ggl_jax.errors import GGLError
 from ggl_jax.types import Attack, Defense, Model, Prior
 
@@ -34,6 +34,7 @@ __all__ = [
     "pixel_refinement",
     "resolve",
     "search_attack",
+    "unused",
 ]
 
 
@@ -43,32 +44,50 @@ class Published(NamedTuple):
     Attributes:
         build: ``build(model, prior, optimizer, **options) -> Attack``.
         adaptive: whether candidates' gradients go through the estimated defense.
-        steps: of its search.
-        settings: the optimiser's name ("optimizer"), its options, and those of the attack that the
-            function itself does not default to.
+        steps: of its search, by the optimiser's name; the first is the attack's own optimiser. One
+            that is not named takes as many steps as that.
+        optimizer_settings: options of its own optimiser.
+        settings: those of the attack, whatever the optimiser.
     """
 
     build: Callable[..., Attack]
     adaptive: bool
-    steps: int
-    settings: Mapping[str, Any]
+    steps: Mapping[str, int]
+    optimizer_settings: Mapping[str, Any] = MappingProxyType({})
+    settings: Mapping[str, Any] = MappingProxyType({})
 
 
-def _published(build, adaptive, steps, **settings):
-    return Published(build, adaptive, steps, MappingProxyType(settings))
+def _published(build, adaptive, steps, optimizer_settings=None, **settings):
+    proxies = (MappingProxyType(m) for m in (steps, optimizer_settings or {}, settings))
+    return Published(build, adaptive, *proxies)
 
 
 #: Attacks by name. The baselines' 4 trials are the paper's. Its 300 iterations of L-BFGS are
 #: torch's, of up to 20 evaluations; a step here is one evaluation, and a converged search stops.
+#: GGL's budgets for CMA-ES, Adam and TuRBO (100 rounds of 10) are the paper's; the two that it has
+#: not, L-BFGS and the hybrid, get the evaluations of Adam and of CMA-ES.
 ATTACKS: dict[str, Published] = {
-    "ggl": _published(ggl, True, 800, optimizer="cma_es", population=50),
-    "dlg": _published(dlg, False, 6000, optimizer="lbfgs", restarts=4),
-    "idlg": _published(idlg, False, 6000, optimizer="lbfgs", restarts=4),
+    "ggl": _published(
+        ggl,
+        True,
+        {"cma_es": 800, "adam": 2500, "turbo": 100, "lbfgs": 2500, "hybrid": 500},
+        {"population": 50},
+    ),
+    "dlg": _published(dlg, False, {"lbfgs": 6000}, restarts=4),
+    "idlg": _published(idlg, False, {"lbfgs": 6000}, restarts=4),
     "ig": _published(
-        inverting_gradients, False, 8000, optimizer="adam", signed=True, box=1.0, restarts=4
+        inverting_gradients,
+        False,
+        {"adam": 8000},
+        {"signed": True, "box": 1.0},
+        restarts=4,
     ),
     "gi": _published(
-        grad_inversion, False, 8000, optimizer="adam", signed=False, schedule="ramp", restarts=4
+        grad_inversion,
+        False,
+        {"adam": 8000},
+        {"signed": False, "schedule": "ramp"},
+        restarts=4,
     ),
 }
 
@@ -88,11 +107,20 @@ def resolve(name: str, **settings) -> dict[str, Any]:
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise GGLError(f"attack: got {name!r}, allowed: {', '.join(ATTACKS)}{hint}")
     published = ATTACKS[name]
-    base = {"steps": published.steps, "adaptive": published.adaptive, **published.settings}
     given = {k: v for k, v in settings.items() if v is not None}
-    if given.get("optimizer", base["optimizer"]) != base["optimizer"]:
-        # Another search: the published one's options say nothing about it.
-        base = {k: v for k, v in base.items() if k in ("steps", "adaptive", "restarts")}
+    own = next(iter(published.steps))
+    optimizer = given.get("optimizer", own)
+    base = {
+        "optimizer": optimizer,
+        "steps": published.steps.get(optimizer, published.steps[own]),
+        "adaptive": published.adaptive,
+        **published.settings,
+    }
+    distance = inspect.signature(published.build).parameters.get("distance")
+    if distance is not None:  # a later refinement has to know it
+        base["distance"] = distance.default
+    if optimizer == own:  # the options of its own search say nothing about another
+        base |= published.optimizer_settings
     return {**base, **given}
 
 
@@ -107,15 +135,38 @@ def make_attack(
         prior: the generator; attacks on pixels do without it.
         defense: what the client did; used only where the attack is adaptive.
         **settings: ``optimizer`` and its options, ``steps``, ``adaptive``, and the options of
-            :func:`search_attack`. None means "as published".
+            :func:`search_attack`. None means "as published". Those of an optimiser other than the
+            chosen one are left out; :func:`unused` tells which.
 
     Raises:
-        GGLError: for an unknown name, or an optimiser's or attack's option out of its range.
+        GGLError: for an unknown name or option, or an option out of its range.
     """
     resolved = resolve(name, **settings)
-    optimizer = make_optimizer(resolved.pop("optimizer"), **resolved)
-    known = inspect.signature(search_attack).parameters
-    options = {k: v for k, v in resolved.items() if k in known}
-    return ATTACKS[name].build(
-        model, prior, optimizer, defense=defense if resolved["adaptive"] else None, **options
-    )
+    optimizer, adaptive = resolved.pop("optimizer"), resolved.pop("adaptive")
+    build = ATTACKS[name].build
+    takes = {*inspect.signature(search_attack).parameters, *inspect.signature(build).parameters}
+    takes -= {"name", "model", "prior", "optimizer", "defense", "options"}
+    searches_take = optimizer_options()
+    for option in resolved:
+        if option not in takes and option not in searches_take:
+            near = difflib.get_close_matches(option, takes | searches_take.keys(), n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise GGLError(f"{option}: neither {name} nor an optimizer has such an option{hint}")
+    search = make_optimizer(optimizer, **{k: v for k, v in resolved.items() if k in searches_take})
+    options = {k: v for k, v in resolved.items() if k in takes}
+    return build(model, prior, search, defense=defense if adaptive else None, **options)
+
+
+def unused(optimizer: str, settings: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
+    """Which settings, not None, belong to other optimisers than this one, and to which.
+
+    Args:
+        optimizer: a key of :data:`ggl_jax.adversary.optimizers.OPTIMIZERS`.
+        settings: of the search; those that no optimiser has are none of them.
+    """
+    owners = optimizer_options()
+    return {
+        name: owners[name]
+        for name, value in settings.items()
+        if value is not None and optimizer not in owners.get(name, (optimizer,))
+    }

@@ -45,6 +45,7 @@ def search_attack(
     local_learning_rate: float = 0.01,
     chunk_size: int | None = None,
     memory: float | None = None,
+    instances: int = 1,
 ) -> Attack:
     """Search a prior's latents for the images whose update matches the observed one.
 
@@ -68,8 +69,9 @@ def search_attack(
         bound: "none", or "tanh" to search an unbounded vector whose tanh is the latent.
         soft_labels: search the labels, too, as logits that start at N(0, 1).
         distance: "squared_l2" (D1) or "cosine" (D2).
-        likelihood: where there is noise, divide the distance by twice its estimated variance: with
-            squared l2, minus the logarithm of the update's likelihood.
+        likelihood: where there is noise, divide the squared l2 distance by twice its estimated
+            variance: minus the logarithm of the update's likelihood. It then takes the place of
+            ``relative``.
         relative: divide the distance by that of an update of zero (for squared l2 |y|^2, less what
             the estimated noise adds to it), so that a regulariser weighs as much under each
             defense: Soteria's updates are fifty times smaller than undefended ones.
@@ -84,13 +86,15 @@ def search_attack(
         local_learning_rate: their step size.
         chunk_size: candidates evaluated at once; None chooses by memory.
         memory: gigabytes for them, in place of that choice.
+        instances: searches that will run in one batch on a device and share its memory.
 
     Returns:
         An :class:`Attack`.
 
     Raises:
-        GGLError: for an unknown ``start`` or ``bound``, a count out of its range, or a
-            class-conditional prior with another number of classes than the model's.
+        GGLError: for an unknown ``start`` or ``bound``, a count out of its range, a likelihood of
+            another distance than squared l2, or a class-conditional prior with another number of
+            classes than the model's.
     """
     if batch_size < 1 or restarts < 1:
         raise GGLError(f"batch_size, restarts: got {batch_size}, {restarts}, allowed: at least 1")
@@ -101,6 +105,11 @@ def search_attack(
             f"num_classes: model {model.name} has {model.num_classes} classes, prior {prior.name} "
             f"{prior.num_classes}; a label must mean the same to both, so choose a model with "
             f"{prior.num_classes} (--num-classes) or another prior"
+        )
+    if likelihood and distance != "squared_l2":
+        raise GGLError(
+            f"compare: 'likelihood' is that of Gaussian noise, a squared l2 distance, and {name} "
+            f"has distance {distance!r}; add --distance squared_l2"
         )
     if start not in STARTS:
         raise GGLError(f"start: got {start!r}, allowed: {', '.join(STARTS)}")
@@ -159,13 +168,15 @@ def search_attack(
         return images.reshape(len(points), batch_size, *images.shape[1:])
 
     def distance_of(problem):
-        variables = problem.variables
+        variables, observed = problem.variables, problem.observed
+        if defense is not None and defense.observe is not None:
+            observed = defense.observe(problem.estimated, observed)
         if defense is not None and defense.rewire is not None:
             variables = defense.rewire(problem.estimated, variables, model.head)
         distance_to = matching_loss(
             model,
             variables,
-            problem.observed,
+            observed,
             defense=defense,
             estimated=problem.estimated,
             distance=distance,
@@ -174,15 +185,19 @@ def search_attack(
             precision=precision,
             chunk_size=chunk_size,
             memory=memory,
+            instances=instances,
             local_steps=local_steps,
             learning_rate=local_learning_rate,
         )
         if not (likelihood or relative):
             return distance_to
         variance = noise_variance(problem.estimated)
-        scale = 1.0 / energy(problem.observed, variance) if relative else 1.0
+        scale = 1.0 / energy(observed, variance) if relative else 1.0
         if likelihood:
-            scale = jnp.where(variance > 0, 0.5 / jnp.where(variance > 0, variance, 1.0), scale)
+            # The published code's distance is a mean over tensors, a likelihood's is a sum.
+            count = len(jax.tree.leaves(observed)) if fidelity == "code" else 1
+            noisy = 0.5 * count / jnp.where(variance > 0, variance, 1.0)
+            scale = jnp.where(variance > 0, noisy, scale)
         return lambda images, labels: scale * distance_to(images, labels)
 
     def energy(observed, variance):
@@ -251,7 +266,8 @@ def search_attack(
         step=step,
         candidates=candidates,
         distances=distances,
-        evaluations_per_step=optimizer.evaluations_per_step(restarts),
-        evaluations_at_start=pool,
+        # a candidate's update costs one gradient for each local step
+        evaluations_per_step=optimizer.evaluations_per_step(restarts) * local_steps,
+        evaluations_at_start=pool * local_steps,
         name=name,
     )

@@ -47,6 +47,7 @@ def matching_loss(
     method: str = "auto",
     chunk_size: int | None = None,
     memory: float | None = None,
+    instances: int = 1,
     local_steps: int = 1,
     learning_rate: float = 0.01,
     precision: str | None = None,
@@ -72,6 +73,8 @@ def matching_loss(
             the memory (256 MiB on the CPU, where larger chunks are slower; half of what is free on
             an accelerator). Chunks run one after the other inside the compiled program.
         memory: gigabytes for one chunk's activations and cotangents, > 0, in place of that choice.
+        instances: how many of these losses ``jax.vmap`` will compute at once; they share the
+            memory.
         local_steps: SGD steps in the client's update, at least 1; 1 for a plain gradient.
         learning_rate: step size of those steps.
         precision: of matrix products and convolutions on accelerators: None for JAX's default
@@ -88,7 +91,7 @@ def matching_loss(
         in reverse mode with respect to images and soft labels, and those alone: derivatives with
         respect to ``variables`` or ``observed`` are not supported (parts of them would be zero).
         ``jax.vmap`` over ``observed``, ``estimated``, images and labels gives many instances at
-        once; count their number into ``chunk_size``.
+        once; tell their number by ``instances``.
 
     Rule:
         Fused serves every model in which some convolution or matrix product has a kernel that is a
@@ -121,6 +124,7 @@ def matching_loss(
     _check_choice("precision", precision, PRECISIONS)
     _check_count("chunk_size", 1 if chunk_size is None else chunk_size)
     _check_count("local_steps", local_steps)
+    _check_count("instances", instances)
     if memory is not None and not memory > 0:
         raise GGLError(f"memory: got {memory!r}, allowed: gigabytes above 0")
     if not exact_below >= 0:
@@ -175,7 +179,7 @@ def matching_loss(
             labels = jnp.broadcast_to(labels, (images.shape[0], *labels.shape))
         with jax.default_matmul_precision(precision):
             program = trace(model, variables, jax.ShapeDtypeStruct(images.shape[1:], images.dtype))
-            size = chunk_size or _chunk_size(program, images.dtype.itemsize, memory)
+            size = chunk_size or _chunk_size(program, images.dtype.itemsize, memory, instances)
             losses_of = losses_for(program)
             if images.shape[0] > size:
                 # Or the residuals of all chunks would be kept for the backward pass.
@@ -208,8 +212,8 @@ def plan(model: Model, variables: PyTree, *, batch_size: int = 1) -> dict[str, s
     return {name: kinds.get(leaf, "autodiff") for leaf, name in enumerate(names)}
 
 
-def _chunk_size(program: Program, itemsize: int, memory: float | None) -> int:
-    """Candidates that fit into the memory set aside for a chunk, at least 1."""
+def _chunk_size(program: Program, itemsize: int, memory: float | None, instances: int) -> int:
+    """Candidates of each instance that fit into the memory set aside for a chunk, at least 1."""
     budget: float = OTHER_CHUNK_BYTES
     device = jax.local_devices()[0]
     if memory is not None:
@@ -221,7 +225,7 @@ def _chunk_size(program: Program, itemsize: int, memory: float | None) -> int:
         if "bytes_limit" in stats:
             budget = (stats["bytes_limit"] - stats.get("bytes_in_use", 0)) // 2
     # Activations, and their cotangents.
-    return max(1, int(budget // (2 * program.activations * itemsize)))
+    return max(1, int(budget // (2 * program.activations * itemsize * instances)))
 
 
 def _check_choice(name, value, allowed):

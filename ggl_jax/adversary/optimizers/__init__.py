@@ -26,6 +26,15 @@ OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
 }
 
 
+def optimizer_options() -> dict[str, tuple[str, ...]]:
+    """The options of all optimisers: name -> the optimisers that have it."""
+    owners: dict[str, tuple[str, ...]] = {}
+    for name, factory in OPTIMIZERS.items():
+        for option in inspect.signature(factory).parameters:
+            owners[option] = (*owners.get(option, ()), name)
+    return owners
+
+
 def make_optimizer(name: str, **options) -> Optimizer:
     """Build an optimiser by name, with those of the options that its factory takes.
 
@@ -36,13 +45,19 @@ def make_optimizer(name: str, **options) -> Optimizer:
             "the factory's own default".
 
     Raises:
-        GGLError: for an unknown name.
+        GGLError: for an unknown name, or an option that no optimiser has.
     """
     if name not in OPTIMIZERS:
         near = difflib.get_close_matches(name, OPTIMIZERS, n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
         known = ", ".join(sorted(OPTIMIZERS))
         raise GGLError(f"optimizer: unknown name {name!r}; known: {known}.{hint}")
+    known_options = optimizer_options()
+    for option in options:
+        if option not in known_options:
+            near = difflib.get_close_matches(option, known_options, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise GGLError(f"{option}: no optimizer has such an option{hint}")
     factory = OPTIMIZERS[name]
     accepted = inspect.signature(factory).parameters
     return factory(**{k: v for k, v in options.items() if k in accepted and v is not None})
@@ -57,5 +72,6 @@ __all__ = [
     "hybrid",
     "lbfgs",
     "make_optimizer",
+    "optimizer_options",
     "turbo",
 ]

@@ -207,6 +207,13 @@ def chain(*defenses: Defense) -> Defense:
         masks |= _traits.has(factor_of, "masks", True)
         scales |= _traits.has(factor_of, "scales", True)
     _traits.mark(factor, masks=masks, scales=scales)
+    observers = [(stage, d.observe) for stage, d in stages if d.observe is not None]
+
+    def observe(estimated, update):
+        for stage, observe_in in observers:
+            update = observe_in(estimated[stage], update)
+        return update
+
     first, rewire_first = stages[0][0], defenses[0].rewire
 
     def rewire(estimated, variables, head):
@@ -222,6 +229,7 @@ def chain(*defenses: Defense) -> Defense:
         factor if factored else None,
         # Only a first stage can have changed the forward pass.
         None if rewire_first is None else rewire,
+        observe if observers else None,
     )
 
 

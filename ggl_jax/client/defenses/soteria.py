@@ -129,6 +129,7 @@ def soteria(
         simulate,
         factor,
         rewire if on_representation else None,
+        simulate if without_head else None,
     )
 
 
