@@ -443,6 +443,7 @@ def compare_with_undisturbed(tmp_path, kills, seed):
     assert (len(status.finished), len(status.failures), status.left) == (20, 0, [])
 
 
+@pytest.mark.slow
 def test_killed_sweeps_go_on(tmp_path):
     compare_with_undisturbed(tmp_path, kills=1, seed=1)
 
