@@ -1,4 +1,7 @@
-"""The one exception type that users are meant to see."""
+"""The one exception type that users are meant to see, and what its messages share."""
+
+import difflib
+from collections.abc import Iterable
 
 
 class GGLError(Exception):
@@ -11,3 +14,9 @@ class GGLError(Exception):
 
 class StorageError(GGLError):
     """The results could not be written; what was finished before is kept."""
+
+
+def did_you_mean(name: str, known: Iterable[str], *, before: str = "", after: str = "") -> str:
+    """``did you mean 'x'?``, between ``before`` and ``after``; "" where no known name is near."""
+    near = difflib.get_close_matches(name, list(known), n=1)
+    return f"{before}did you mean {near[0]!r}?{after}" if near else ""

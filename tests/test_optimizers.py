@@ -377,5 +377,5 @@ def test_bad_options_are_named(options, word):
 
 
 def test_unknown_optimizer_suggests():
-    with pytest.raises(GGLError, match="Did you mean 'adam'"):
+    with pytest.raises(GGLError, match="did you mean 'adam'"):
         make_optimizer("adm")

@@ -7,7 +7,6 @@ the seed and the image alone, so batching, order, resuming and sharding do not c
 
 import contextlib
 import dataclasses
-import difflib
 import fnmatch
 import hashlib
 import itertools
@@ -35,7 +34,7 @@ from ggl_jax.audit.runner import (
     default_instances,
 )
 from ggl_jax.client import defenses as client_defenses
-from ggl_jax.errors import GGLError
+from ggl_jax.errors import GGLError, did_you_mean
 from ggl_jax.priors import load_prior
 from ggl_jax.types import Defense, Model, Prior, PyTree
 
@@ -165,8 +164,7 @@ def _tree_digest(tree: PyTree) -> str:
 def _check_axes(axes: Mapping[str, Sequence]) -> None:
     for name, values in axes.items():
         if name not in AXES:
-            near = difflib.get_close_matches(name, AXES, n=1)
-            hint = f"did you mean {near[0]!r}? " if near else ""
+            hint = did_you_mean(name, AXES, after=" ")
             raise GGLError(f"axes: {name!r} is no axis; {hint}allowed: {', '.join(AXES)}")
         if not isinstance(values, list) or not values:
             raise GGLError(f"axes: {name} is {values!r}, allowed: a list of at least one value")

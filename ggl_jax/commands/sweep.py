@@ -1,7 +1,6 @@
 """``ggl-jax sweep``: audit a whole grid, resumably."""
 
 import dataclasses
-import difflib
 import shlex
 import tomllib
 import types
@@ -14,7 +13,7 @@ import tyro
 from ggl_jax.commands import _devices
 from ggl_jax.commands import audit as audit_command
 from ggl_jax.commands._shared import AuditBar, console, environment, fields_of, load_inputs
-from ggl_jax.errors import GGLError
+from ggl_jax.errors import GGLError, did_you_mean
 
 #: Options of an audit that a grid cannot fix: they are its axes, or say where things go.
 _NOT_FIXED = ("preset", "config", "out", "indices", "defenses", "seed", "shard")
@@ -96,8 +95,7 @@ def _check_option(where: str, name: str, value: Any, hints: dict[str, Any]) -> N
     if name in _NOT_FIXED:
         raise GGLError(f"grid: {where}: {name} is not a grid's; leave it out")
     if name not in hints:
-        near = difflib.get_close_matches(name, hints, n=1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
+        hint = did_you_mean(name, hints, after=" ")
         raise GGLError(f"grid: {where} has no option {name!r}; {hint}see ggl-jax audit --help")
     if not _fits(value, hints[name]):
         shown = getattr(hints[name], "__name__", str(hints[name])).replace("typing.", "")
@@ -140,8 +138,7 @@ def read_grid(path: Path) -> GridFile:
         raise GGLError(f"grid: axis image is {images!r}, allowed: a list of numbers, or '0:8'")
     for name, values in axes.items():
         if name not in AXES:
-            near = difflib.get_close_matches(name, [*AXES, "image"], n=1)
-            hint = f"did you mean {near[0]!r}? " if near else ""
+            hint = did_you_mean(name, [*AXES, "image"], after=" ")
             raise GGLError(f"grid: {name!r} is no axis; {hint}allowed: image, {', '.join(AXES)}")
         own = name in ("defense", "seed")
         for value in [] if own or not isinstance(values, list) else values:

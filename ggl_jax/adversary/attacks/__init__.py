@@ -4,7 +4,6 @@ A new attack is one file with a function that returns an :class:`ggl_jax.types.A
 through :func:`search_attack`) and one line in :data:`ATTACKS`.
 """
 
-import difflib
 import inspect
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
@@ -17,7 +16,7 @@ from ggl_jax.adversary.attacks.inverting_gradients import inverting_gradients
 from ggl_jax.adversary.attacks.refinement import pixel_refinement
 from ggl_jax.adversary.attacks.search_attack import BOUNDS, STARTS, search_attack
 from ggl_jax.adversary.optimizers import make_optimizer, optimizer_options
-from ggl_jax.errors import GGLError
+from ggl_jax.errors import GGLError, did_you_mean
 from ggl_jax.types import Attack, Defense, Model, Prior
 
 __all__ = [
@@ -103,8 +102,7 @@ def resolve(name: str, **settings) -> dict[str, Any]:
         GGLError: for an unknown name.
     """
     if name not in ATTACKS:
-        near = difflib.get_close_matches(name, ATTACKS, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
+        hint = did_you_mean(name, ATTACKS, before="; ")
         raise GGLError(f"attack: got {name!r}, allowed: {', '.join(ATTACKS)}{hint}")
     published = ATTACKS[name]
     given = {k: v for k, v in settings.items() if v is not None}
@@ -149,8 +147,7 @@ def make_attack(
     searches_take = optimizer_options()
     for option in resolved:
         if option not in takes and option not in searches_take:
-            near = difflib.get_close_matches(option, takes | searches_take.keys(), n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
+            hint = did_you_mean(option, takes | searches_take.keys(), before="; ")
             raise GGLError(f"{option}: neither {name} nor an optimizer has such an option{hint}")
     search = make_optimizer(optimizer, **{k: v for k, v in resolved.items() if k in searches_take})
     options = {k: v for k, v in resolved.items() if k in takes}

@@ -4,7 +4,6 @@ A new optimiser is one file that returns an :class:`ggl_jax.types.Optimizer` and
 :data:`OPTIMIZERS`.
 """
 
-import difflib
 import inspect
 from collections.abc import Callable
 
@@ -14,7 +13,7 @@ from ggl_jax.adversary.optimizers.cma_es import cma_es
 from ggl_jax.adversary.optimizers.hybrid import hybrid
 from ggl_jax.adversary.optimizers.lbfgs import lbfgs
 from ggl_jax.adversary.optimizers.turbo import turbo
-from ggl_jax.errors import GGLError
+from ggl_jax.errors import GGLError, did_you_mean
 from ggl_jax.types import Optimizer
 
 OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
@@ -48,15 +47,13 @@ def make_optimizer(name: str, **options) -> Optimizer:
         GGLError: for an unknown name, or an option that no optimiser has.
     """
     if name not in OPTIMIZERS:
-        near = difflib.get_close_matches(name, OPTIMIZERS, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
+        hint = did_you_mean(name, OPTIMIZERS, before="; ")
         known = ", ".join(sorted(OPTIMIZERS))
-        raise GGLError(f"optimizer: unknown name {name!r}; known: {known}.{hint}")
+        raise GGLError(f"optimizer: unknown name {name!r}; known: {known}{hint}")
     known_options = optimizer_options()
     for option in options:
         if option not in known_options:
-            near = difflib.get_close_matches(option, known_options, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
+            hint = did_you_mean(option, known_options, before="; ")
             raise GGLError(f"{option}: no optimizer has such an option{hint}")
     factory = OPTIMIZERS[name]
     accepted = inspect.signature(factory).parameters

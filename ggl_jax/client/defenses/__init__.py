@@ -5,7 +5,6 @@ factory whose hyper-parameters are keyword-only, and add it to :data:`DEFENSES`;
 hyper-parameter is the one that ``"name:value"`` sets.
 """
 
-import difflib
 import inspect
 import re
 from collections.abc import Callable, Mapping
@@ -18,7 +17,7 @@ from ggl_jax.client.defenses.clip import clip
 from ggl_jax.client.defenses.noise import identity_factor, noise
 from ggl_jax.client.defenses.soteria import soteria
 from ggl_jax.client.defenses.sparsify import sparsify
-from ggl_jax.errors import GGLError
+from ggl_jax.errors import GGLError, did_you_mean
 from ggl_jax.types import Defense, Factored
 
 __all__ = [
@@ -333,8 +332,7 @@ def _parse_stage(part: str, spec: str, fidelity: str, compare: str) -> Defense:
     name, _, values = part.partition(":")
     factory = DEFENSES.get(name)
     if factory is None:
-        close = difflib.get_close_matches(name, DEFENSES, n=1)
-        hint = f"did you mean {close[0]!r}? " if close else ""
+        hint = did_you_mean(name, DEFENSES, after=" ")
         raise GGLError(
             f"defense {part!r} in {spec!r} is unknown; {hint}known: {', '.join(DEFENSES)}, "
             f"joined by +, e.g. clip:4+noise:0.1"
