@@ -332,7 +332,7 @@ def test_candidates_are_ordered_by_restart(name):
 
 
 def test_adam_follows_its_published_schedules():
-    # Under a constant gradient Adam moves by its step size: 1 - steps^2's rounding.
+    # Under a constant gradient Adam moves by its step size, but for rounding.
     moved = {}
     for schedule in ("step", "ramp"):
         optimizer = adam(steps=80, learning_rate=0.1, schedule=schedule, signed=True)
@@ -343,7 +343,7 @@ def test_adam_follows_its_published_schedules():
         moved[schedule] = -np.diff([0.0, *places])
     expected = np.repeat([1e-1, 1e-2, 1e-3, 1e-4], [30, 20, 20, 10])
     np.testing.assert_allclose(moved["step"], expected, rtol=0.05)
-    # 4 steps of warm-up from 0, 60 at 56 of them, then half a cosine over the last 20.
+    # 4 steps of warm-up from 0, 56 at the full rate, then half a cosine over the last 20.
     np.testing.assert_allclose(moved["ramp"][:5], [0, 0.025, 0.05, 0.075, 0.1], rtol=0.01)
     np.testing.assert_allclose(moved["ramp"][5:60], 0.1, rtol=1e-3)
     down = 0.05 * (1 + np.cos(np.pi * np.arange(20) / 20))

@@ -112,46 +112,43 @@ def _nest(path, leaf):
     return leaf
 
 
-def test_the_server_alone_gets_the_image_back(
-    tiny_model, tiny_variables, tiny_prior, tiny_prior_params, tiny_images
-):
-    update = gradient(tiny_model, tiny_variables, tiny_images[:1], jnp.asarray([2]))
-    clipped = gx.clip(bound=0.5).apply(jax.random.key(0), update, None)
-    found = reconstruct(
-        jax.random.key(0),
-        clipped,
-        model=tiny_model,
-        variables=tiny_variables,
-        prior=tiny_prior,
-        prior_params=tiny_prior_params,
-        defense=gx.parse("clip:9"),  # the kind is known; the bound is estimated
-        settings=gx.AttackSettings(
-            optimizer="adam", steps=150, restarts=4, start="prior", regularizer="none"
-        ),
-    )
-    assert found.labels.tolist() == [2]
-    assert float(gx.psnr(jnp.asarray(found.images[0]), tiny_images[0])) > 25
-    assert found.history.shape == (150,)
+@pytest.fixture
+def server(tiny_model, tiny_variables, tiny_prior, tiny_prior_params):
+    """The tiny server: ``server(update, defense, **settings)``; it searches by Adam."""
 
-
-def test_the_server_averages_restarts_where_it_was_asked_to(
-    tiny_model, tiny_variables, tiny_prior, tiny_prior_params, tiny_images
-):
-    update = gradient(tiny_model, tiny_variables, tiny_images[:1], jnp.asarray([2]))
-    found = {}
-    for combine in ("best", "mean", "auto"):
-        found[combine] = reconstruct(
+    def attack(update, defense, **settings):
+        return reconstruct(
             jax.random.key(0),
             update,
             model=tiny_model,
             variables=tiny_variables,
             prior=tiny_prior,
             prior_params=tiny_prior_params,
-            defense=gx.parse("noise:0.1"),
-            settings=gx.AttackSettings(
-                optimizer="adam", steps=2, restarts=3, start="prior", combine=combine
-            ),
-        ).images
+            defense=gx.parse(defense),
+            settings=gx.AttackSettings(optimizer="adam", start="prior", **settings),
+        )
+
+    return attack
+
+
+def test_the_server_alone_gets_the_image_back(server, tiny_model, tiny_variables, tiny_images):
+    update = gradient(tiny_model, tiny_variables, tiny_images[:1], jnp.asarray([2]))
+    clipped = gx.clip(bound=0.5).apply(jax.random.key(0), update, None)
+    # The kind is known; the bound is estimated.
+    found = server(clipped, "clip:9", steps=150, restarts=4, regularizer="none")
+    assert found.labels.tolist() == [2]
+    assert float(gx.psnr(jnp.asarray(found.images[0]), tiny_images[0])) > 25
+    assert found.history.shape == (150,)
+
+
+def test_the_server_averages_restarts_where_it_was_asked_to(
+    server, tiny_model, tiny_variables, tiny_images
+):
+    update = gradient(tiny_model, tiny_variables, tiny_images[:1], jnp.asarray([2]))
+    found = {
+        combine: server(update, "noise:0.1", steps=2, restarts=3, combine=combine).images
+        for combine in ("best", "mean", "auto")
+    }
     np.testing.assert_array_equal(found["auto"], found["mean"])
     assert np.max(np.abs(found["best"] - found["mean"])) > 0.05
 

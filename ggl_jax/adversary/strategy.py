@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ggl_jax.adversary.attacks import make_attack, pixel_refinement, resolve, unused
+from ggl_jax.adversary.attacks import make_attack, pixel_refinement, resolve
+from ggl_jax.adversary.optimizers import optimizer_options
 from ggl_jax.adversary.search import SearchResult, Stage
 from ggl_jax.client.defenses import replaces_update
 from ggl_jax.errors import GGLError
@@ -244,11 +245,12 @@ def unused_options(settings: AttackSettings) -> list[str]:
     """One line for each option that is given and that neither the attack nor its optimiser has."""
     # Every search has steps; the other names mean something else to an optimiser, if anything.
     others = (*_NOT_THE_ATTACKS, "steps")
-    given = {k: v for k, v in dataclasses.asdict(settings).items() if k not in others}
     optimizer = resolve(settings.attack, optimizer=settings.optimizer)["optimizer"]
-    by_adam = unused("adam", given) if settings.finalists else given
+    at_work = {optimizer, "adam"} if settings.finalists else {optimizer}
     return [
         f"{name}: not used; {optimizer} has no such option, only {', '.join(owners)}"
-        for name, owners in unused(optimizer, given).items()
-        if name in by_adam
+        for name, owners in optimizer_options().items()
+        if name not in others
+        and getattr(settings, name, None) is not None
+        and at_work.isdisjoint(owners)
     ]

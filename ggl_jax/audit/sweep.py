@@ -31,6 +31,7 @@ from ggl_jax.audit.runner import (
     Progress,
     audit,
     build_programs,
+    check_batches,
     default_instances,
 )
 from ggl_jax.client import defenses as client_defenses
@@ -301,11 +302,7 @@ def plan(
             steps[program] = _evaluations(own, sharing, model, prior, defense)
         whole = dataclasses.asdict(own) | resolved | dataclasses.asdict(sharing)
         whole |= {"defense": defense.name, "seed": values["seed"]}
-        if sharing.batch_size < 1 or len(images) % sharing.batch_size:
-            raise GGLError(
-                f"batch_size: {len(images)} images cannot be split into batches of "
-                f"{sharing.batch_size}; choose images whose number is a multiple of it"
-            )
+        check_batches(len(images), sharing.batch_size)
         differing = {
             "settings": _differing(own, _SETTINGS),
             "client": _differing(sharing, _CLIENT),

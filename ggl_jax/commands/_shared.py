@@ -39,23 +39,48 @@ def fields_of(kind: type, command: Any) -> dict[str, Any]:
     return {name: getattr(command, name) for name in names if hasattr(command, name)}
 
 
-def require_at_least(command: Any, **lowest: float) -> None:
-    """Refuse options below their lowest values, by the options' own names.
+#: The lowest values of options, the same in every subcommand that has them: whole numbers of at
+#: least an int, finite numbers above a float.
+LOWEST: dict[str, float] = {
+    **{"seed": 0, "index": 0, "label": 0, "num_classes": 1, "images": 1, "suspects": 0},
+    **{"batch_size": 1, "local_steps": 1, "local_learning_rate": 0.0},
+    **{"steps": 1, "restarts": 1, "pool": 0, "population": 4, "finalists": 0},
+    **{"final_steps": 1, "refine_steps": 1, "learning_rate": 0.0, "sigma0": 0.0},
+    **{"chunk_size": 1, "memory": 0.0, "instances": 1, "num_controls": 1, "ceiling_steps": 1},
+    **{"resolution": 2, "span": 0.0, "rounds": 1, "clients": 1, "test_images": 1},
+}
+
+
+def check_ranges(command: Any) -> None:
+    """Refuse options below their lowest values (:data:`LOWEST`), by the options' own names.
 
     Args:
         command: a subcommand's options; None among them is not checked.
-        **lowest: option -> lowest value; whole numbers if that is an int, else numbers above it.
 
     Raises:
         GGLError: names the option, its value and what is allowed.
     """
-    for name, low in lowest.items():
-        value = getattr(command, name)
+    for name, low in LOWEST.items():
+        value = getattr(command, name, None)
         whole = isinstance(low, int)
         if value is None or (value >= low if whole else low < value < math.inf):
             continue
         allowed = f"whole numbers of at least {low}" if whole else f"numbers above {low:g}"
         raise GGLError(f"{name}: got {value}, allowed: {allowed}")
+
+
+def count_classes(dataset: Any, labels: Any, *known: int | None) -> int:
+    """The federated model's classes: the first that is known, else those of the data, at least 2.
+
+    Args:
+        dataset: a :class:`ggl_jax.audit.data.Dataset`.
+        labels: [n], its labels or those given in their place.
+        *known: numbers that win over the data's, None where there is none.
+    """
+    for number in known:
+        if number is not None:
+            return number
+    return max(2, dataset.num_classes or 0, int(max(labels)) + 1)
 
 
 class Inputs(NamedTuple):
@@ -119,9 +144,7 @@ def load_inputs(
         if unlabelled is None:
             raise GGLError(f"data: {data} has no labels; {remedy}")
         labels = np.full(len(dataset.images), unlabelled, np.int32)
-    classes = prior.num_classes if num_classes is None else num_classes
-    if classes is None:
-        classes = max(2, dataset.num_classes or 0, int(np.max(labels)) + 1)
+    classes = count_classes(dataset, labels, num_classes, prior.num_classes)
     options = {} if batch_norm is None or model_name == "lenet" else {"batch_norm": batch_norm}
     model = get_model(model_name, num_classes=classes, image_shape=prior.image_shape, **options)
     return Inputs(dataset._replace(labels=labels), prior, prior_params, card, model)

@@ -8,7 +8,7 @@ from typing import Literal
 from ggl_jax import files
 from ggl_jax.commands import _devices
 from ggl_jax.commands import audit as audit_command
-from ggl_jax.commands._shared import AuditBar, console, environment, fields_of, require_at_least
+from ggl_jax.commands._shared import AuditBar, check_ranges, console, environment, fields_of
 from ggl_jax.errors import GGLError
 
 
@@ -82,11 +82,7 @@ def run(command: AttackCommand, argv: list[str]) -> int:
     from ggl_jax.priors import load_prior
     from ggl_jax.types import STATUS_MESSAGES
 
-    require_at_least(
-        command,
-        **{"label": 0, "batch_size": 1, "local_steps": 1, "local_learning_rate": 0.0, "steps": 1},
-        **{"num_controls": 1, "ceiling_steps": 1, "seed": 0},
-    )
+    check_ranges(command)
     if command.image is not None and command.batch_size > 1:
         raise GGLError("image: judged for one image only; use --batch-size 1, or ggl-jax audit")
     prior, prior_params, _ = load_prior(command.prior)

@@ -13,12 +13,12 @@ from ggl_jax.commands import _devices
 from ggl_jax.commands._shared import (
     AuditBar,
     check_config,
+    check_ranges,
     console,
     environment,
     fields_of,
     fingerprint,
     load_inputs,
-    require_at_least,
 )
 from ggl_jax.errors import GGLError
 
@@ -262,20 +262,6 @@ def read_config(path: Path) -> AuditCommand:
         raise GGLError(f"config: {path} is not a config.json of ggl-jax audit") from None
 
 
-def _check(command: AuditCommand) -> None:
-    """Refuse values that no data, model or prior could make sense of."""
-    if not command.defenses:
-        raise GGLError("defenses: got none; name at least one, e.g. --defenses none clip:4")
-    require_at_least(
-        command,
-        **{"seed": 0, "label": 0, "num_classes": 1, "suspects": 0},
-        **{"batch_size": 1, "local_steps": 1, "local_learning_rate": 0.0},
-        **{"steps": 1, "restarts": 1, "pool": 0, "population": 4, "finalists": 0},
-        **{"final_steps": 1, "refine_steps": 1, "learning_rate": 0.0, "sigma0": 0.0},
-        **{"chunk_size": 1, "memory": 0.0, "instances": 1, "num_controls": 1, "ceiling_steps": 1},
-    )
-
-
 def _options(command: AuditCommand) -> dict:
     """The options that determine the results, as they go into ``config.json``."""
     options = dataclasses.asdict(command)
@@ -301,7 +287,9 @@ def run(command: AuditCommand, argv: list[str]) -> int:
     from ggl_jax.client.defenses import parse
 
     # Cheap checks first: a typing error should cost no work, and leave no folder behind.
-    _check(command)
+    if not command.defenses:
+        raise GGLError("defenses: got none; name at least one, e.g. --defenses none clip:4")
+    check_ranges(command)
     settings = AttackSettings(**fields_of(AttackSettings, command))
     client = ClientSettings(**fields_of(ClientSettings, command))
     parsed = [

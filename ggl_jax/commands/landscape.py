@@ -10,12 +10,12 @@ from ggl_jax import files
 from ggl_jax.commands._shared import (
     AuditBar,
     check_config,
+    check_ranges,
     console,
     environment,
     fields_of,
     fingerprint,
     load_inputs,
-    require_at_least,
 )
 from ggl_jax.commands.audit import SEARCHES
 from ggl_jax.errors import GGLError
@@ -107,11 +107,7 @@ def run(command: LandscapeCommand, argv: list[str]) -> int:
     from ggl_jax.audit.runner import ClientSettings, build_programs
     from ggl_jax.client import defenses
 
-    require_at_least(
-        command,
-        **{"index": 0, "label": 0, "num_classes": 1, "resolution": 2, "span": 0.0, "seed": 0},
-        **{"steps": 1, "restarts": 1, "pool": 0, "population": 4, "chunk_size": 1, "memory": 0.0},
-    )
+    check_ranges(command)
     defense = defenses.parse(command.defense, fidelity=command.fidelity, compare=command.compare)
     dataset, prior, prior_params, card, model = load_inputs(
         command.data,

@@ -12,11 +12,11 @@ from ggl_jax import files
 from ggl_jax.commands._shared import (
     AuditBar,
     check_config,
+    check_ranges,
     console,
     environment,
     fingerprint,
     load_inputs,
-    require_at_least,
 )
 from ggl_jax.errors import GGLError
 
@@ -60,7 +60,7 @@ def run(command: ReproduceCommand, argv: list[str]) -> int:
     from ggl_jax.audit.runner import AuditInterrupted, AuditResult, audit
 
     experiment = paper.EXPERIMENTS[command.experiment]()
-    require_at_least(command, images=1, seed=0)
+    check_ranges(command)
     num = experiment.images if command.images is None else command.images
     data = experiment.data if command.data is None else command.data
     if data is None:

@@ -15,8 +15,10 @@ from ggl_jax.commands import audit as audit_command
 from ggl_jax.commands._shared import AuditBar, console, environment, fields_of, load_inputs
 from ggl_jax.errors import GGLError, did_you_mean
 
-#: Options of an audit that a grid cannot fix: they are its axes, or say where things go.
-_NOT_FIXED = ("preset", "config", "out", "indices", "defenses", "seed", "shard")
+#: Options of an audit that are axes of a grid, by the axes' names.
+_AXIS_OF = {"indices": "image", "defenses": "defense", "seed": "seed"}
+#: Those that a grid cannot fix: they are its axes, or say where things go.
+_NOT_FIXED = ("preset", "config", "out", "shard", *_AXIS_OF)
 _TABLES = ("preset", "fixed", "axes", "exclude")
 
 
@@ -89,9 +91,10 @@ def _fits(value: Any, hint: Any) -> bool:
 
 
 def _check_option(where: str, name: str, value: Any, hints: dict[str, Any]) -> None:
-    if name in ("seed", "indices", "defenses"):
-        axis = {"indices": "image", "defenses": "defense"}.get(name, name)
-        raise GGLError(f"grid: {where}: {name} is an axis; write {axis} = [...] under [axes]")
+    if name in _AXIS_OF:
+        raise GGLError(
+            f"grid: {where}: {name} is an axis; write {_AXIS_OF[name]} = [...] under [axes]"
+        )
     if name in _NOT_FIXED:
         raise GGLError(f"grid: {where}: {name} is not a grid's; leave it out")
     if name not in hints:
@@ -266,7 +269,7 @@ def run(command: SweepCommand, argv: list[str]) -> int:
 def _dry_run(grid, estimate) -> int:
     hours = estimate.seconds / 3600
     shown = f"{hours:.1f} h" if hours >= 1 else f"{estimate.seconds / 60:.1f} min"
-    done, broken = len(grid.cells) - estimate.cells, _broken(grid)
+    done = len(grid.cells) - estimate.cells
     console.print(
         f"{len(grid.cells):,} cells ({done:,} finished), {estimate.programs:,} programs to "
         f"compile, {estimate.evaluations:,} gradient evaluations.\n"
@@ -275,23 +278,21 @@ def _dry_run(grid, estimate) -> int:
         markup=False,
         soft_wrap=True,
     )
-    for cell, reason in broken[:5]:
+    broken = [cell for cell in grid.cells if cell.evaluations == 0]
+    for cell in broken[:5]:
         shown = ", ".join(f"{k} {v}" for k, v in cell.axes.items())
-        console.print(f"  cannot run: {shown}: {reason}", markup=False, soft_wrap=True)
+        console.print(f"  cannot run: {shown}: {_why(grid, cell)}", markup=False, soft_wrap=True)
     if len(broken) > 5:
         console.print(f"  and {len(broken) - 5:,} more")
     return 1 if broken else 0
 
 
-def _broken(grid) -> list[tuple[Any, GGLError]]:
-    """The cells whose search cannot be built, and why."""
+def _why(grid, cell) -> GGLError | None:
+    """Why the cell's search cannot be built."""
     from ggl_jax.audit.runner import build_programs
 
-    found = []
-    for cell in grid.cells:
-        if cell.evaluations == 0:
-            try:
-                build_programs(grid.model, grid.prior, cell.defense, cell.client, cell.settings)
-            except GGLError as error:
-                found.append((cell, error))
-    return found
+    try:
+        build_programs(grid.model, grid.prior, cell.defense, cell.client, cell.settings)
+    except GGLError as error:
+        return error
+    return None

@@ -8,7 +8,14 @@ from typing import Any, Literal
 import tyro
 
 from ggl_jax.commands import audit as audit_command
-from ggl_jax.commands._shared import AuditBar, console, environment, fields_of, require_at_least
+from ggl_jax.commands._shared import (
+    AuditBar,
+    check_ranges,
+    console,
+    count_classes,
+    environment,
+    fields_of,
+)
 from ggl_jax.errors import GGLError
 
 
@@ -83,39 +90,31 @@ def _of_run(folder: Path) -> tuple[audit_command.AuditCommand, list[str], list[s
 
 def run(command: UtilityCommand, argv: list[str]) -> int:
     """``ggl-jax utility``."""
-    import numpy as np
 
     from ggl_jax.audit import data as audit_data
     from ggl_jax.audit import html_report, results, utility
     from ggl_jax.client.models import get_model
     from ggl_jax.priors import load_prior
 
-    require_at_least(
-        command,
-        **{"rounds": 1, "clients": 1, "batch_size": 1, "test_images": 1, "seed": 0},
-        **{"learning_rate": 0.0},
-    )
+    check_ranges(command)
     if command.folder is not None:
         base, defenses, fidelities = _of_run(command.folder)
         prior = load_prior(base.prior)[0]
-        size = prior.image_shape[0]
-        classes = prior.num_classes if base.num_classes is None else base.num_classes
+        size, known = prior.image_shape[0], (base.num_classes, prior.num_classes)
     else:
         missing = [n for n in ("defenses", "data", "out") if getattr(command, n) is None]
         if missing:
             wanted = " and ".join(f"--{name}" for name in missing)
             raise GGLError(f"folder: not given; give a run's folder, or {wanted}")
         base, defenses, fidelities = audit_command.AuditCommand(), [], ["paper"]
-        size, classes = 32, None
+        size, known = 32, (None, None)
     defenses = list(command.defenses) if command.defenses is not None else defenses
     fidelities = [command.fidelity] if command.fidelity else fidelities
     data, name = command.data or base.data, command.model or base.model
     dataset = audit_data.load(data, image_size=size, labels=base.label)
     if dataset.labels is None:
         raise GGLError(f"data: {data} has no labels; add a labels.csv (file,label)")
-    num_classes = classes
-    if num_classes is None:
-        num_classes = max(2, dataset.num_classes or 0, int(np.max(dataset.labels)) + 1)
+    num_classes = count_classes(dataset, dataset.labels, *known)
     batch_norm = command.batch_norm or base.batch_norm
     extra: dict[str, Any] = {"batch_norm": batch_norm} if name != "lenet" else {}
     model = get_model(name, num_classes=num_classes, image_shape=dataset.images.shape[1:], **extra)

@@ -33,7 +33,6 @@ __all__ = [
     "pixel_refinement",
     "resolve",
     "search_attack",
-    "unused",
 ]
 
 
@@ -134,7 +133,7 @@ def make_attack(
         defense: what the client did; used only where the attack is adaptive.
         **settings: ``optimizer`` and its options, ``steps``, ``adaptive``, and the options of
             :func:`search_attack`. None means "as published". Those of an optimiser other than the
-            chosen one are left out; :func:`unused` tells which.
+            chosen one are left out; :func:`ggl_jax.adversary.strategy.unused_options` tells which.
 
     Raises:
         GGLError: for an unknown name or option, or an option out of its range.
@@ -152,18 +151,3 @@ def make_attack(
     search = make_optimizer(optimizer, **{k: v for k, v in resolved.items() if k in searches_take})
     options = {k: v for k, v in resolved.items() if k in takes}
     return build(model, prior, search, defense=defense if adaptive else None, **options)
-
-
-def unused(optimizer: str, settings: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
-    """Which settings, not None, belong to other optimisers than this one, and to which.
-
-    Args:
-        optimizer: a key of :data:`ggl_jax.adversary.optimizers.OPTIMIZERS`.
-        settings: of the search; those that no optimiser has are none of them.
-    """
-    owners = optimizer_options()
-    return {
-        name: owners[name]
-        for name, value in settings.items()
-        if value is not None and optimizer not in owners.get(name, (optimizer,))
-    }

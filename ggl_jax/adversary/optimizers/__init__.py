@@ -50,14 +50,14 @@ def make_optimizer(name: str, **options) -> Optimizer:
         hint = did_you_mean(name, OPTIMIZERS, before="; ")
         known = ", ".join(sorted(OPTIMIZERS))
         raise GGLError(f"optimizer: unknown name {name!r}; known: {known}{hint}")
-    known_options = optimizer_options()
+    owners = optimizer_options()
     for option in options:
-        if option not in known_options:
-            hint = did_you_mean(option, known_options, before="; ")
+        if option not in owners:
+            hint = did_you_mean(option, owners, before="; ")
             raise GGLError(f"{option}: no optimizer has such an option{hint}")
-    factory = OPTIMIZERS[name]
-    accepted = inspect.signature(factory).parameters
-    return factory(**{k: v for k, v in options.items() if k in accepted and v is not None})
+    return OPTIMIZERS[name](
+        **{k: v for k, v in options.items() if name in owners[k] and v is not None}
+    )
 
 
 __all__ = [
