@@ -1,0 +1,266 @@
+"""What determines a result: one tree of frozen dataclasses, for command line, TOML and Python.
+
+Each field's docstring is its help text, its annotation says what is allowed, and the tree as a
+dictionary is what ``config.json`` holds. An option is one field here.
+"""
+
+import dataclasses
+import math
+import types
+import typing
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, Literal, NamedTuple
+
+from ggl_jax.errors import GGLError, did_you_mean
+
+
+class AtLeast(NamedTuple):
+    """The lowest value of a whole number, beside its type: ``Annotated[int, AtLeast(1)]``."""
+
+    low: int
+
+
+class Above(NamedTuple):
+    """What a finite number must exceed, beside its type: ``Annotated[float, Above(0)]``."""
+
+    low: float
+
+
+Count = Annotated[int, AtLeast(1)]
+Number = Annotated[int, AtLeast(0)]
+Positive = Annotated[float, Above(0.0)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Client:
+    """What a client shares."""
+
+    batch_size: Count = 1
+    """Private images in each shared update."""
+    local_steps: Count = 1
+    """Local SGD steps behind each shared update: 1 for a plain gradient, more for FedAvg."""
+    local_learning_rate: Positive = 0.01
+    """Step size of the local steps."""
+    share_statistics: bool = False
+    """Clients also share their batch's mean and variance at every BatchNorm layer, for attacks with
+    batch_norm among their penalties."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Search:
+    """How the adversary searches. What an attack or a preset sets: :func:`search_of`."""
+
+    attack: str = "ggl"
+    """Attack: ggl (generative gradient leakage), or a baseline on pixels: dlg, idlg, ig (inverting
+    gradients), gi (GradInversion), with the options below as its authors published them."""
+    space: Literal["latents", "pixels"] = "latents"
+    """What is searched: the prior's latents, or pixels, without a prior."""
+    labels: Literal["inferred", "searched"] = "inferred"
+    """Whether labels are read off the update, or searched with the images."""
+    adaptive: bool = True
+    """Whether candidates' gradients go through the estimated defense before they are compared
+    (published: for ggl, not for the baselines)."""
+    optimizer: str = "cma_es"
+    """Search: cma_es and turbo (gradient-free), adam, lbfgs (torch's plain form), lbfgs_wolfe (with
+    a line search), or hybrid (cma_es whose candidates are refined by gradient steps), with options
+    such as adam:0.05,schedule=ramp,signed=False or cma_es:population=20,sigma0=0.5."""
+    steps: Count = 800
+    """Search steps."""
+    restarts: Count = 1
+    """Independent searches in one batch; the lowest loss wins."""
+    pool: Number = 0
+    """Random samples of the prior that are compared first; the best start the searches."""
+    start: Literal["zeros", "prior", "uniform", "normal"] = "zeros"
+    """Where searches start without a pool: zeros, a sample of the prior, uniform in [0, 1], or
+    normal."""
+    bound: Literal["none", "tanh"] = "none"
+    """tanh keeps every latent entry within (-1, 1)."""
+    distance: str = "squared_l2"
+    """Distance between updates: squared_l2 or cosine."""
+    relative: bool = False
+    """Divide distances by that of an update of zero, so that penalties weigh as much under each
+    defense."""
+    compare: Literal["published", "support", "undefended", "likelihood"] = "published"
+    """What is compared: published; support (sparsified updates on the entries that were shared);
+    undefended (Soteria's layer left out); likelihood (of the estimated noise)."""
+    regularizer: str = "none"
+    """Penalties on the candidate, as name:weight joined by +, or none. Names: kld, norm,
+    gaussian, total_variation, l2, group (consistency of the restarts), batch_norm (distance to the
+    shared statistics, or else to the model's running ones)."""
+    finalists: Number = 0
+    """So many of the restarts go on by adam, for final-steps; 0 for none."""
+    final_steps: Count = 100
+    """Adam's steps on the finalists."""
+    combine: Literal["best", "mean", "auto"] = "best"
+    """What the result is: best (the restart of lowest loss), mean (the mean image of all restarts),
+    or auto (mean where noise was added, else best)."""
+    refine: Literal["none", "pixels", "auto"] = "none"
+    """Go on from the result in pixel space: none, pixels, or auto (pixels, unless the defense adds
+    noise, which pixels would fit)."""
+    refine_steps: Count = 300
+    """Steps of the refinement."""
+    fidelity: Literal["paper", "code"] = "paper"
+    """Where the paper and its published code differ: follow the paper, or the code."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Judge:
+    """What results stand beside."""
+
+    num_controls: Count = 400
+    """Random samples of the prior that are scored; the mean image averages up to 8 times as many
+    (at most 2,048), and the ceiling starts from the nearest of up to 16 times as many (4,096)."""
+    ceiling_steps: Count = 300
+    """Steps of the prior's direct fit to the private image (the ceiling)."""
+    lpips: Literal["vgg", "alex", "squeeze"] = "vgg"
+    """Network behind the LPIPS score: vgg (as in the paper), alex or squeeze. Its weights come with
+    ggl-jax weights; without them LPIPS is left out."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Speed:
+    """What changes how fast a result comes, but not what it is: no part of a cell's identity."""
+
+    method: Literal["auto", "fused", "direct"] = "auto"
+    """How matching losses are computed: fused (without each candidate's gradient), direct, or the
+    cheaper of the two."""
+    precision: Literal["default", "bfloat16", "tensorfloat32", "float32"] = "default"
+    """Precision of the search's matrix products on accelerators (default: JAX's own, TF32 on recent
+    GPUs). Finalists and refinement then run in float32."""
+    chunk_size: Count | None = None
+    """Candidates evaluated at once; by default as many as memory allows."""
+    memory: Positive | None = None
+    """Gigabytes for the candidates that are evaluated at once, in place of that choice."""
+    instances: Count | None = None
+    """Images whose searches run in one batch (default: 8 on a GPU, if they have at most 64x64
+    pixels, else 1)."""
+
+
+def flat(spec: Any) -> dict[str, Any]:
+    """A spec's options by name; those of its parts have names of their own.
+
+    >>> flat(Client())["batch_size"]
+    1
+    """
+    found: dict[str, Any] = {}
+    for field in dataclasses.fields(spec):
+        value = getattr(spec, field.name)
+        found |= flat(value) if dataclasses.is_dataclass(value) else {field.name: value}
+    return found
+
+
+def replace(spec: Any, **given: Any) -> Any:
+    """:func:`dataclasses.replace` that finds each option in the part that has it, and checks it.
+
+    Args:
+        spec: a dataclass of this module, or one made of them.
+        **given: options by name.
+
+    Raises:
+        GGLError: no such option, a value of another type, or one out of its range.
+
+    >>> replace(Search(), steps=5).steps
+    5
+    """
+    known = flat(spec)
+    for name in given:
+        if name not in known:
+            hint = did_you_mean(name, known, after=" ")
+            raise GGLError(f"{name}: no such option; {hint}allowed: {', '.join(known)}")
+    hints, own = typing.get_type_hints(type(spec), include_extras=True), {}
+    for field in dataclasses.fields(spec):
+        value = getattr(spec, field.name)
+        if dataclasses.is_dataclass(value):
+            part = {k: v for k, v in given.items() if k in flat(value)}
+            own[field.name] = replace(value, **part) if part else value
+        elif field.name in given:
+            own[field.name] = check(field.name, given[field.name], hints[field.name])
+    return dataclasses.replace(spec, **own)
+
+
+def checked(spec: Any) -> Any:
+    """The spec itself, each of its options checked as :func:`replace` does."""
+    return replace(spec, **flat(spec))
+
+
+def check(name: str, value: Any, hint: Any) -> Any:
+    """The value (a whole number as a float, where that is wanted), if the annotation allows it.
+
+    Raises:
+        GGLError: names the option, the value and what is allowed.
+    """
+    found = _fit(value, hint)
+    if found is _NO:
+        raise GGLError(f"{name}: got {value!r}, allowed: {allowed(hint)}")
+    return found
+
+
+_NO = object()
+
+
+def _fit(value: Any, hint: Any) -> Any:
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Annotated:
+        found, bound = _fit(value, args[0]), args[1]
+        if found is _NO or not isinstance(bound, AtLeast | Above):
+            return found
+        low = isinstance(bound, AtLeast)
+        fits = found >= bound.low if low else bound.low < found < math.inf
+        return found if fits else _NO
+    if origin in (typing.Union, types.UnionType):
+        return next((one for arg in args if (one := _fit(value, arg)) is not _NO), _NO)
+    if origin is Literal:
+        fits = any(value == one and type(value) is type(one) for one in args)
+        return value if fits else _NO
+    if origin is tuple:
+        if not isinstance(value, list | tuple):
+            return _NO
+        parts = tuple(_fit(one, args[0]) for one in value)
+        return _NO if any(one is _NO for one in parts) else parts
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if hint is Any:
+        return value
+    fits = isinstance(value, hint) and (hint is bool or not isinstance(value, bool))
+    return value if fits else _NO
+
+
+def allowed(hint: Any) -> str:
+    """What an annotation allows, in words.
+
+    >>> allowed(Count), allowed(Literal["a", "b"])
+    ('whole numbers of at least 1', 'a, b')
+    """
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Annotated and isinstance(args[1], AtLeast):
+        return f"whole numbers of at least {args[1].low}"
+    if origin is Annotated and isinstance(args[1], Above):
+        return f"numbers above {args[1].low:g}"
+    if origin is Annotated:
+        return allowed(args[0])
+    if origin is Literal:
+        return ", ".join(str(one) for one in args)
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(allowed(one) for one in args)
+    words = {int: "whole numbers", float: "numbers", str: "text", bool: "True or False"}
+    return words.get(hint, "None" if hint is type(None) else getattr(hint, "__name__", str(hint)))
+
+
+def options_of(kind: type) -> dict[str, Any]:
+    """The annotations of a dataclass's options, and of its parts', by name."""
+    found: dict[str, Any] = {}
+    for name, hint in typing.get_type_hints(kind, include_extras=True).items():
+        part = isinstance(hint, type) and dataclasses.is_dataclass(hint)
+        found |= options_of(hint) if part else {name: hint}
+    return found
+
+
+def combinations(axes: Mapping[str, typing.Sequence[Any]]) -> Iterator[dict[str, Any]]:
+    """Every combination of the axes' values, the last axis fastest."""
+    names = list(axes)
+    if not names:
+        yield {}
+        return
+    for value in axes[names[0]]:
+        for rest in combinations({name: axes[name] for name in names[1:]}):
+            yield {names[0]: value, **rest}

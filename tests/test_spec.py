@@ -1,0 +1,156 @@
+"""The tree of options, and the grammar of parts: canonical spelling, types, ranges, errors."""
+
+import dataclasses
+import doctest
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ggl_jax import grammar, spec
+from ggl_jax.adversary.optimizers import OPTIMIZERS
+from ggl_jax.errors import GGLError
+
+
+@dataclasses.dataclass(frozen=True)
+class Whole:
+    """Parts in one tree."""
+
+    seed: spec.Number = 0
+    client: spec.Client = dataclasses.field(default_factory=spec.Client)
+    search: spec.Search = dataclasses.field(default_factory=spec.Search)
+    speed: spec.Speed = dataclasses.field(default_factory=spec.Speed)
+
+
+@pytest.mark.parametrize("module", [spec, grammar], ids=lambda module: module.__name__)
+def test_examples_in_docstrings(module):
+    assert doctest.testmod(module).failed == 0
+
+
+def test_options_are_found_in_their_part_and_go_through_json():
+    own = spec.replace(Whole(), steps=5, batch_size=2, seed=3, memory=2)
+    assert (own.search.steps, own.client.batch_size, own.seed, own.speed.memory) == (5, 2, 3, 2.0)
+    assert Whole() == Whole(), "replace must not change what it is given"
+    assert spec.replace(Whole(), **json.loads(json.dumps(spec.flat(own)))) == own
+
+
+def test_names_of_options_are_their_own():
+    parts = (spec.Client, spec.Search, spec.Judge, spec.Speed)
+    names = [field.name for part in parts for field in dataclasses.fields(part)]
+    assert len(names) == len(set(names))
+
+
+def test_every_option_has_a_help_text_and_a_default_that_it_allows():
+    import ast
+    import inspect
+
+    tree = ast.parse(inspect.getsource(spec))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ClassDef) and node.name in ("Client", "Search", "Judge", "Speed"):
+            fields = [i for i, item in enumerate(node.body) if isinstance(item, ast.AnnAssign)]
+            for i in fields:
+                follows = node.body[i + 1]
+                assert isinstance(follows, ast.Expr), ast.unparse(node.body[i])
+                assert isinstance(follows.value, ast.Constant), ast.unparse(node.body[i])
+    for part in (spec.Client, spec.Search, spec.Judge, spec.Speed):
+        assert spec.checked(part()) == part()
+
+
+WRONG = [
+    ({"steps": 0}, "steps: got 0, allowed: whole numbers of at least 1"),
+    ({"steps": 2.5}, "steps: got 2.5, allowed: whole numbers of at least 1"),
+    ({"steps": "4"}, "steps: got '4', allowed: whole numbers of at least 1"),
+    ({"steps": True}, "steps: got True, allowed: whole numbers of at least 1"),
+    ({"pool": -1}, "pool: got -1, allowed: whole numbers of at least 0"),
+    ({"local_learning_rate": 0}, "allowed: numbers above 0"),
+    ({"local_learning_rate": float("inf")}, "allowed: numbers above 0"),
+    ({"local_learning_rate": float("nan")}, "allowed: numbers above 0"),
+    ({"start": "ones"}, "start: got 'ones', allowed: zeros, prior, uniform, normal"),
+    ({"adaptive": 1}, "adaptive: got 1, allowed: True or False"),
+    ({"memory": "much"}, "memory: got 'much', allowed: numbers above 0 or None"),
+    ({"stepz": 1}, "stepz: no such option; did you mean 'steps'?"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), WRONG, ids=[str(w[0]) for w in WRONG])
+def test_wrong_options_are_refused_in_one_line(options, message):
+    with pytest.raises(GGLError) as caught:
+        spec.replace(Whole(), **options)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_combinations_are_a_product_with_the_last_axis_fastest():
+    found = list(spec.combinations({"a": [1, 2], "b": ["x", "y"]}))
+    assert found == [{"a": 1, "b": "x"}, {"a": 1, "b": "y"}, {"a": 2, "b": "x"}, {"a": 2, "b": "y"}]
+    assert list(spec.combinations({})) == [{}]
+
+
+def part(*, value: float = 0.5, kind: str = "soft", flag: bool = False, steps: int = 1):
+    """A factory that gives back what it was given."""
+    return value, kind, flag, steps
+
+
+PARTS = {"part": part, "bare": lambda: "bare"}
+
+
+@pytest.mark.parametrize(
+    ("written", "canonical", "made"),
+    [
+        ("part", "part", (0.5, "soft", False, 7)),
+        ("part:4.0", "part:4", (4.0, "soft", False, 7)),
+        ("part:1e-1", "part:0.1", (0.1, "soft", False, 7)),
+        ("part: value=.5", "part", (0.5, "soft", False, 7)),
+        ("part:flag=true,value=2", "part:2,flag=True", (2, "soft", True, 7)),
+        ("part:kind=hard", "part:kind=hard", (0.5, "hard", False, 7)),
+        ("bare", "bare", "bare"),
+    ],
+)
+def test_parts_have_one_spelling(written, canonical, made):
+    assert grammar.canonical(PARTS, written, what="thing") == canonical
+    assert grammar.build(PARTS, written, what="thing", steps=7, unknown=1) == made
+    assert grammar.build(PARTS, canonical, what="thing", steps=7) == made
+
+
+@pytest.mark.parametrize(
+    ("written", "words"),
+    [
+        ("prat", "did you mean 'part'?"),
+        ("part:1,2", "'2' in 'part:1,2' is not understood; part takes value, kind, flag"),
+        ("part:valu=1", "'valu=1'"),
+        ("part:1,value=2", "'value=2'"),
+        ("part:steps=3", "'steps=3'"),
+        ("bare:1", "bare has no options"),
+    ],
+)
+def test_wrong_parts_are_refused_in_one_line(written, words):
+    with pytest.raises(GGLError) as caught:
+        grammar.build(PARTS, written, what="thing", steps=7)
+    assert str(caught.value).startswith("thing: ")
+    assert words in str(caught.value)
+
+
+@given(st.floats(allow_nan=False, allow_infinity=False), st.booleans())
+def test_canonical_spellings_are_stable(value, flag):
+    once = grammar.write(PARTS, "part", {"value": value, "flag": flag})
+    assert grammar.canonical(PARTS, once, what="thing") == once
+
+
+@pytest.mark.parametrize("name", sorted(OPTIMIZERS))
+def test_every_optimizer_has_a_canonical_spelling(name):
+    assert grammar.canonical(OPTIMIZERS, name, what="optimizer") == name
+
+
+@pytest.mark.parametrize("value", [0, -1, 1.5, True, "3"])
+def test_whole_numbers_are_checked_by_name(value):
+    with pytest.raises(GGLError, match="rounds: got"):
+        grammar.at_least(1, rounds=value)
+    grammar.at_least(1, rounds=1)
+
+
+@pytest.mark.parametrize("value", [0.0, -1, float("nan"), float("inf"), True, "1"])
+def test_numbers_are_checked_by_name(value):
+    with pytest.raises(GGLError, match="rate: got"):
+        grammar.above(0.0, rate=value)
+    grammar.above(0.0, rate=1e-9)
