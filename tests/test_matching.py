@@ -105,7 +105,7 @@ class Problem:
     images: jax.Array
     labels: jax.Array
 
-    def losses(self, method, *, kind=double, **options):
+    def losses(self, method, *, kind=double, distance="squared_l2", client=None, **speed):
         """Losses, and the derivative of their sum with respect to the images."""
 
         @jax.jit
@@ -116,8 +116,9 @@ class Problem:
                 observed,
                 defense=self.defense,
                 estimated=estimated,
-                method=method,
-                **options,
+                distance=distance,
+                client=client,
+                speed=Speed(method=method, **speed),
             )
             values, pull_back = jax.vjp(lambda x: loss(x, self.labels), images)
             return values, pull_back(jnp.ones_like(values))[0]
@@ -255,7 +256,7 @@ def test_any_convolution(size, kernel, strides, dilation, padding, groups, batch
         def both(images):
             results = []
             for method in ("fused", "direct"):
-                loss = matching.matching_loss(model, variables, observed, method=method)
+                loss = matching.matching_loss(model, variables, observed, speed=Speed(method=method))
                 values, pull_back = jax.vjp(lambda x, loss=loss: loss(x, labels), images)
                 results.append((values, pull_back(jnp.ones_like(values))[0]))
             return results
@@ -274,7 +275,7 @@ def test_resnet18_in_float32():
 
     def losses(method):
         def run(variables, observed, images):
-            loss = matching.matching_loss(model, variables, observed, method=method)
+            loss = matching.matching_loss(model, variables, observed, speed=Speed(method=method))
             return loss(images, labels[1:])
 
         return jax.jit(run)(variables, observed, images[1:])
@@ -314,7 +315,8 @@ def test_near_the_private_image_in_float32(distance):
     def losses(variables, observed, images):
         return [
             matching.matching_loss(
-                model, variables, observed, method=method, distance=distance, exact_below=below
+                model, variables, observed, speed=Speed(method=method), distance=distance,
+                exact_below=below
             )(images, labels)
             for method, below in (("fused", 1e-3), ("fused", 0.0), ("direct", 1e-3))
         ]
@@ -531,7 +533,7 @@ def test_memory_bounds_what_is_computed_at_once(tiny_model, tiny_variables, tiny
     images = jax.random.uniform(jax.random.key(0), (256, 1, 8, 8, 3))
     needed, losses = [], []
     for memory in (1.0, 1e-4):
-        loss = matching.matching_loss(tiny_model, tiny_variables, observed, memory=memory)
+        loss = matching.matching_loss(tiny_model, tiny_variables, observed, speed=Speed(memory=memory))
         compiled = jax.jit(loss).lower(images, jnp.asarray([1])).compile()
         needed.append(compiled.memory_analysis().temp_size_in_bytes)
         losses.append(compiled(images, jnp.asarray([1])))
@@ -542,14 +544,13 @@ def test_memory_bounds_what_is_computed_at_once(tiny_model, tiny_variables, tiny
 @pytest.mark.parametrize(
     ("options", "word"),
     [
-        ({"method": "fast"}, "method"),
-        ({"chunk_size": 0}, "chunk_size"),
+        ({"speed": Speed(method="fast")}, "method"),
+        ({"speed": Speed(chunk_size=0)}, "chunk_size"),
         ({"distance": "l7"}, "l7"),
-        ({"precision": "int8"}, "precision"),
-        ({"local_steps": 0}, "local_steps"),
-        ({"memory": 0.0}, "memory"),
+        ({"speed": Speed(precision="int8")}, "precision"),
+        ({"client": Client(local_steps=0)}, "local_steps"),
+        ({"speed": Speed(memory=0.0)}, "memory"),
         ({"exact_below": -1.0}, "exact_below"),
-        ({"fidelity": "exact"}, "fidelity"),
     ],
 )
 def test_bad_options_are_named(tiny_model, tiny_variables, options, word):
@@ -567,6 +568,6 @@ def test_bad_arrays_are_named(tiny_model, tiny_variables):
         loss(jnp.ones((2, 1, 8, 7, 3)), jnp.zeros((2, 1), jnp.int32))
     untapped = Model(None, lambda v, x: (v["params"]["w"] * x.mean((1, 2)), x), (), SHAPE, 3, "toy")
     variables = {"params": {"w": jnp.ones(3)}}
-    loss = matching.matching_loss(untapped, variables, {"w": jnp.ones(3)}, method="fused")
+    loss = matching.matching_loss(untapped, variables, {"w": jnp.ones(3)}, speed=Speed(method="fused"))
     with pytest.raises(gx.GGLError, match="toy"):
         loss(jnp.ones((2, 1, *SHAPE)), jnp.zeros((2, 1), jnp.int32))

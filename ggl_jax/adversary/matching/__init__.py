@@ -12,7 +12,6 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from ggl_jax import trees
 from ggl_jax.adversary.losses import EXACT_BELOW, Distance, resolve_distance
@@ -21,10 +20,8 @@ from ggl_jax.adversary.matching.direct import direct_losses
 from ggl_jax.adversary.matching.fused import fused_losses
 from ggl_jax.adversary.matching.program import Program, trace
 from ggl_jax.errors import GGLError
+from ggl_jax.spec import Client, Speed, checked
 from ggl_jax.types import Defense, Factored, Model, PyTree
-
-METHODS = ("auto", "fused", "direct")
-PRECISIONS = (None, "default", "high", "highest", "bfloat16", "tensorfloat32", "float32")
 
 #: Memory for one chunk of candidates on the CPU: as much as stays near the caches. Larger chunks
 #: are slower there, since their pages have to be mapped anew in every call.
@@ -32,7 +29,7 @@ CPU_CHUNK_BYTES = 2**28
 #: The same where the backend does not tell how much memory it has.
 OTHER_CHUNK_BYTES = 2**32
 
-__all__ = ["METHODS", "PRECISIONS", "matching_loss", "plan"]
+__all__ = ["matching_loss", "plan"]
 
 
 def matching_loss(
@@ -43,14 +40,8 @@ def matching_loss(
     defense: Defense | None = None,
     estimated: PyTree | None = None,
     distance: str | Distance = "squared_l2",
-    fidelity: str = "paper",
-    method: str = "auto",
-    chunk_size: int | None = None,
-    memory: float | None = None,
-    instances: int = 1,
-    local_steps: int = 1,
-    learning_rate: float = 0.01,
-    precision: str | None = None,
+    client: Client | None = None,
+    speed: Speed | None = None,
     exact_below: float = EXACT_BELOW,
 ) -> Callable:
     """The loss that every attack minimises: distance of a candidate's update to the observed one.
@@ -67,20 +58,14 @@ def matching_loss(
         defense: how candidates' updates are transformed; None leaves them alone.
         estimated: the defense's estimated parameters.
         distance: "squared_l2" (D1), "cosine" (D2) or a :class:`ggl_jax.adversary.losses.Distance`.
-        fidelity: "paper", or "code" (squared l2 divided by the number of tensors).
-        method: "direct", "fused", or "auto": fused wherever it can be.
-        chunk_size: candidates at once, at least 1; None chooses from the model's activations and
-            the memory (256 MiB on the CPU, where larger chunks are slower; half of what is free on
-            an accelerator). Chunks run one after the other inside the compiled program.
-        memory: gigabytes for one chunk's activations and cotangents, > 0, in place of that choice.
-        instances: how many of these losses ``jax.vmap`` will compute at once; they share the
-            memory.
-        local_steps: SGD steps in the client's update, at least 1; 1 for a plain gradient.
-        learning_rate: step size of those steps.
-        precision: of matrix products and convolutions on accelerators: None for JAX's default
-            (TF32 on recent NVIDIA GPUs, enough for the early search), "bfloat16", "tensorfloat32",
-            or "float32" / "highest" for the last part of a search. The CPU always computes in
-            float32.
+        client: how an update comes about (``local_steps``, ``local_learning_rate``); None for a
+            plain gradient.
+        speed: see :class:`ggl_jax.spec.Speed`. ``method``: "fused" wherever it can be, by default.
+            ``chunk_size``: by default chosen from the model's activations and the memory (256 MiB
+            on the CPU, where larger chunks are slower; half of what is free on an accelerator);
+            chunks run one after the other inside the compiled program. ``instances``: how many of
+            these losses ``jax.vmap`` will compute at once; they share the memory. ``precision``: of
+            matrix products on accelerators; the CPU always computes in float32.
         exact_below: candidates with a distance below this share of the distance at g = 0 (|y|^2 for
             squared l2) are computed again from differences of single entries. 0 for never.
 
@@ -119,14 +104,10 @@ def matching_loss(
         Paper, section 3. Per-candidate norms from inputs and cotangents: Goodfellow (2015),
         "Efficient per-example gradient computations"; for convolutions Rochette et al. (2019).
     """
-    distance = resolve_distance(distance, fidelity=fidelity)
-    _check_choice("method", method, METHODS)
-    _check_choice("precision", precision, PRECISIONS)
-    _check_count("chunk_size", 1 if chunk_size is None else chunk_size)
-    _check_count("local_steps", local_steps)
-    _check_count("instances", instances)
-    if memory is not None and not memory > 0:
-        raise GGLError(f"memory: got {memory!r}, allowed: gigabytes above 0")
+    distance = resolve_distance(distance)
+    client, speed = checked(client or Client()), checked(speed or Speed())
+    local_steps, method = client.local_steps, speed.method
+    precision = None if speed.precision == "default" else speed.precision
     if not exact_below >= 0:
         raise GGLError(f"exact_below: got {exact_below!r}, allowed: numbers >= 0")
     _check_update(observed, variables["params"])
@@ -164,7 +145,7 @@ def matching_loss(
             simulate=simulate,
             distance=distance,
             local_steps=local_steps,
-            learning_rate=learning_rate,
+            learning_rate=client.local_learning_rate,
         )
 
     def loss(images: jax.Array, labels: jax.Array) -> jax.Array:
@@ -179,7 +160,7 @@ def matching_loss(
             labels = jnp.broadcast_to(labels, (images.shape[0], *labels.shape))
         with jax.default_matmul_precision(precision):
             program = trace(model, variables, jax.ShapeDtypeStruct(images.shape[1:], images.dtype))
-            size = chunk_size or _chunk_size(program, images.dtype.itemsize, memory, instances)
+            size = speed.chunk_size or _chunk_size(program, images.dtype.itemsize, speed)
             losses_of = losses_for(program)
             if images.shape[0] > size:
                 # Or the residuals of all chunks would be kept for the backward pass.
@@ -212,12 +193,12 @@ def plan(model: Model, variables: PyTree, *, batch_size: int = 1) -> dict[str, s
     return {name: kinds.get(leaf, "autodiff") for leaf, name in enumerate(names)}
 
 
-def _chunk_size(program: Program, itemsize: int, memory: float | None, instances: int) -> int:
+def _chunk_size(program: Program, itemsize: int, speed: Speed) -> int:
     """Candidates of each instance that fit into the memory set aside for a chunk, at least 1."""
     budget: float = OTHER_CHUNK_BYTES
     device = jax.local_devices()[0]
-    if memory is not None:
-        budget = memory * 2**30
+    if speed.memory is not None:
+        budget = speed.memory * 2**30
     elif jax.default_backend() == "cpu":
         budget = CPU_CHUNK_BYTES
     else:
@@ -225,17 +206,7 @@ def _chunk_size(program: Program, itemsize: int, memory: float | None, instances
         if "bytes_limit" in stats:
             budget = (stats["bytes_limit"] - stats.get("bytes_in_use", 0)) // 2
     # Activations, and their cotangents.
-    return max(1, int(budget // (2 * program.activations * itemsize * instances)))
-
-
-def _check_choice(name, value, allowed):
-    if value not in allowed:
-        raise GGLError(f"{name}: got {value!r}, allowed: {', '.join(map(str, allowed))}")
-
-
-def _check_count(name, value):
-    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
-        raise GGLError(f"{name}: got {value!r}, allowed: whole numbers of at least 1")
+    return max(1, int(budget // (2 * program.activations * itemsize * (speed.instances or 1))))
 
 
 def _check_update(observed, params):

@@ -1,0 +1,320 @@
+"""What all attacks are made of: a space of candidates, a search, a matching loss and penalties."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from ggl_jax import grammar
+from ggl_jax.adversary.estimation import noise_variance
+from ggl_jax.adversary.losses import (
+    batch_norm_distance,
+    parse_regularizer,
+    resolve_distance,
+    tree_statistics,
+)
+from ggl_jax.adversary.matching import matching_loss
+from ggl_jax.adversary.optimizers import OPTIMIZERS, BestState, best_so_far
+from ggl_jax.adversary.sharding import over_population
+from ggl_jax.errors import GGLError
+from ggl_jax.priors.decoding import decode
+from ggl_jax.priors.pixels import pixels
+from ggl_jax.spec import Client, Search, Speed, checked
+from ggl_jax.types import Attack, Candidates, Defense, Model, Optimizer, Prior
+
+
+class _Space(NamedTuple):
+    """What a point [p] of the search stands for: a batch of latents and, perhaps, of labels.
+
+    Attributes:
+        latents: points [n p] to latents [n b z].
+        logits: points [n p] to the searched labels' logits [n b k]; None where labels are inferred.
+        classes: (problem, points) to class indices [n b].
+        images: (problem, points) to images [n b h w c].
+        draw: (key, num) to random points [num p].
+        num_latents: the entries of a point that are latents, which come first.
+    """
+
+    latents: Callable
+    logits: Callable | None
+    classes: Callable
+    images: Callable
+    draw: Callable
+    num_latents: int
+
+
+def _space(model: Model, prior: Prior, search: Search, batch_size: int) -> _Space:
+    num_latents = batch_size * prior.latent_dim
+    searched = search.labels == "searched"
+    num_logits = batch_size * model.num_classes if searched else 0
+
+    def latents(points):
+        points = points[:, :num_latents].reshape(len(points), batch_size, prior.latent_dim)
+        return jnp.tanh(points) if search.bound == "tanh" else points
+
+    def logits(points):
+        return points[:, num_latents:].reshape(len(points), batch_size, model.num_classes)
+
+    def classes(problem, points):
+        if searched:
+            return jnp.argmax(logits(points), axis=-1)
+        return jnp.broadcast_to(problem.labels, (len(points), batch_size))
+
+    def images(problem, points):
+        own = latents(points).reshape(-1, prior.latent_dim)
+        decoded = decode(prior, problem.prior_params, own, classes(problem, points).reshape(-1))
+        return decoded.reshape(len(points), batch_size, *decoded.shape[1:])
+
+    def draw(key, num):
+        key_latents, key_logits = jax.random.split(key)
+        if search.start == "uniform":
+            points = jax.random.uniform(key_latents, (num, num_latents))
+        elif search.start == "normal":
+            points = jax.random.normal(key_latents, (num, num_latents))
+        else:
+            points = prior.sample_latent(key_latents, num * batch_size).reshape(num, num_latents)
+        return jnp.concatenate([points, jax.random.normal(key_logits, (num, num_logits))], axis=1)
+
+    return _Space(latents, logits if searched else None, classes, images, draw, num_latents)
+
+
+def _penalties(model: Model, search: Search, space: _Space) -> Callable:
+    """``penalties(problem) -> regularize(points, images) -> [n]``."""
+    statistics = model.statistics
+    if statistics is None and "batch_norm" in search.regularizer:
+        raise GGLError(
+            f"regularizer: batch_norm needs a model with BatchNorm layers, and {model.name} has "
+            "none; leave it out"
+        )
+
+    def penalties(problem):
+        def batch_norm(latents, images, *, fidelity):
+            del latents, fidelity
+            assert statistics is not None
+            shared = problem.statistics
+            target = problem.variables["batch_stats"] if shared is None else shared
+
+            def one(batch):
+                return batch_norm_distance(statistics(problem.variables, batch), target)
+
+            return over_population(jax.vmap(one))(images)
+
+        weighted = parse_regularizer(
+            search.regularizer, fidelity=search.fidelity, more={"batch_norm": batch_norm}
+        )
+        return lambda points, images: weighted(space.latents(points), images)
+
+    # For its errors: before the first step, and without a problem at hand.
+    parse_regularizer(
+        search.regularizer, fidelity=search.fidelity, more={"batch_norm": batch_norm_distance}
+    )
+    return penalties
+
+
+def _distance(
+    model: Model, search: Search, defense: Defense | None, client: Client, speed: Speed
+) -> Callable:
+    """``distance(problem) -> distance_to(images, labels) -> [n]``, scaled as the search asks."""
+    chosen = resolve_distance(search.distance, fidelity=search.fidelity)
+
+    def energy(observed, variance):
+        """The distance of an update of zero, the noise's share taken off; above 0."""
+        reference = chosen.at_zero(tree_statistics(observed, observed))
+        if chosen.scales is None:  # else the distance is relative by itself
+            squares = sum(jnp.sum(y**2) for y in jax.tree.leaves(observed))
+            entries = sum(y.size for y in jax.tree.leaves(observed))
+            # The estimate of the noise is off by more than what is left under strong noise.
+            left = jnp.maximum(squares - entries * variance, 1e-3 * squares)
+            reference = reference * left / jnp.where(squares > 0, squares, 1.0)
+        return jnp.where(reference > 0, reference, 1.0)
+
+    def distance(problem):
+        variables, observed = problem.variables, problem.observed
+        if defense is not None and defense.observe is not None:
+            observed = defense.observe(problem.estimated, observed)
+        if defense is not None and defense.rewire is not None:
+            variables = defense.rewire(problem.estimated, variables, model.head)
+        distance_to = matching_loss(
+            model,
+            variables,
+            observed,
+            defense=defense,
+            estimated=problem.estimated,
+            distance=chosen,
+            client=client,
+            speed=speed,
+        )
+        likelihood = search.compare == "likelihood"
+        if not (likelihood or search.relative):
+            return distance_to
+        variance = noise_variance(problem.estimated)
+        scale = 1.0 / energy(observed, variance) if search.relative else 1.0
+        if likelihood:
+            # The published code's distance is a mean over tensors, a likelihood's is a sum.
+            count = len(jax.tree.leaves(observed)) if search.fidelity == "code" else 1
+            noisy = 0.5 * count / jnp.where(variance > 0, variance, 1.0)
+            scale = jnp.where(variance > 0, noisy, scale)
+        return lambda images, labels: scale * distance_to(images, labels)
+
+    return distance
+
+
+def search_attack(
+    model: Model,
+    prior: Prior,
+    search: Search,
+    *,
+    defense: Defense | None = None,
+    client: Client | None = None,
+    speed: Speed | None = None,
+    optimizer: Optimizer | None = None,
+) -> Attack:
+    """Search for the images whose update matches the observed one.
+
+    The adversary minimises, over latents z, the distance between the observed update and the
+    update that the images G(z) would cause with the inferred labels, plus penalties. In detail:
+
+    - a candidate is a batch of ``client.batch_size`` images, whose latents are concatenated; with
+      ``search.space`` "pixels" the latents are the images;
+    - ``search.pool`` random samples are compared first, and the best ``search.restarts`` of them
+      become starting points; without a pool, "zeros" puts the first restart at 0 and samples the
+      others from the prior;
+    - ``search.relative`` divides the distance by that of an update of zero (for squared l2 |y|^2,
+      less what the estimated noise adds to it), so that a penalty weighs as much under each
+      defense: Soteria's updates are fifty times smaller than undefended ones;
+    - ``search.compare`` "likelihood" divides squared l2, where there is noise, by twice the
+      noise's estimated variance, in place of ``relative``;
+    - the penalty "batch_norm" is the distance of the candidate's BatchNorm statistics to those that
+      the client shared (``problem.statistics``), or else to the model's running ones.
+
+    Args:
+        model: the federated model.
+        prior: the generator G; not used for a search over pixels.
+        search: its options, see :class:`ggl_jax.spec.Search`; ``steps`` are the schedule's.
+        defense: how a candidate's gradient is transformed before comparison, if ``search`` is
+            adaptive (with the parameters in ``problem.estimated``).
+        client: images and local steps behind an update; None for one image and one step.
+        speed: how losses are computed; ``speed.instances`` searches share a device's memory.
+        optimizer: a search of your own, in place of ``search.optimizer``.
+
+    Returns:
+        An :class:`Attack`.
+
+    Raises:
+        GGLError: an option out of its range, a likelihood of another distance than squared l2, or
+            a class-conditional prior with another number of classes than the model's.
+    """
+    search, client, speed = checked(search), client or Client(), speed or Speed()
+    prior = pixels(model.image_shape) if search.space == "pixels" else prior
+    _check(model, prior, search)
+    own = optimizer or grammar.build(
+        OPTIMIZERS, search.optimizer, what="optimizer", steps=search.steps
+    )
+    best = best_so_far(own)
+    space = _space(model, prior, search, client.batch_size)
+    penalties = _penalties(model, search, space)
+    distance = _distance(model, search, defense if search.adaptive else None, client, speed)
+
+    def loss_fn_of(problem):
+        distance_to, regularize = distance(problem), penalties(problem)
+
+        def loss_fn(points):
+            images = over_population(lambda some: space.images(problem, some))(points)
+            labels = space.classes(problem, points)
+            if space.logits is not None:
+                labels = jax.nn.softmax(space.logits(points))
+            return over_population(distance_to)(images, labels) + regularize(points, images)
+
+        return loss_fn
+
+    def init(key, problem, points=None):
+        key_start, key_search = jax.random.split(key)
+        if points is None:
+            points = space.draw(key_start, search.pool or search.restarts)
+            if search.pool:
+                losses = loss_fn_of(problem)(points)
+                losses = jnp.where(jnp.isnan(losses), jnp.inf, losses)
+                points = points[jax.lax.top_k(-losses, search.restarts)[1]]
+            elif search.start == "zeros":
+                points = points.at[0, : space.num_latents].set(0.0)
+        return best.init(key_search, points)
+
+    def step(key, problem, state):
+        return best.step(key, state, loss_fn_of(problem))
+
+    def candidates(problem, state: BestState):
+        order = jnp.argsort(state.losses)
+        points, losses = state.latents[order], state.losses[order]
+        images = space.images(problem, points)
+        distances = losses - penalties(problem)(points, images)
+        return Candidates(points, images, space.classes(problem, points), losses, distances)
+
+    def distances(problem, images, labels):
+        return distance(problem)(images, labels)
+
+    return Attack(
+        init=init,
+        step=step,
+        candidates=candidates,
+        distances=distances,
+        # a candidate's update costs one gradient for each local step
+        evaluations_per_step=own.evaluations_per_step(search.restarts) * client.local_steps,
+        evaluations_at_start=search.pool * client.local_steps,
+        name=search.attack,
+    )
+
+
+def _check(model: Model, prior: Prior, search: Search) -> None:
+    if search.pool and search.pool < search.restarts:
+        raise GGLError(
+            f"pool: got {search.pool}, allowed: 0, or at least the number of restarts, "
+            f"{search.restarts}"
+        )
+    if prior.num_classes not in (None, model.num_classes):
+        raise GGLError(
+            f"num_classes: model {model.name} has {model.num_classes} classes, prior {prior.name} "
+            f"{prior.num_classes}; a label must mean the same to both, so choose a model with "
+            f"{prior.num_classes} (--num-classes) or another prior"
+        )
+    if search.compare == "likelihood" and search.distance != "squared_l2":
+        raise GGLError(
+            f"compare: 'likelihood' is that of Gaussian noise, a squared l2 distance, and "
+            f"{search.attack} has distance {search.distance!r}; give --distance squared_l2"
+        )
+
+
+def refinement_of(search: Search) -> Search:
+    """The search that goes on from another's images in pixels, free of the prior but kept smooth.
+
+    A generator's range holds no face exactly; the update often tells the rest. Under noise the
+    pixels would fit the noise: the loss falls, and the likeness does not rise. It has to be started
+    from points: those of :func:`ggl_jax.priors.pixels.pixels_of`. The penalty is sized for a
+    relative distance, so no likelihood is taken, which scales it.
+    """
+    return dataclasses.replace(
+        search,
+        attack="refine",
+        space="pixels",
+        labels="inferred",
+        optimizer="adam:0.04,schedule=ramp,signed=False,box=1",
+        steps=search.refine_steps,
+        restarts=1,
+        pool=0,
+        bound="none",
+        relative=True,
+        compare="published" if search.compare == "likelihood" else search.compare,
+        regularizer="total_variation:0.03",
+    )
+
+
+def finalists_of(search: Search) -> Search:
+    """The search by Adam that goes on from another's best restarts."""
+    return dataclasses.replace(
+        search,
+        optimizer="adam:schedule=ramp,signed=False",
+        steps=search.final_steps,
+        restarts=search.finalists,
+        pool=0,
+    )

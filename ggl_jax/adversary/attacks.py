@@ -1,0 +1,148 @@
+"""Attacks as data: how each was published, and how hard each preset searches.
+
+An attack is a :class:`ggl_jax.spec.Search`: a new one is an entry of :data:`ATTACKS`. One that is
+not a search of candidates is a function there, ``build(model, prior, search, *, defense, client,
+speed, instances) -> Attack``.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from ggl_jax import grammar
+from ggl_jax.adversary.optimizers import OPTIMIZERS
+from ggl_jax.errors import GGLError, did_you_mean
+from ggl_jax.spec import Search, replace
+from ggl_jax.types import Attack
+
+#: What the attacks on pixels share; the baselines' 4 trials are the paper's.
+_PIXELS = Search(space="pixels", adaptive=False, start="normal", restarts=4)
+
+
+def _on_pixels(name: str, **options: Any) -> Search:
+    return replace(_PIXELS, attack=name, **options)
+
+
+#: Attacks by name, as published for 32x32 images.
+ATTACKS: dict[str, Search | Callable[..., Attack]] = {
+    # Paper, section 3. Its code takes 50 samples in each of the paper's 800 updates of CMA-ES.
+    "ggl": Search(optimizer="cma_es", steps=800, regularizer="kld:0.1"),
+    # Zhu, Liu and Han (2019), "Deep Leakage from Gradients". 300 iterations of torch's L-BFGS, of
+    # up to 20 evaluations each; a step here is one evaluation.
+    "dlg": _on_pixels("dlg", labels="searched", optimizer="lbfgs", steps=6000),
+    # Zhao, Mopuri and Bilen (2020), "iDLG: Improved Deep Leakage from Gradients".
+    "idlg": _on_pixels("idlg", optimizer="lbfgs", steps=6000),
+    # Geiping et al. (2020), "Inverting Gradients: How easy is it to break privacy in federated
+    # learning?".
+    "ig": _on_pixels(
+        "ig",
+        distance="cosine",
+        regularizer="total_variation:0.1",
+        optimizer="adam:box=1",
+        steps=8000,
+    ),
+    # Yin et al. (2021), "See through Gradients: Image Batch Recovery via GradInversion"; without
+    # BatchNorm statistics, as in the paper, whose clients do not share them.
+    "gi": _on_pixels(
+        "gi",
+        regularizer="total_variation:0.1+l2:1e-5+group:1e-4",
+        optimizer="adam:schedule=ramp,signed=False",
+        steps=8000,
+    ),
+}
+
+#: GGL's budgets by another optimiser than its own: of Adam and TuRBO (100 rounds of 10) the
+#: paper's; the others get the evaluations of Adam or CMA-ES.
+_STEPS = {"adam": 2500, "turbo": 100, "lbfgs": 2500, "hybrid": 500}
+
+_BY_ADAM: dict[str, Any] = {
+    **{"optimizer": "adam:schedule=ramp,signed=False", "relative": True},
+    **{"regularizer": "kld:0.00125", "combine": "auto", "refine": "auto", "compare": "support"},
+}
+#: What each preset changes, by attack and, for ggl by another optimiser than adam, by optimiser.
+#: Its default search is the one of lowest loss on public images (docs/results.md). Preset paper
+#: changes nothing.
+PRESETS: dict[str, dict[str, dict[str, Any]]] = {
+    "quick": {
+        "ggl": {**_BY_ADAM, "pool": 100, "restarts": 4, "steps": 40, "refine_steps": 60},
+        "ggl/cma_es": {"steps": 16},
+        "ggl/turbo": {"steps": 60},
+        "ggl/lbfgs": {"steps": 15, "restarts": 4},
+        "ggl/hybrid": {"steps": 8},
+        "dlg": {"steps": 60},
+        "idlg": {"steps": 60},
+        "ig": {"steps": 200},
+        "gi": {"steps": 200},
+    },
+    "standard": {
+        "ggl": {
+            **_BY_ADAM,
+            **{"pool": 200, "restarts": 8, "steps": 60, "finalists": 2, "final_steps": 60},
+            "refine_steps": 120,
+        },
+        "ggl/cma_es": {"steps": 100},
+        "ggl/turbo": {"steps": 100},
+        "ggl/lbfgs": {"steps": 60, "restarts": 8},
+        "ggl/hybrid": {"steps": 40},
+        "dlg": {"steps": 400},
+        "idlg": {"steps": 400},
+        "ig": {"steps": 1000},
+        "gi": {"steps": 1000},
+    },
+    "paper": {},
+}
+
+
+def search_of(
+    preset: str = "paper",
+    attack: str = "ggl",
+    optimizer: str | None = None,
+    adaptive: bool | None = None,
+) -> Search:
+    """An attack's search as a preset has it, for an optimiser.
+
+    Args:
+        preset: quick, standard, or paper (as published).
+        attack: a key of :data:`ATTACKS`.
+        optimizer: a name with options, see :mod:`ggl_jax.grammar`; options that it does not name
+            are the preset's, where that has the same optimiser. None for the preset's own.
+        adaptive: None for the attack's own; False also drops comparisons that would change how the
+            defense is simulated.
+
+    Raises:
+        GGLError: an unknown preset, attack or optimiser.
+
+    >>> search_of("quick", "ig").steps
+    200
+    >>> search_of("quick", optimizer="adam:0.05").optimizer
+    'adam:0.05,schedule=ramp,signed=False'
+    """
+    for what, name, known in (("preset", preset, PRESETS), ("attack", attack, ATTACKS)):
+        if name not in known:
+            hint = did_you_mean(name, known, before="; ")
+            raise GGLError(f"{what}: got {name!r}, allowed: {', '.join(known)}{hint}")
+    published = ATTACKS[attack]
+    base = published if isinstance(published, Search) else Search(attack=attack)
+    name, given = (None, {}) if optimizer is None else _read(optimizer)
+    own = _read(base.optimizer)[0]
+    changes: Mapping[str, Any] = {}
+    if name in (None, "adam") or f"{attack}/{name}" not in PRESETS[preset]:
+        changes = PRESETS[preset].get(attack, {}) if name in (None, "adam", own) else {}
+    else:
+        changes = PRESETS[preset][f"{attack}/{name}"]
+    if name not in (None, own):
+        steps = _STEPS.get(name or "", base.steps) if attack == "ggl" else base.steps
+        base = replace(base, optimizer=name, steps=steps)
+    search = replace(base, **changes)
+    if name is not None:
+        known, options = _read(search.optimizer)
+        merged = {**options, **given} if known == name else given
+        search = replace(search, optimizer=grammar.write(OPTIMIZERS, name, merged))
+    if adaptive is not None:
+        search = replace(search, adaptive=adaptive)
+    if not search.adaptive and search.compare in ("support", "undefended"):
+        search = replace(search, compare="published")
+    return search
+
+
+def _read(optimizer: str) -> tuple[str, dict[str, Any]]:
+    return grammar.read(OPTIMIZERS, optimizer, what="optimizer", offered=("steps",))

@@ -1,0 +1,147 @@
+"""The stages that a search goes through, and what becomes of its restarts."""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ggl_jax.adversary.attack import finalists_of, refinement_of, search_attack
+from ggl_jax.adversary.attacks import ATTACKS
+from ggl_jax.adversary.search import SearchResult, Stage
+from ggl_jax.client.defenses import replaces_update
+from ggl_jax.errors import GGLError
+from ggl_jax.images import assign
+from ggl_jax.priors.pixels import pixels_of
+from ggl_jax.spec import Client, Search, Speed, checked, replace
+from ggl_jax.types import Candidates, Defense, Model, Prior
+
+
+def combines(search: Search, defense: Defense) -> bool:
+    """Whether the result is the mean image of the restarts.
+
+    Under noise a loss tells the restarts' likenesses apart no longer: the best by loss is one of
+    several guesses, whose mean is nearer to the private image than most of them, and than any of
+    them knowably is.
+    """
+    return search.combine == "mean" or (search.combine == "auto" and _adds_noise(defense))
+
+
+def _adds_noise(defense: Defense) -> bool:
+    return any(stage.partition(":")[0] == "noise" for stage in defense.name.split("+"))
+
+
+def make_stages(
+    search: Search,
+    model: Model,
+    prior: Prior,
+    defense: Defense,
+    *,
+    client: Client | None = None,
+    speed: Speed | None = None,
+) -> list[Stage]:
+    """The stages of a search, for :func:`ggl_jax.adversary.search.run_stages`.
+
+    First the attack itself. Then, with ``search.finalists`` = f > 0, the f best of its restarts go
+    on by Adam for ``final_steps`` (unless all restarts are to be combined). Then, with
+    ``search.refine`` "pixels" (or "auto", unless the defense adds noise, which pixels would fit),
+    the best, or the mean, is refined in pixels.
+
+    Args:
+        search: see :class:`ggl_jax.spec.Search`.
+        model: the federated model.
+        prior: the generator.
+        defense: what the client did.
+        client: images and local steps behind an update.
+        speed: how losses are computed; ``instances`` searches will run in one batch on a device.
+
+    Raises:
+        GGLError: for an option out of its range, a comparison that a non-adaptive attack cannot
+            make, or a defense of single gradients where there are several local steps.
+    """
+    search, client, speed = checked(search), checked(client or Client()), checked(speed or Speed())
+    if client.local_steps > 1 and replaces_update(defense):
+        raise GGLError(
+            f"local_steps: {defense.name} recomputes a single gradient step, so it cannot "
+            f"defend {client.local_steps} local steps; use 1, or --fidelity code"
+        )
+    if search.compare in ("support", "undefended") and not search.adaptive:
+        raise GGLError(
+            f"compare: {search.compare!r} changes how the defense is simulated, and this "
+            f"{search.attack} does not simulate it; give --adaptive, or leave --compare out"
+        )
+    if search.finalists > search.restarts:
+        raise GGLError(
+            f"finalists: got {search.finalists}, allowed: 0 to the number of restarts, "
+            f"{search.restarts}"
+        )
+    options = {"defense": defense, "client": client}
+    build = ATTACKS.get(search.attack)
+    if build is None or isinstance(build, Search):
+        build = search_attack
+    stages = [Stage(build(model, prior, search, speed=speed, **options), search.steps)]
+    mean = combines(search, defense)
+    # Reduced precision is for the early search; near the optimum differences are small.
+    exact = speed if speed.precision == "default" else replace(speed, precision="float32")
+    if search.finalists and not mean:
+        last = finalists_of(search)
+        attack = search_attack(model, prior, last, speed=exact, **options)
+        stages.append(Stage(attack, last.steps, _best_points(search.finalists)))
+    if search.refine == "pixels" or (search.refine == "auto" and not _adds_noise(defense)):
+        last = refinement_of(search)
+        attack = search_attack(model, prior, last, speed=exact, **options)
+        stages.append(Stage(attack, last.steps, _mean_pixels if mean else _best_pixels))
+    return stages
+
+
+def _best_points(num: int):
+    return lambda candidates: candidates.points[:, :num]
+
+
+def _best_pixels(candidates):
+    return jax.vmap(pixels_of)(jnp.clip(candidates.images[:, :1], 0.0, 1.0))
+
+
+def _mean_pixels(candidates):
+    return jax.vmap(pixels_of)(mean_image(candidates)[:, None])
+
+
+def mean_image(candidates: Candidates) -> jax.Array:
+    """The mean over the restarts, [i b h w c], of candidates [i r ...], each within [0, 1].
+
+    An update does not tell the order of a batch's images, so restarts may hold the same ones in
+    different places. Those of equal label are first brought into the order of the best restart,
+    each beside the one that it resembles most.
+    """
+    images = jnp.clip(candidates.images, 0.0, 1.0)
+    if images.shape[2] > 1:
+        images = jnp.asarray(_in_one_order(np.asarray(images), np.asarray(candidates.labels)))
+    return jnp.mean(images, axis=1)
+
+
+def _in_one_order(images: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Each restart's images [i r b h w c] in the places of the first one's."""
+    ordered = images.copy()
+    for i, (restarts, classes) in enumerate(zip(images, labels, strict=True)):
+        for r in range(1, len(restarts)):
+            # Pixels differ by at most 1, so another label costs more than any likeness gains.
+            apart = 10.0 * (classes[0][:, None] != classes[r])
+            ordered[i, r] = restarts[r][assign(restarts[r], restarts[0], apart)]
+    return ordered
+
+
+def result_images(
+    search: Search, defense: Defense, stages: Sequence[Stage], outcome: SearchResult
+) -> np.ndarray:
+    """What the adversary ends up with, [i b h w c] in [0, 1]: the best restart, or their mean.
+
+    Args:
+        search: its options.
+        defense: what the client did.
+        stages: from :func:`make_stages`.
+        outcome: from :func:`ggl_jax.adversary.search.run_stages`.
+    """
+    refined = stages[-1].attack.name == "refine"  # starts from the mean by itself
+    mean = combines(search, defense) and not refined
+    images = mean_image(outcome.candidates) if mean else outcome.images
+    return np.clip(np.asarray(images), 0.0, 1.0)
