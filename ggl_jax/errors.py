@@ -20,3 +20,8 @@ def did_you_mean(name: str, known: Iterable[str], *, before: str = "", after: st
     """``did you mean 'x'?``, between ``before`` and ``after``; "" where no known name is near."""
     near = difflib.get_close_matches(name, list(known), n=1)
     return f"{before}did you mean {near[0]!r}?{after}" if near else ""
+
+
+def first_line(error: BaseException) -> str:
+    """What an exception of another library says, in one line; its type if it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0].strip()[:200]
