@@ -28,7 +28,8 @@ def devices() -> list[jax.Device]:
     try:
         return jax.devices()
     except (RuntimeError, AssertionError) as error:  # JAX asserts where its CUDA plugin is absent
+        wanted = getattr(jax.config, "jax_platforms", None)
         raise GGLError(
-            f"JAX_PLATFORMS={jax.config.jax_platforms}: JAX finds no such device here; unset it "
-            "to use what there is, or install JAX for the device, such as jax[cuda13]"
+            f"JAX_PLATFORMS={wanted}: JAX finds no such device here; unset it to use what there "
+            "is, or install JAX for the device, such as jax[cuda13]"
         ) from error
