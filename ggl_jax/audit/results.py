@@ -7,7 +7,6 @@ A sweep's folder holds ``config.json`` (what was asked for), ``plan.json`` (its 
 
 import contextlib
 import errno
-import fcntl
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -56,10 +55,17 @@ class Lock:
     Network file systems honour it where they support ``flock`` (NFS since Linux 2.6.12).
 
     Raises:
-        GGLError: another process holds it.
+        GGLError: another process holds it, or this is Windows, which has no such locks.
     """
 
     def __init__(self, folder: Path, process: int = 0, *, name: str | None = None):
+        try:
+            import fcntl  # here and not above, so that the package can be imported on Windows
+        except ImportError:
+            raise GGLError(
+                "out: results can be kept on Linux and macOS only; on Windows use WSL, or call "
+                "audit without out"
+            ) from None
         path = folder / (name or f"lock-{process:04d}")
         self._file = path.open("a+")
         try:

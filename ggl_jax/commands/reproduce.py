@@ -15,7 +15,6 @@ from ggl_jax.commands._shared import (
     check_ranges,
     console,
     environment,
-    fingerprint,
     load_inputs,
 )
 from ggl_jax.errors import GGLError
@@ -85,7 +84,7 @@ def run(command: ReproduceCommand, argv: list[str]) -> int:
     options.pop("out")
     shown = "ggl-jax " + shlex.join(argv)
     env = environment()
-    inputs = {"images": fingerprint(dataset.images.tobytes()), "prior": card["sha256"]}
+    inputs = {"images": files.digest(dataset.images.tobytes()), "prior": card["sha256"]}
     check_config(out, {"command": shown, "options": options, "inputs": inputs, "environment": env})
     searches = experiment.searches(command.scale)
     console.print(
