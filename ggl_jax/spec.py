@@ -32,6 +32,30 @@ Positive = Annotated[float, Above(0.0)]
 
 
 @dataclasses.dataclass(frozen=True)
+class Inputs:
+    """What both sides start from."""
+
+    data: str = "embedded"
+    """Private images: embedded (a portrait that ships with scikit-image), embedded:faces,
+    embedded:nonfaces, a .npz file (uint8 images [n h w 3], labels), a folder of images, or
+    tfds:NAME[:SPLIT] such as tfds:celeb_a:test."""
+    label: Number | None = None
+    """Class label for every image, for data without labels."""
+    model: str = "resnet18"
+    """Federated model with random weights: resnet18, lenet or convnet, with options such as
+    resnet18:batch_norm=train (each batch's own statistics; eval, the running ones, is the published
+    setting) or convnet:width=32."""
+    num_classes: Count | None = None
+    """Classes of the federated model; by default those of a class-conditional prior, else of the
+    data."""
+    prior: str = "dcgan32_faces"
+    """The adversary's generator: the name of one that ships with the tool, or a checkpoint folder
+    made by ggl-jax train-prior."""
+    seed: Number = 0
+    """Seed of the model's weights, the noise and the search."""
+
+
+@dataclasses.dataclass(frozen=True)
 class Client:
     """What a client shares."""
 
@@ -83,7 +107,7 @@ class Search:
     compare: Literal["published", "support", "undefended", "likelihood"] = "published"
     """What is compared: published; support (sparsified updates on the entries that were shared);
     undefended (Soteria's layer left out); likelihood (of the estimated noise)."""
-    regularizer: str = "none"
+    regularizer: str = "kld:0.1"
     """Penalties on the candidate, as name:weight joined by +, or none. Names: kld, norm,
     gaussian, total_variation, l2, group (consistency of the restarts), batch_norm (distance to the
     shared statistics, or else to the model's running ones)."""
@@ -115,6 +139,9 @@ class Judge:
     lpips: Literal["vgg", "alex", "squeeze"] = "vgg"
     """Network behind the LPIPS score: vgg (as in the paper), alex or squeeze. Its weights come with
     ggl-jax weights; without them LPIPS is left out."""
+    suspects: Number = 99
+    """Other images of the same data, at most, among which the private one is to be told by its
+    reconstruction; 0 for none."""
 
 
 @dataclasses.dataclass(frozen=True)

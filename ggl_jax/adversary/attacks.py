@@ -5,7 +5,7 @@ not a search of candidates is a function there, ``build(model, prior, search, *,
 speed, instances) -> Attack``.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 from ggl_jax import grammar
@@ -15,7 +15,7 @@ from ggl_jax.spec import Search, replace
 from ggl_jax.types import Attack
 
 #: What the attacks on pixels share; the baselines' 4 trials are the paper's.
-_PIXELS = Search(space="pixels", adaptive=False, start="normal", restarts=4)
+_PIXELS = Search(space="pixels", adaptive=False, start="normal", restarts=4, regularizer="none")
 
 
 def _on_pixels(name: str, **options: Any) -> Search:
@@ -25,7 +25,7 @@ def _on_pixels(name: str, **options: Any) -> Search:
 #: Attacks by name, as published for 32x32 images.
 ATTACKS: dict[str, Search | Callable[..., Attack]] = {
     # Paper, section 3. Its code takes 50 samples in each of the paper's 800 updates of CMA-ES.
-    "ggl": Search(optimizer="cma_es", steps=800, regularizer="kld:0.1"),
+    "ggl": Search(),
     # Zhu, Liu and Han (2019), "Deep Leakage from Gradients". 300 iterations of torch's L-BFGS, of
     # up to 20 evaluations each; a step here is one evaluation.
     "dlg": _on_pixels("dlg", labels="searched", optimizer="lbfgs", steps=6000),
@@ -96,7 +96,7 @@ def search_of(
     preset: str = "paper",
     attack: str = "ggl",
     optimizer: str | None = None,
-    adaptive: bool | None = None,
+    **changes: Any,
 ) -> Search:
     """An attack's search as a preset has it, for an optimiser.
 
@@ -105,11 +105,11 @@ def search_of(
         attack: a key of :data:`ATTACKS`.
         optimizer: a name with options, see :mod:`ggl_jax.grammar`; options that it does not name
             are the preset's, where that has the same optimiser. None for the preset's own.
-        adaptive: None for the attack's own; False also drops comparisons that would change how the
-            defense is simulated.
+        **changes: further options, see :class:`ggl_jax.spec.Search`. ``adaptive=False`` also drops
+            the preset's comparisons that would change how the defense is simulated.
 
     Raises:
-        GGLError: an unknown preset, attack or optimiser.
+        GGLError: an unknown preset, attack, optimiser or option, or a value out of its range.
 
     >>> search_of("quick", "ig").steps
     200
@@ -121,27 +121,25 @@ def search_of(
             hint = did_you_mean(name, known, before="; ")
             raise GGLError(f"{what}: got {name!r}, allowed: {', '.join(known)}{hint}")
     published = ATTACKS[attack]
-    base = published if isinstance(published, Search) else Search(attack=attack)
+    search = published if isinstance(published, Search) else Search(attack=attack)
+    own, _ = _read(search.optimizer)
     name, given = (None, {}) if optimizer is None else _read(optimizer)
-    own = _read(base.optimizer)[0]
-    changes: Mapping[str, Any] = {}
-    if name in (None, "adam") or f"{attack}/{name}" not in PRESETS[preset]:
-        changes = PRESETS[preset].get(attack, {}) if name in (None, "adam", own) else {}
-    else:
-        changes = PRESETS[preset][f"{attack}/{name}"]
+    presets = PRESETS[preset]
     if name not in (None, own):
-        steps = _STEPS.get(name or "", base.steps) if attack == "ggl" else base.steps
-        base = replace(base, optimizer=name, steps=steps)
-    search = replace(base, **changes)
+        steps = _STEPS.get(name, search.steps) if attack == "ggl" else search.steps
+        search = replace(search, optimizer=name, steps=steps)
+    # The preset's own search stands under the attack's name, whichever optimiser that has.
+    preferred = presets.get(attack, {})
+    usual, _ = _read(preferred.get("optimizer", own))
+    chosen = preferred if name in (None, usual) else presets.get(f"{attack}/{name}", {})
+    search = replace(search, **chosen)
     if name is not None:
         known, options = _read(search.optimizer)
         merged = {**options, **given} if known == name else given
         search = replace(search, optimizer=grammar.write(OPTIMIZERS, name, merged))
-    if adaptive is not None:
-        search = replace(search, adaptive=adaptive)
-    if not search.adaptive and search.compare in ("support", "undefended"):
+    if changes.get("adaptive") is False and search.compare in ("support", "undefended"):
         search = replace(search, compare="published")
-    return search
+    return replace(search, **changes)
 
 
 def _read(optimizer: str) -> tuple[str, dict[str, Any]]:

@@ -32,11 +32,11 @@ SCHEDULES = {"step": _step_decay, "ramp": _ramp}
 
 def adam(
     *,
-    steps: int = 2500,
     learning_rate: float = 0.1,
     schedule: str = "step",
     signed: bool = True,
     box: float | None = None,
+    steps: int = 2500,
 ) -> Optimizer:
     """Adam on the latents, every restart of the batch on its own.
 
@@ -44,12 +44,12 @@ def adam(
     differentiated, so it takes about three times as long as a CMA-ES candidate).
 
     Args:
-        steps: length of the run, which the schedule needs; at least 1. The paper uses 2,500.
         learning_rate: > 0.
         schedule: "step" (x 0.1 at 3/8, 5/8, 7/8; published for 32x32) or "ramp" (warm-up over 5 %,
             cosine ramp-down over the last 25 %; published for 224x224).
         signed: feed Adam the sign of the gradient, as the published 32x32 code does.
         box: keep every entry within [-box, box], > 0; None for no bounds.
+        steps: length of the run, which the schedule needs; at least 1. The paper uses 2,500.
 
     Returns:
         An :class:`Optimizer`.

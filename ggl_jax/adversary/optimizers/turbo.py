@@ -126,7 +126,6 @@ def candidates_around(
 
 def turbo(
     *,
-    steps: int = 100,
     round_size: int = 10,
     num_initial: int = 256,
     half_width: float = 2.0,
@@ -135,6 +134,7 @@ def turbo(
     failure_tolerance: int = 13,
     fit_steps: int = 50,
     max_points: int = 1024,
+    steps: int = 100,
 ) -> Optimizer:
     """TuRBO-1, the paper's Bayesian optimisation, for searches of some thousand evaluations.
 

@@ -1,0 +1,43 @@
+"""Options that depend on others: the search that a preset has for an attack and an optimiser."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any, Literal
+
+import tyro
+
+from ggl_jax.adversary.attacks import PRESETS, search_of
+from ggl_jax.spec import Search
+
+Preset = Literal["quick", "standard", "paper"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """What the defaults of the other options hang on, read before them."""
+
+    preset: str = "quick"
+    attack: str | None = None
+    optimizer: str | None = None
+    no_adaptive: bool = False
+    config: Path | None = None
+
+    @property
+    def search(self) -> Search:
+        """The search that was chosen, each option at its preset's value."""
+        changes: dict[str, Any] = {"adaptive": False} if self.no_adaptive else {}
+        # An unknown preset is refused when all options are read.
+        preset = self.preset if self.preset in PRESETS else "quick"
+        return search_of(preset, self.attack or "ggl", self.optimizer, **changes)
+
+
+def choice_of(argv: list[str]) -> Choice:
+    """The choice among a command's arguments, whatever else these are."""
+    found, _ = tyro.cli(
+        Choice,
+        args=argv,
+        return_unknown_args=True,
+        add_help=False,
+        config=(tyro.conf.FlagCreatePairsOff,),
+    )
+    return found
