@@ -203,7 +203,7 @@ def batch_controls(
 
 def _in_order(batch: np.ndarray, images: jax.Array) -> np.ndarray:
     """A batch [b h w c] in the order of the private images, as the audit orders an attack's."""
-    return batch if len(batch) == 1 else batch[assign(batch, images)]
+    return batch if len(batch) == 1 else batch[assign(jnp.asarray(batch), images)]
 
 
 def prior_controls(
@@ -226,9 +226,9 @@ def write_controls(path: Path, controls: Controls, original: np.ndarray) -> None
         StorageError: the disk is full or not writable.
     """
     content: dict[str, Any] = controls._asdict() | {"original": original}
-    content["scores"] = json.dumps(controls.scores)
+    content["scores"] = np.asarray(json.dumps(controls.scores))
     stream = BytesIO()
-    np.savez_compressed(stream, **{name: np.asarray(value) for name, value in content.items()})
+    np.savez_compressed(stream, **content)
     files.write_bytes(path, stream.getvalue())
 
 
@@ -239,6 +239,6 @@ def read_controls(path: Path) -> tuple[Controls, np.ndarray]:
         OSError, ValueError, KeyError: the file is missing or damaged.
     """
     with np.load(path, allow_pickle=False) as stored:
-        pictures = [stored[name] for name in ("best_sample", "mean_image", "ceiling")]
-        found = Controls(json.loads(str(stored["scores"])), *pictures, int(stored["label"]))
-        return found, stored["original"]
+        best, mean, ceiling = (stored[name] for name in ("best_sample", "mean_image", "ceiling"))
+        scores, label = json.loads(str(stored["scores"])), int(stored["label"])
+        return Controls(scores, best, mean, ceiling, label), stored["original"]

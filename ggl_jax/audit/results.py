@@ -24,8 +24,8 @@ class Records(NamedTuple):
         folder: where.
         kind: "sweep" or "audit".
         config: the content of ``config.json``.
-        cells: cell -> its values on the axes and its gradient evaluations; of an audit, the cells
-            that are finished.
+        cells: cell -> its values on the axes and its gradient evaluations, for all cells that
+            were asked for.
         rows: finished cells' rows, one for each image, in the order of the plan.
         failures: cell -> the reason, for the cells whose last attempt failed.
     """
@@ -239,7 +239,13 @@ def _read_sweep(folder: Path, config: dict[str, Any]) -> Records:
 
 def _read_audit(folder: Path, config: dict[str, Any]) -> Records:
     rows = read_journal(folder / "results.jsonl")
-    cells = {}
+    # What was asked for, so that an audit that was interrupted does not look finished.
+    asked = config.get("asked", {"defenses": [], "images": []})
+    cells: dict[str, dict[str, Any]] = {
+        f"{defense} {image}": {"defense": defense, "image": image}
+        for image in asked["images"]
+        for defense in asked["defenses"]
+    }
     for row in rows:
         row["cell"] = f"{row['defense']} {row['image']}"
         cells[row["cell"]] = {

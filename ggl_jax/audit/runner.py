@@ -244,7 +244,8 @@ def _check_inputs(model: Model, prior: Prior, images: np.ndarray, labels: np.nda
     if prior.image_shape != model.image_shape:
         raise GGLError(
             f"prior: {prior.name!r} makes images of shape {prior.image_shape}, but model "
-            f"{model.name!r} takes {model.image_shape}; choose a prior of that size"
+            f"{model.name!r} takes {model.image_shape}; choose a prior of that size, or attack "
+            f"pixels, which needs none: prior=ggl_jax.pixels({model.image_shape})"
         )
     if labels.shape != images.shape[:1]:
         raise GGLError(

@@ -315,9 +315,9 @@ def run(command: AuditCommand, argv: list[str]) -> int:
     out = command.out or Path(f"ggl-audit-{files.digest(options, inputs)[:8]}")
     shown_command = "ggl-jax " + shlex.join(argv)
     env = environment()
-    check_config(
-        out, {"command": shown_command, "options": options, "inputs": inputs, "environment": env}
-    )
+    asked = {"defenses": [d.name for d in parsed], "images": list(dataset.names)}
+    config = {"command": shown_command, "options": options, "inputs": inputs}
+    check_config(out, config | {"asked": asked, "environment": env})
     num = len(dataset.images)
     for line in unused_options(settings):
         console.print(f"Note: {line}", markup=False, soft_wrap=True)
