@@ -19,6 +19,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from ggl_jax import machine
 from ggl_jax.errors import GGLError
 
 CARD, WEIGHTS = "card.json", "weights"
@@ -125,6 +126,7 @@ def load(path) -> tuple[Any, dict[str, Any]]:
     """
     path = Path(path)
     card = load_card(path)
+    machine.devices()  # orbax wants them, and a missing one is no damage
     weights = (path / WEIGHTS).absolute()
     if not weights.is_dir():
         raise GGLError(f"checkpoint {path} has no {WEIGHTS} folder; fetch it again")

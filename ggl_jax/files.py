@@ -1,7 +1,8 @@
-"""Files that are written whole or not at all, whatever ends the process."""
+"""Files that are written whole or not at all, whatever ends the process, and their digests."""
 
 import contextlib
 import errno
+import hashlib
 import json
 import os
 from io import BytesIO
@@ -14,8 +15,30 @@ from PIL import Image
 from ggl_jax.errors import StorageError
 
 
+def digest(*parts: Any) -> str:
+    """The sha256 of bytes, arrays (their shapes, types and values) and values that JSON holds."""
+    found = hashlib.sha256()
+    for part in parts:
+        if isinstance(part, bytes):
+            found.update(part)
+        elif hasattr(part, "dtype"):
+            array = np.asarray(part)
+            found.update(f"{array.shape}{array.dtype}".encode() + array.tobytes())
+        else:
+            found.update(json.dumps(part, sort_keys=True).encode() + b"\n")
+    return found.hexdigest()
+
+
+def sha256(path: str | Path) -> str:
+    """The sha256 of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def sync_folder(folder: Path) -> None:
-    """Make renames and new files in a folder durable."""
+    """Make renames and new files in a folder durable; Windows has no such call."""
+    if os.name == "nt":
+        return
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -62,7 +62,7 @@ TABLES = """
 | 80 % | 4.6567 | 4.5129 | 4.6079 | 4.9889 | 9.4066 |
 """  # noqa: E501
 
-NUMBER = re.compile(r"\d*\.\d+")
+NUMBER = re.compile(r"\d*\.\d{4,}")
 METRICS = {"MSE-I": "mse_i", "PSNR": "psnr_paper", "LPIPS": "lpips", "MSE-R": "mse_r"}
 
 
@@ -304,9 +304,8 @@ def test_controls_are_scored_by_the_papers_metrics(tiny_model, tiny_variables, t
     params = tiny_prior.init(jax.random.key(1))
     private = np.full((8, 8, 3), 0.25, np.float32)
     grey, ceiling = private + 0.1, private + 0.05
-    known = Controls({}, private, grey, ceiling)
-    rows = [{"image": "a", "label_inferred": 1}]
-    result = AuditResult(rows, [], {"a": known}, {"a": private, "not yet": private})
+    known = Controls({}, private, grey, ceiling, 1)
+    result = AuditResult([], [], {"a": known}, {"a": private, "not yet": private})
     found = paper.control_scores(
         result,
         tiny_model,
@@ -359,7 +358,7 @@ def pretend_audit(images, labels, *, defenses, names, seed, controls, lpips, **o
     ]
     pictures = dict(zip(names, np.asarray(images, np.float32), strict=True))
     known = {
-        name: Controls({}, image, image * 0.9, image * 0.8) for name, image in pictures.items()
+        name: Controls({}, image, image * 0.9, image * 0.8, 1) for name, image in pictures.items()
     }
     return AuditResult(rows, [pictures[one["image"]] for one in rows], controls or known, pictures)
 

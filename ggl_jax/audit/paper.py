@@ -397,7 +397,6 @@ def control_scores(
         num: random samples of the prior, of the inferred label, that are averaged, at least 1.
     """
     perceptual = metrics.perceptual(lpips, prior.image_shape).distance
-    labels = {row["image"]: row["label_inferred"] for row in result.rows}
     found: dict[str, list[dict[str, float]]] = {}
 
     def score(images, original):
@@ -412,7 +411,8 @@ def control_scores(
         return scores
 
     for number, (name, original) in enumerate(result.originals.items()):
-        if name not in labels:  # interrupted before this image
+        known = result.controls.get(name)
+        if known is None:  # interrupted before this image
             continue
         latents = prior.sample_latent(jax.random.fold_in(key, number), num)
         private = jnp.asarray(original)
@@ -421,8 +421,7 @@ def control_scores(
             del start
             return score(images, private)
 
-        parts = decode_each(prior, prior_params, latents, labels[name], use)
-        known = result.controls[name]
+        parts = decode_each(prior, prior_params, latents, known.label, use)
         kinds = {
             "random sample of the prior": parts,
             "the prior's mean image, the best blind guess in MSE": [

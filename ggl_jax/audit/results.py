@@ -7,7 +7,6 @@ A sweep's folder holds ``config.json`` (what was asked for), ``plan.json`` (its 
 
 import contextlib
 import errno
-import fcntl
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -25,8 +24,8 @@ class Records(NamedTuple):
         folder: where.
         kind: "sweep" or "audit".
         config: the content of ``config.json``.
-        cells: cell -> its values on the axes and its gradient evaluations; of an audit, the cells
-            that are finished.
+        cells: cell -> its values on the axes and its gradient evaluations, for all cells that
+            were asked for.
         rows: finished cells' rows, one for each image, in the order of the plan.
         failures: cell -> the reason, for the cells whose last attempt failed.
     """
@@ -56,10 +55,17 @@ class Lock:
     Network file systems honour it where they support ``flock`` (NFS since Linux 2.6.12).
 
     Raises:
-        GGLError: another process holds it.
+        GGLError: another process holds it, or this is Windows, which has no such locks.
     """
 
     def __init__(self, folder: Path, process: int = 0, *, name: str | None = None):
+        try:
+            import fcntl  # here and not above, so that the package can be imported on Windows
+        except ImportError:
+            raise GGLError(
+                "out: results can be kept on Linux and macOS only; on Windows use WSL, or call "
+                "audit without out"
+            ) from None
         path = folder / (name or f"lock-{process:04d}")
         self._file = path.open("a+")
         try:
@@ -233,7 +239,13 @@ def _read_sweep(folder: Path, config: dict[str, Any]) -> Records:
 
 def _read_audit(folder: Path, config: dict[str, Any]) -> Records:
     rows = read_journal(folder / "results.jsonl")
-    cells = {}
+    # What was asked for, so that an audit that was interrupted does not look finished.
+    asked = config.get("asked", {"defenses": [], "images": []})
+    cells: dict[str, dict[str, Any]] = {
+        f"{defense} {image}": {"defense": defense, "image": image}
+        for image in asked["images"]
+        for defense in asked["defenses"]
+    }
     for row in rows:
         row["cell"] = f"{row['defense']} {row['image']}"
         cells[row["cell"]] = {

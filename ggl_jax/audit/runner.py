@@ -21,7 +21,7 @@ from ggl_jax.adversary.resume import Checkpoints
 from ggl_jax.adversary.search import Stage, run_stages
 from ggl_jax.adversary.strategy import AttackSettings, combines, make_stages, result_images
 from ggl_jax.audit import metrics, results
-from ggl_jax.audit.controls import Controls, prior_controls
+from ggl_jax.audit.controls import Controls, batch_controls
 from ggl_jax.client import defenses as client_defenses
 from ggl_jax.client.gradients import local_update
 from ggl_jax.errors import GGLError
@@ -244,7 +244,8 @@ def _check_inputs(model: Model, prior: Prior, images: np.ndarray, labels: np.nda
     if prior.image_shape != model.image_shape:
         raise GGLError(
             f"prior: {prior.name!r} makes images of shape {prior.image_shape}, but model "
-            f"{model.name!r} takes {model.image_shape}; choose a prior of that size"
+            f"{model.name!r} takes {model.image_shape}; choose a prior of that size, or attack "
+            f"pixels, which needs none: prior=ggl_jax.pixels({model.image_shape})"
         )
     if labels.shape != images.shape[:1]:
         raise GGLError(
@@ -372,21 +373,33 @@ def audit(
                     progress(f"{group[0].defense.name}: {phase}", done, num_cells, work, loss)
 
             keys = [jax.random.fold_in(key, ids[cell.first]) for cell in group]
-            for cell, instance in zip(group, keys, strict=True):
-                for position, name in enumerate(cell.names):
-                    if name not in result.controls:
-                        report("controls")
-                        stream = jax.random.fold_in(instance, STREAM_CONTROLS)
-                        result.controls[name] = prior_controls(
-                            prior,
-                            prior_params,
-                            cell.images[position],
-                            cell.labels[position],
-                            jax.random.fold_in(stream, position),
-                            num_samples=num_controls,
-                            ceiling_steps=ceiling_steps,
-                        )
+
+            def controls_of(cell, instance, labels, report=report):
+                """A batch's controls: made once, for each choice of labels that tell the prior."""
+                known = [result.controls.get(name) for name in cell.names]
+                if all(
+                    own is not None and (prior.num_classes is None or own.label == label)
+                    for own, label in zip(known, labels, strict=True)
+                ):
+                    return known
+                report("controls")
+                stream = jax.random.fold_in(instance, STREAM_CONTROLS)
+                found = batch_controls(
+                    prior,
+                    prior_params,
+                    cell.images,
+                    labels,
+                    jax.random.fold_in(stream, 0),
+                    num_samples=num_controls,
+                    ceiling_steps=ceiling_steps,
+                )
+                result.controls.update(zip(cell.names, found, strict=True))
+                return found
+
             finished = [store.finished(cell) if store else None for cell in group]
+            for cell, instance, rows_of in zip(group, keys, finished, strict=True):
+                if rows_of is not None:  # for the result; their scores are in the rows
+                    controls_of(cell, instance, [row["label_inferred"] for row in rows_of[0]])
             todo = [i for i, found in enumerate(finished) if found is None]
             if todo:
                 keeper = None
@@ -403,7 +416,7 @@ def audit(
                     client,
                     settings,
                     seed,
-                    result.controls,
+                    controls_of,
                     public,
                     others,
                     mesh,
@@ -459,7 +472,7 @@ def _run_group(
     client: ClientSettings,
     settings: AttackSettings,
     seed: int,
-    controls: dict[str, Controls],
+    controls_of: Callable[..., list[Controls]],
     public: dict[str, jax.Array],
     others: np.ndarray | None,
     mesh: jax.sharding.Mesh | None,
@@ -511,6 +524,8 @@ def _run_group(
         images, problem = reconstructed[number], problems[number]
         # Only the audit may do this: an update does not tell the order of a batch's images.
         order = assign(images, cell.images)
+        inferred = np.asarray(outcome.labels[number])[order]
+        controls = controls_of(cell, instances[number], inferred)
         status = int(outcome.status[number])
         rows, recs = [], []
         for position, name in enumerate(cell.names):
@@ -528,7 +543,7 @@ def _run_group(
                 "image": name,
                 "batch": list(cell.names),
                 "label_true": cell.labels[position],
-                "label_inferred": outcome.labels[number][order[position]],
+                "label_inferred": inferred[position],
                 # Of the whole batch, as multisets: an update does not tell the images' order.
                 "label_accuracy": metrics.label_accuracy(outcome.labels[number], cell.labels),
                 "defense": defense.name,
@@ -552,7 +567,7 @@ def _run_group(
                 "distance": outcome.distances[number],
                 "loss_curve": _curve(np.asarray(outcome.history[number])),
                 **scores,
-                **controls[name].scores,
+                **controls[position].scores,
             }
             rows.append(jsonable(row))
             recs.append(np.asarray(image))

@@ -14,7 +14,6 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from io import BytesIO
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,7 +24,7 @@ from ggl_jax import files
 from ggl_jax.adversary.attacks import resolve
 from ggl_jax.adversary.strategy import AttackSettings
 from ggl_jax.audit import results
-from ggl_jax.audit.controls import Controls
+from ggl_jax.audit.controls import Controls, read_controls, write_controls
 from ggl_jax.audit.runner import (
     ClientSettings,
     Progress,
@@ -328,7 +327,8 @@ def plan(
                 values["seed"],
                 [per_image[i] for i in batch],
             )[:16]
-            shown = {k: v.name if isinstance(v, Defense) else v for k, v in values.items()}
+            # The canonical name, as in the rows, however it was spelled.
+            shown = values | {"defense": defense.name}
             shown["image"] = ", ".join(names[i] for i in batch)
             cells.setdefault(
                 identity,
@@ -481,12 +481,12 @@ class _ControlStore:
 
     def path(self, cell: SweepCell, image: int) -> Path:
         grid = self._grid
-        # The stream of an image's controls is its batch's, at its position in it.
-        stream = [cell.seed, grid.ids[cell.images[0]], image - cell.images[0]]
+        # Random batches are put in order by the whole batch, so controls are those of all of it.
+        batch = list(cell.images)
         name = _digest(
-            grid.images[image],
-            int(grid.labels[image]),
-            stream,
+            grid.images[batch],
+            grid.labels[batch],
+            [cell.seed, grid.ids[batch[0]], batch.index(image)],
             [grid.prior.name, grid.inputs["prior"], grid.num_controls, grid.ceiling_steps],
         )[:16]
         return self._folder / f"{name}.npz"
@@ -513,20 +513,7 @@ class _ControlStore:
                 found = controls[self._grid.names[image]]
                 self._loaded[path.name] = found
                 if self._write and not path.exists():
-                    stream = BytesIO()
-                    pictures = found._asdict() | {"original": self._grid.images[image]}
-                    pictures["scores"] = np.asarray(json.dumps(found.scores))
-                    arrays: dict[str, Any] = {k: np.asarray(v) for k, v in pictures.items()}
-                    np.savez_compressed(stream, **arrays)
-                    files.write_bytes(path, stream.getvalue())
-
-
-def read_controls(path: Path) -> tuple[Controls, np.ndarray]:
-    """An image's controls, and the private image [h w c], from a sweep's folder."""
-    with np.load(path, allow_pickle=False) as stored:
-        scores = json.loads(str(stored["scores"]))
-        pictures = [stored[name] for name in ("best_sample", "mean_image", "ceiling")]
-        return Controls(scores, *pictures), stored["original"]
+                    write_controls(path, found, self._grid.images[image])
 
 
 def _audit_cells(

@@ -1,7 +1,6 @@
 """What several subcommands share: the console, their inputs, the environment, folders, progress."""
 
 import dataclasses
-import hashlib
 import json
 import math
 import os
@@ -14,7 +13,7 @@ from typing import Any, NamedTuple
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from ggl_jax import files
+from ggl_jax import files, machine
 from ggl_jax.errors import GGLError
 
 # Without emoji: in text of the user's, ":100:" is a range.
@@ -22,15 +21,6 @@ console = Console(emoji=False)
 
 #: Where progress is not live, no longer than this without a line.
 _QUIET_SECONDS = 60.0
-
-
-def fingerprint(*parts) -> str:
-    digest = hashlib.sha256()
-    for part in parts:
-        digest.update(
-            part if isinstance(part, bytes) else json.dumps(part, sort_keys=True).encode()
-        )
-    return digest.hexdigest()
 
 
 def fields_of(kind: type, command: Any) -> dict[str, Any]:
@@ -154,8 +144,6 @@ def environment() -> dict[str, str]:
     """Versions and hardware that numbers depend on."""
     import importlib.metadata as metadata
 
-    import jax
-
     packages = ("ggl-jax", "jax", "jaxlib", "flax", "optax", "evosax", "orbax-checkpoint", "numpy")
     versions = {}
     for name in packages:
@@ -163,24 +151,14 @@ def environment() -> dict[str, str]:
             versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             versions[name] = "not installed"
-    devices = jax.devices()
+    devices = machine.devices()
     return {
         **versions,
         "python": platform.python_version(),
         "platform": platform.platform(),
         "device": f"{len(devices)} x {devices[0].device_kind} ({devices[0].platform})",
-        "cpu": f"{cpu_name()}, {os.cpu_count()} cores",
+        "cpu": f"{machine.cpu_name()}, {os.cpu_count()} cores",
     }
-
-
-def cpu_name() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
 
 
 def check_config(out: Path, config: dict) -> None:

@@ -17,7 +17,6 @@ from ggl_jax.commands._shared import (
     console,
     environment,
     fields_of,
-    fingerprint,
     load_inputs,
 )
 from ggl_jax.errors import GGLError
@@ -310,15 +309,15 @@ def run(command: AuditCommand, argv: list[str]) -> int:
         build_programs(model, prior, defense, client, settings)  # for its errors
     options = _options(command)
     inputs = {
-        "images": fingerprint(dataset.images.tobytes(), np.asarray(dataset.labels).tobytes()),
+        "images": files.digest(dataset.images.tobytes(), np.asarray(dataset.labels).tobytes()),
         "prior": card["sha256"],
     }
-    out = command.out or Path(f"ggl-audit-{fingerprint(options, inputs)[:8]}")
+    out = command.out or Path(f"ggl-audit-{files.digest(options, inputs)[:8]}")
     shown_command = "ggl-jax " + shlex.join(argv)
     env = environment()
-    check_config(
-        out, {"command": shown_command, "options": options, "inputs": inputs, "environment": env}
-    )
+    asked = {"defenses": [d.name for d in parsed], "images": list(dataset.names)}
+    config = {"command": shown_command, "options": options, "inputs": inputs}
+    check_config(out, config | {"asked": asked, "environment": env})
     num = len(dataset.images)
     for line in unused_options(settings):
         console.print(f"Note: {line}", markup=False, soft_wrap=True)

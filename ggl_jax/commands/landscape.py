@@ -14,7 +14,6 @@ from ggl_jax.commands._shared import (
     console,
     environment,
     fields_of,
-    fingerprint,
     load_inputs,
 )
 from ggl_jax.commands.audit import SEARCHES
@@ -132,7 +131,7 @@ def run(command: LandscapeCommand, argv: list[str]) -> int:
     options = {k: v for k, v in dataclasses.asdict(command).items() if k != "out"}
     shown = "ggl-jax " + shlex.join(argv)
     env = environment()
-    inputs = {"images": fingerprint(dataset.images.tobytes()), "prior": card["sha256"]}
+    inputs = {"images": files.digest(dataset.images.tobytes()), "prior": card["sha256"]}
     check_config(
         command.out, {"command": shown, "options": options, "inputs": inputs, "environment": env}
     )

@@ -19,7 +19,6 @@ from ggl_jax.commands._shared import (
     console,
     environment,
     fields_of,
-    fingerprint,
     load_inputs,
 )
 from ggl_jax.errors import GGLError, did_you_mean
@@ -99,7 +98,7 @@ def run(command: ReproduceCommand, argv: list[str]) -> int:
     shown = "ggl-jax " + shlex.join(argv)
     env = environment()
     given = {
-        "images": fingerprint(inputs.dataset.images.tobytes()),
+        "images": files.digest(inputs.dataset.images.tobytes()),
         "prior": inputs.card["sha256"],
     }
     check_config(out, {"command": shown, "options": options, "inputs": given, "environment": env})

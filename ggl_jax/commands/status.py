@@ -23,14 +23,11 @@ def run(command: StatusCommand, argv: list[str]) -> int:
 
     records = results.read(command.folder)
     done, failed, left = len(records.finished), len(records.failures), len(records.left)
-    if records.kind == "audit":
-        console.print(f"{done:,} cells done.", markup=False)
-        return 0
     console.print(
         f"{len(records.cells):,} cells: {done:,} done, {failed:,} failed, {left:,} left.",
         markup=False,
     )
-    seconds = remaining(records)
+    seconds = remaining(records) if records.kind == "sweep" else None
     if left and seconds is not None:
         left_time = datetime.timedelta(seconds=round(seconds))
         console.print(f"About {left_time} left at the pace of the finished cells.", markup=False)
