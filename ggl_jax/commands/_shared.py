@@ -32,8 +32,8 @@ def fields_of(kind: type, command: Any) -> dict[str, Any]:
 #: The lowest values of options, the same in every subcommand that has them: whole numbers of at
 #: least an int, finite numbers above a float.
 LOWEST: dict[str, float] = {
-    **{"seed": 0, "index": 0, "label": 0, "num_classes": 1, "images": 1, "suspects": 0},
-    **{"batch_size": 1, "local_steps": 1, "local_learning_rate": 0.0},
+    **{"seed": 0, "seeds": 1, "index": 0, "label": 0, "num_classes": 1, "images": 1},
+    **{"suspects": 0, "batch_size": 1, "local_steps": 1, "local_learning_rate": 0.0},
     **{"steps": 1, "restarts": 1, "pool": 0, "population": 4, "finalists": 0},
     **{"final_steps": 1, "refine_steps": 1, "learning_rate": 0.0, "sigma0": 0.0},
     **{"chunk_size": 1, "memory": 0.0, "instances": 1, "num_controls": 1, "ceiling_steps": 1},
