@@ -28,6 +28,7 @@ from ggl_jax.adversary.optimizers import (
     cma_es,
     hybrid,
     lbfgs,
+    lbfgs_wolfe,
     turbo,
 )
 from ggl_jax.adversary.search import Stage, run_search, run_stages
@@ -99,6 +100,7 @@ __all__ = [
     "infer_labels",
     "inverting_gradients",
     "lbfgs",
+    "lbfgs_wolfe",
     "lenet",
     "load",
     "load_prior",
