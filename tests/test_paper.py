@@ -240,6 +240,7 @@ def test_table_shows_ours_beside_the_papers():
         *("0.6000 ± 1.2706", "2.50 ± 6.35", "–", "0.2500 ± 0.0000")
     ]
     assert "the command" in text
+    assert "\n    " not in text  # Markdown would show it as code
     assert "half of the 95 % interval over images" in text
     # Half of the images are done.
     assert ("clip:4", "GGL (2 of 4)") in table_of(experiment, {ggl: rows}, num_images=4)[2]

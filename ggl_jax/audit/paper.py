@@ -10,6 +10,7 @@ A new experiment is a subclass of :class:`Experiment` and one line in :data:`EXP
 
 import csv
 import dataclasses
+import inspect
 import itertools
 import statistics
 from collections.abc import Mapping, Sequence
@@ -177,8 +178,11 @@ class Table1(Experiment):
     """Which loss: distances D1 (squared l2), D2 (cosine) and regularisers R1 (KLD), R2 (norm).
 
     Claim: of the four, D1 with R1 has the best numbers.
+
     Command: ``ggl-jax reproduce table1 --data celeba32_private.npz``
+
     Cost: quick, 4 images and loss functions, 300 steps of Adam each; paper, ten images and 2,500.
+
     The weights of R1 are the published code's (0.1 beside D1, 1e-4 beside D2). Those of R2 are
     ours, in the same proportion: neither the paper nor the code gives any.
     """
@@ -207,9 +211,12 @@ class Table2(Experiment):
     """Which optimiser, without a defense: mean and deviation over seeds of single runs.
 
     Claim: on CelebA Adam is a little better than the gradient-free searches; on ImageNet it fails.
+
     Command: ``ggl-jax reproduce table2 --data celeba32_private.npz``
+
     Cost: quick, one image and 3 seeds: 300 steps of Adam, 1,000 evaluations of BO (TuRBO) and of
     CMA-ES; paper, 2,500 steps, 1,000 evaluations and 800 updates of 50.
+
     A seed changes the model's weights, too, as in the published code.
     """
 
@@ -229,8 +236,11 @@ class Table3(Experiment):
     Claim: GGL finds the image under each defense, the baselines do not, but for IG, which clipping
     hardly touches: it changes only a gradient's magnitude. (That holds for one global norm,
     ``--fidelity code``. The paper's section 3.3 clips layer by layer, ``--fidelity paper``.)
+
     The adaptive rows are ours: the paper's baselines ignore the defense.
+
     Command: ``ggl-jax reproduce table3 --data celeba32_private.npz``
+
     Cost: quick, 28 cells an image of some 300 evaluations with derivatives each; paper, the best of
     four trials: 800 updates of 50 for GGL, 8,000 steps for IG and GI, 300 iterations of L-BFGS for
     DLG and iDLG (24,000 and 1,200 at 224x224).
@@ -253,7 +263,9 @@ class Figure3(Table2):
     """The pictures behind Table 2: reconstructions by the three optimisers, from several seeds.
 
     Claim: as Table 2.
+
     Command: ``ggl-jax reproduce figure3 --data celeba32_private.npz``
+
     Cost: as Table 2.
     """
 
@@ -264,7 +276,9 @@ class Figure4(Table3):
     """The pictures behind Table 3, (a) CelebA and (b) ImageNet.
 
     Claim: as Table 3.
+
     Command: ``ggl-jax reproduce figure4 --data celeba32_private.npz``
+
     Cost: as Table 3.
     """
 
@@ -275,6 +289,7 @@ class Figure5(Experiment):
     """More ImageNet samples of GGL under Soteria.
 
     Command: ``ggl-jax reproduce figure5 --data tfds:imagenet2012:validation --prior biggan224``
+
     Cost: one search of Table 3's GGL for each image.
     """
 
@@ -292,7 +307,9 @@ class Figure6(Experiment):
 
     Claim: the combination comes out lowest. (The PSNR under the paper's pictures are not in its
     text, so none stand beside ours.)
+
     Command: ``ggl-jax reproduce figure6 --data celeba32_private.npz``
+
     Cost: three searches of Table 3's GGL for each image.
     """
 
@@ -309,7 +326,9 @@ class Figure7(Experiment):
     Claim: a rate of 10 % already breaks the baselines, while GGL recovers the person's profile at
     any rate. Without defense DLG reaches 15.3 dB on this ResNet-18 (21.4 on the usual scale): its
     failures come from the defenses, not from ReLU.
+
     Command: ``ggl-jax reproduce figure7 --data celeba32_private.npz``
+
     Cost: 25 searches of Table 3 for each image.
     """
 
@@ -327,7 +346,9 @@ class Figure8(Experiment):
 
     At 32x32 they are grey pieces of background without faces, which ship with scikit-image. Images
     without labels count as class 0.
+
     Command: ``ggl-jax reproduce figure8 --half celeba``, or ``--data FOLDER --prior biggan224``
+
     Cost: one search of Table 3's GGL for each image.
     """
 
@@ -346,8 +367,10 @@ class Figure9(Experiment):
     """Matching loss and LPIPS on a plane of latents around GGL's result.
 
     Claim: the matching loss has several local minima and is not quite in line with LPIPS.
+
     Command: ``ggl-jax reproduce figure9 --data tfds:imagenet2012:validation --prior biggan224``,
     which runs ``ggl-jax landscape`` with this search
+
     Cost: one search of Table 3's GGL, and 441 evaluations without derivatives.
     """
 
@@ -491,7 +514,7 @@ def markdown(
         f"# {experiment.title} ({HALVES[experiment.half]} half, scale {experiment.scale}, "
         f"fidelity {experiment.fidelity})",
         "",
-        str(type(experiment).__doc__).strip(),
+        inspect.cleandoc(str(type(experiment).__doc__)),
         "",
         f"Mean ± {experiment.spread}, on the paper's scale; the paper's value in brackets, where "
         "it gives one.",
