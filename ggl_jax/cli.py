@@ -32,8 +32,9 @@ from ggl_jax.commands import (
     utility,
     weights,
 )
-from ggl_jax.commands._shared import cpu_name, fingerprint
+from ggl_jax.commands._shared import cpu_name
 from ggl_jax.errors import GGLError
+from ggl_jax.files import digest
 
 #: Subcommands: their options, and ``run(options, argv) -> exit code``. A new one is one file in
 #: ``ggl_jax/commands`` and one line here.
@@ -94,7 +95,7 @@ def _use_compilation_cache() -> None:
     if "JAX_COMPILATION_CACHE_DIR" in os.environ:
         return
     # CPU programs hold instructions of the very processor they were compiled on.
-    machine = fingerprint(cpu_name().encode(), jax.__version__.encode())[:8]
+    machine = digest(cpu_name(), jax.__version__)[:8]
     jax.config.update(
         "jax_compilation_cache_dir",
         str(Path(platformdirs.user_cache_dir("ggl_jax")) / f"xla-{machine}"),

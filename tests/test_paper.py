@@ -11,7 +11,7 @@ from PIL import Image
 from ggl_jax import checkpoint
 from ggl_jax.adversary.attacks import ATTACKS
 from ggl_jax.audit import paper
-from ggl_jax.audit.runner import AuditResult
+from ggl_jax.audit.run import AuditResult
 from ggl_jax.cli import run
 from ggl_jax.priors import dcgan
 
@@ -99,7 +99,8 @@ def test_reproduce_end_to_end(tmp_path, capsys, monkeypatch):
 
 def test_figure8_runs_on_images_without_labels(tmp_path, monkeypatch):
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "cache"))
-    from ggl_jax.audit import data, runner
+    from ggl_jax.audit import data
+    from ggl_jax.audit import run as runs
 
     seen = {}
 
@@ -107,7 +108,7 @@ def test_figure8_runs_on_images_without_labels(tmp_path, monkeypatch):
         seen.update(images=images, labels=labels, **options)
         return AuditResult([], [], {}, {})
 
-    monkeypatch.setattr(runner, "audit", audit)
+    monkeypatch.setattr(runs, "audit", audit)
     monkeypatch.setattr(paper, "markdown", lambda *args, **options: "")
     monkeypatch.setattr(paper, "draw", lambda *args: None)
     assert run(["reproduce", "figure8", "--images", "3", "--out", str(tmp_path / "out")]) == 0

@@ -3,7 +3,6 @@
 import base64
 import html.parser
 import io
-import json
 import os
 import re
 import shutil
@@ -15,8 +14,8 @@ import scipy.stats
 from PIL import Image
 
 import ggl_jax as gx
-from ggl_jax import files
-from ggl_jax.audit import html_report, results
+from ggl_jax.audit import folder as folders
+from ggl_jax.audit import html_report
 from ggl_jax.audit.aggregate import family_of, leakage
 from ggl_jax.audit.check import check
 from ggl_jax.cli import run
@@ -52,28 +51,23 @@ def make_row(cell, image, defense, psnr, *, attack="ggl", seed=0, **changes):
         "status": "ok",
         "ok": True,
         "loss_curve": [[1, 2, 3], [3.0, 2.0, 1.0]],
-        "reconstruction": f"reconstructions/{cell}-0.png",
     } | changes
 
 
 def make_sweep(folder, rows, *, failed=(), left=(), pictures=True):
-    (folder / "reconstructions").mkdir(parents=True)
     cells = {row["cell"]: {**row["axes"], "evaluations": 100} for row in rows}
     for cell in (*failed, *left):
         axes = {"attack": "ggl", "defense": "none", "seed": 9, "image": "x", "evaluations": 100}
         cells[cell] = axes
-    files.write_json(folder / "plan.json", {"cells": cells})
     config = {"command": "ggl-jax sweep <g>.toml", "options": {"axes": {}}, "inputs": {}}
-    files.write_json(folder / "config.json", config)
-    journal = results.Journal(folder)
+    folders.prepare(folder, config, cells)
     for row in rows:
-        if pictures:
-            files.write_png(folder / row["reconstruction"], np.full((4, 4, 3), 0.5))
-        journal.append([row])
+        folders.keep(folder, row["cell"], [row], np.full((1, 4, 4, 3), 0.5))
+        if not pictures:
+            (folder / f"cells/{row['cell']}-0.png").unlink()
     for cell in failed:
-        journal.append([{"cell": cell, "failed": "ValueError: <b>no</b>"}])
-    journal.close()
-    return results.read(folder)
+        folders.fail(folder, cell, "ValueError: <b>no</b>")
+    return folders.read(folder)
 
 
 def grid_rows(defenses, attacks, images, seeds=1):
@@ -186,27 +180,17 @@ def test_check_counts_exact_copies_and_broken_searches(tmp_path, capsys):
     assert check_command(tmp_path / "nowhere", "--max-ssim", "1") == 2
 
 
-def make_audit(folder, rows, defenses=("none",)):
-    folder.mkdir()
-    config = {"options": {"defenses": list(defenses)}, "command": "ggl-jax audit"}
-    files.write_json(folder / "config.json", config)
-    for row in rows:
-        for name in ("cell", "part", "parts", "axes"):
-            row.pop(name)
-    (folder / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (folder / "reconstructions").mkdir()
-    return results.read(folder)
-
-
-def test_audit_folders_work_too(tmp_path, capsys):
+def test_what_was_asked_for_and_is_not_there_yet_is_no_pass(tmp_path):
+    """An audit that was interrupted between two images."""
     rows = [make_row(f"{i}", f"{i}", "none", 12.0) for i in range(2)]
-    records = make_audit(tmp_path / "a", rows, defenses=["none", "clip:4"])
+    for row in rows:
+        row["axes"] = {"defense": "none", "seed": 0, "image": row["image"]}
+    records = make_sweep(tmp_path / "a", rows)
     assert html_report.write(records).is_file()
-    assert not check(records, max_psnr_over_control=2, defenses=["none"])[0].violated
-    with pytest.raises(gx.GGLError, match="clip:4"):
-        check(records, max_psnr_over_control=2)
-    assert run(["status", str(tmp_path / "a")]) == 0
-    assert "2 cells done" in capsys.readouterr().out
+    assert not check(records, max_psnr_over_control=2)[0].violated
+    assert len(make_sweep(tmp_path / "b", rows, left=["2"]).left) == 1
+    with pytest.raises(gx.GGLError, match="1 cells of none failed or are not run yet"):
+        check(folders.read(tmp_path / "b"), max_psnr_over_control=2)
 
 
 # --- status -------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from ggl_jax.audit.aggregate import Leakage, Mean, leakage
-from ggl_jax.audit.results import Records
+from ggl_jax.audit.folder import Records
 from ggl_jax.errors import GGLError
 
 
@@ -83,8 +83,6 @@ def check(
     for one in leakage(records.rows):
         found.setdefault(one.defense, []).append(one)
     planned = list(dict.fromkeys(str(cell["defense"]) for cell in records.cells.values()))
-    if records.kind == "audit":
-        planned = list(dict.fromkeys([*records.config["options"].get("defenses", []), *planned]))
     chosen = list(defenses) or planned
     if not chosen:
         raise GGLError(f"check: {records.folder} holds no results yet")
@@ -102,9 +100,6 @@ def check(
 def _check_whole(records: Records, defense: str, found: Sequence[Leakage]) -> None:
     open_cells = [*records.failures, *records.left]
     missing = sum(records.cells[cell]["defense"] == defense for cell in open_cells)
-    if records.kind == "audit":
-        images = {row["image"] for row in records.rows}
-        missing = len(images) - sum(one.num_images for one in found) if found else 1
     if missing or not found:
         raise GGLError(
             f"check: {max(missing, 1)} cells of {defense} failed or are not run yet, so nothing "

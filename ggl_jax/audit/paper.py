@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 from ggl_jax import files
 from ggl_jax.adversary.strategy import AttackSettings
 from ggl_jax.audit.metrics import confidence_interval
-from ggl_jax.audit.runner import AuditResult
+from ggl_jax.audit.run import AuditResult
 
 SCALES = ("quick", "paper")
 #: The paper's columns, and how many decimals it gives.
@@ -304,7 +304,7 @@ def markdown(
 
     Args:
         experiment: one of :data:`EXPERIMENTS`.
-        results: what :func:`ggl_jax.audit.runner.audit` returned for each search.
+        results: what :func:`ggl_jax.audit` returned for each search.
         command: shown below.
         where: date and hardware, shown below.
     """

@@ -1,8 +1,6 @@
 """What several subcommands share: the console, their inputs, the environment, folders, progress."""
 
 import dataclasses
-import hashlib
-import json
 import math
 import os
 import platform
@@ -14,7 +12,6 @@ from typing import Any, NamedTuple
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from ggl_jax import files
 from ggl_jax.errors import GGLError
 
 # Without emoji: in text of the user's, ":100:" is a range.
@@ -22,15 +19,6 @@ console = Console(emoji=False)
 
 #: Where progress is not live, no longer than this without a line.
 _QUIET_SECONDS = 60.0
-
-
-def fingerprint(*parts) -> str:
-    digest = hashlib.sha256()
-    for part in parts:
-        digest.update(
-            part if isinstance(part, bytes) else json.dumps(part, sort_keys=True).encode()
-        )
-    return digest.hexdigest()
 
 
 def fields_of(kind: type, command: Any) -> dict[str, Any]:
@@ -181,32 +169,6 @@ def cpu_name() -> str:
     except OSError:
         pass
     return platform.processor() or platform.machine()
-
-
-def check_config(out: Path, config: dict) -> None:
-    """Refuse a folder that holds another configuration; name what differs."""
-    path = out / "config.json"
-    if path.exists():
-        try:
-            old = json.loads(path.read_text())
-            same = {k: (old["options"].get(k), v) for k, v in config["options"].items()}
-            changed = [f"{k} ({a!r} there, {b!r} here)" for k, (a, b) in same.items() if a != b]
-            if old["inputs"] != config["inputs"]:
-                changed.append("the private images or the prior's weights")
-        except (json.JSONDecodeError, KeyError, TypeError, AttributeError):
-            raise GGLError(f"out: {path} is damaged; choose another --out") from None
-        if changed:
-            raise GGLError(
-                f"out: {out} holds an audit with other options: {', '.join(changed)}; choose "
-                "another --out or remove the folder"
-            )
-    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise GGLError(
-            f"out: {out} is not an empty folder and not an earlier audit; choose another --out"
-        )
-    out.mkdir(parents=True, exist_ok=True)
-    if not path.exists():
-        files.write_json(path, config)
 
 
 class AuditBar:

@@ -32,11 +32,11 @@ class CheckCommand:
 
 def run(command: CheckCommand, argv: list[str]) -> int:
     """``ggl-jax check``."""
-    from ggl_jax.audit import results
+    from ggl_jax.audit import folder
     from ggl_jax.audit.check import check
 
     findings = check(
-        results.read(command.folder),
+        folder.read(command.folder),
         max_psnr_over_control=command.max_psnr_over_control,
         max_ssim=command.max_ssim,
         defenses=command.defenses,

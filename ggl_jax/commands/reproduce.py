@@ -11,11 +11,9 @@ import tyro
 from ggl_jax import files
 from ggl_jax.commands._shared import (
     AuditBar,
-    check_config,
     check_ranges,
     console,
     environment,
-    fingerprint,
     load_inputs,
 )
 from ggl_jax.errors import GGLError
@@ -57,7 +55,7 @@ def run(command: ReproduceCommand, argv: list[str]) -> int:
     from rich.markdown import Markdown
 
     from ggl_jax.audit import paper
-    from ggl_jax.audit.runner import AuditInterrupted, AuditResult, audit
+    from ggl_jax.audit.run import AuditInterrupted, AuditResult, audit
 
     experiment = paper.EXPERIMENTS[command.experiment]()
     check_ranges(command)
@@ -85,8 +83,8 @@ def run(command: ReproduceCommand, argv: list[str]) -> int:
     options.pop("out")
     shown = "ggl-jax " + shlex.join(argv)
     env = environment()
-    inputs = {"images": fingerprint(dataset.images.tobytes()), "prior": card["sha256"]}
-    check_config(out, {"command": shown, "options": options, "inputs": inputs, "environment": env})
+    inputs = {"images": files.digest(dataset.images)[:12], "prior": card["sha256"]}
+    files.claim(out, {"command": shown, "options": options, "inputs": inputs, "environment": env})
     searches = experiment.searches(command.scale)
     console.print(
         f"{experiment.title}: {len(searches)} searches, {len(experiment.defenses)} defenses, "
