@@ -24,7 +24,7 @@ import numpy as np
 from ggl_jax import files
 from ggl_jax.adversary.strategy import AttackSettings
 from ggl_jax.audit import metrics
-from ggl_jax.audit.runner import AuditResult
+from ggl_jax.audit.run import AuditResult
 from ggl_jax.priors.decoding import decode_each
 from ggl_jax.types import Model, Prior, PyTree
 
@@ -495,7 +495,7 @@ def markdown(
 
     Args:
         experiment: one of :data:`EXPERIMENTS`.
-        results: what :func:`ggl_jax.audit.runner.audit` returned for each run, seeds in order.
+        results: what :func:`ggl_jax.audit` returned for each run, seeds in order.
         controls: from :func:`control_scores`.
         num_images: how many images were asked for; rows of fewer say so.
         lpips: backbone of our LPIPS. The paper's values are VGG's and stand beside that alone.
