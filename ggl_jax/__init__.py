@@ -28,6 +28,7 @@ from ggl_jax.adversary.optimizers import (
     cma_es,
     hybrid,
     lbfgs,
+    lbfgs_wolfe,
     turbo,
 )
 from ggl_jax.adversary.reconstruct import Reconstruction, reconstruct
@@ -118,6 +119,7 @@ __all__ = [
     "inverting_gradients",
     "judge",
     "lbfgs",
+    "lbfgs_wolfe",
     "lenet",
     "load",
     "load_prior",

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, whatever ends the process."""
+"""Files that are written whole or not at all, whatever ends the process, and their digests."""
 
 import contextlib
 import errno
@@ -141,8 +141,16 @@ def claim(
     return wanted
 
 
+def sha256(path: str | Path) -> str:
+    """The sha256 of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def sync_folder(folder: Path) -> None:
-    """Make renames and new files in a folder durable."""
+    """Make renames and new files in a folder durable; Windows has no such call."""
+    if os.name == "nt":
+        return
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)

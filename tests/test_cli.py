@@ -329,6 +329,10 @@ def test_sample_prior_and_info(prior_folder, tmp_path, capsys):
     out = tmp_path / "grid.png"
     assert run(["sample-prior", "--prior", str(prior_folder), "--num", "9", "--out", str(out)]) == 0
     assert Image.open(out).width > 90
+    before = out.read_bytes()
+    assert run(["sample-prior", "--prior", str(prior_folder), "--num", "4", "--out", str(out)]) == 2
+    one_error_line(capsys, "grid.png exists", "--out")
+    assert out.read_bytes() == before
     assert run(["info"]) == 0
     assert "jax" in capsys.readouterr().out
 

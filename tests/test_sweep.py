@@ -25,6 +25,7 @@ from ggl_jax.audit import folder as folders
 from ggl_jax.audit import run as runs
 from ggl_jax.audit import sweep as sweeps
 from ggl_jax.audit.cells import Inputs
+from ggl_jax.audit.controls import read_controls
 from ggl_jax.commands.sweep import load_grid, read_grid
 from ggl_jax.errors import StorageError
 from ggl_jax.priors import dcgan
@@ -180,7 +181,7 @@ def test_cells_are_what_audits_compute(tiny, tmp_path, axes, batch_size):
             np.testing.assert_allclose(own[name], row[name], rtol=1e-4)
     for row in result.rows:
         assert (tmp_path / row["reconstruction"]).is_file()
-        controls, original = folders.read_controls(tmp_path / row["controls"])
+        controls, original = read_controls(tmp_path / row["controls"])
         assert controls.scores["psnr_ceiling"] == row["psnr_ceiling"]
         position = int(row["image"].removeprefix("image-"))
         np.testing.assert_array_equal(original, tiny["images"][position])

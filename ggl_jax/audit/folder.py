@@ -3,8 +3,8 @@
 ``config.json`` says what was asked for, ``plan.json`` has every cell's values by its id.
 ``cells/ID.json`` has a finished cell's rows, or why it failed; what it refers to is on disk before
 it is: the images ``cells/ID.npy`` (float32 [b h w c]), their pictures ``cells/ID-0.png`` and so on,
-and each image's controls in ``controls/``. ``results.jsonl`` is an export of all rows, written at
-the end of each run and never read.
+and each image's controls in ``controls/`` (or where its row says). ``results.jsonl`` is an export
+of all rows, written at the end of each run and never read.
 """
 
 import contextlib
@@ -18,7 +18,6 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ggl_jax import files
-from ggl_jax.audit.controls import Controls
 from ggl_jax.errors import GGLError
 
 #: Of this layout. Folders of another one are refused.
@@ -116,8 +115,7 @@ def prepare(
             )
         done = records.finished - set(cells)
         before = {cell: values for cell, values in records.cells.items() if cell in done}
-    for name in ("cells", "controls"):
-        (folder / name).mkdir(exist_ok=True)
+    (folder / "cells").mkdir(exist_ok=True)
     files.write_json(folder / "plan.json", {"cells": {**before, **cells}})
 
 
@@ -147,23 +145,6 @@ def export(records: Records) -> None:
     """Write ``results.jsonl``, for other programs to read: a line for each row."""
     lines = "".join(json.dumps(row) + "\n" for row in records.rows)
     files.write_text(records.folder / "results.jsonl", lines)
-
-
-def write_controls(path: Path, controls: Controls, original: np.ndarray) -> None:
-    """Keep an image's controls beside the private image itself [h w c]."""
-    found = controls._asdict() | {"original": original, "scores": json.dumps(controls.scores)}
-    arrays: dict[str, Any] = {name: np.asarray(value) for name, value in found.items()}
-    stream = BytesIO()
-    np.savez_compressed(stream, **arrays)
-    files.write_bytes(path, stream.getvalue())
-
-
-def read_controls(path: Path) -> tuple[Controls, np.ndarray]:
-    """An image's controls, and the private image [h w c]."""
-    with np.load(path, allow_pickle=False) as stored:
-        scores = json.loads(str(stored["scores"]))
-        pictures = [stored[name] for name in ("best_sample", "mean_image", "ceiling")]
-        return Controls(scores, *pictures), stored["original"]
 
 
 @contextlib.contextmanager

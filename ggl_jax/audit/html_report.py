@@ -27,7 +27,8 @@ from ggl_jax.audit.aggregate import (
     variant_names,
     variant_of,
 )
-from ggl_jax.audit.folder import Records, read_controls
+from ggl_jax.audit.controls import read_controls
+from ggl_jax.audit.folder import Records
 from ggl_jax.audit.report import MARGIN
 from ggl_jax.errors import GGLError
 

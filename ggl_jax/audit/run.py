@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import itertools
 import math
+import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,7 +28,7 @@ from ggl_jax.adversary.search import release_programs
 from ggl_jax.adversary.strategy import AttackSettings
 from ggl_jax.audit import folder as folders
 from ggl_jax.audit.cells import PUBLIC_STREAM, Cell, Cells, Inputs, image_batches
-from ggl_jax.audit.controls import Controls, prior_controls
+from ggl_jax.audit.controls import Controls, batch_controls, read_controls, write_controls
 from ggl_jax.audit.judge import in_order, judge
 from ggl_jax.client.share import ClientSettings, share
 from ggl_jax.errors import GGLError, StorageError
@@ -179,7 +180,7 @@ class _Work:
                 values.setdefault(name, set()).add(str(value))
         self.varying = [n for n, v in values.items() if len(v) > 1 and n != "image"] or ["defense"]
         self.largest: dict[tuple, int] = {}
-        self.known: dict[str, Controls] = {}
+        self.known: dict[str, list[Controls]] = {}
         self.seed: int | None = None
 
     def run(self, cells: list[Cell]) -> None:
@@ -294,33 +295,35 @@ class _Work:
 
     def controls(self, cell, key, labels) -> tuple[list[str], list[Controls]]:
         """The controls of a cell's images, and their files: computed once, and kept on disk."""
-        inputs, names = self.inputs, []
-        for position, (image, label) in enumerate(zip(cell.images, labels, strict=True)):
-            # The stream of an image's controls is its batch's, at its position in it.
-            stream = [cell.seed, inputs.instance_ids[cell.images[0]], position]
-            label = None if inputs.prior.num_classes is None else int(label)
-            prior = "" if self.scratch else inputs.digests["prior"]
-            settings = [inputs.num_controls, inputs.ceiling_steps]
-            name = digest(inputs.images[image], label, stream, prior, settings)[:16]
-            names.append(name := f"controls/{name}.npz")
-            path = self.folder / name
-            if name not in self.known and path.exists():
-                with contextlib.suppress(OSError, ValueError, KeyError):
-                    self.known[name] = folders.read_controls(path)[0]
-            if name in self.known:
-                continue
-            self.known[name] = prior_controls(
+        inputs, images = self.inputs, self.inputs.images[list(cell.images)]
+        # The batch's stream and images, and what its labels tell a class-conditional prior.
+        told = None if inputs.prior.num_classes is None else [int(label) for label in labels]
+        stream = [cell.seed, inputs.instance_ids[cell.images[0]]]
+        prior = "" if self.scratch else inputs.digests["prior"]
+        name = digest(images, told, stream, prior, inputs.num_controls, inputs.ceiling_steps)[:16]
+        kept = inputs.controls or self.folder / "controls"
+        kept.mkdir(exist_ok=True)
+        names = [
+            os.path.relpath(kept / f"{name}-{position}.npz", self.folder)
+            for position in range(len(images))
+        ]
+        if name not in self.known:
+            with contextlib.suppress(OSError, ValueError, KeyError):
+                self.known[name] = [read_controls(self.folder / one)[0] for one in names]
+        if name not in self.known:
+            self.known[name] = batch_controls(
                 inputs.prior,
                 inputs.prior_params,
-                jnp.asarray(inputs.images[image]),
-                0 if label is None else label,
-                jax.random.fold_in(jax.random.fold_in(key, STREAM_CONTROLS), position),
+                jnp.asarray(images),
+                labels,
+                jax.random.fold_in(jax.random.fold_in(key, STREAM_CONTROLS), 0),
                 num_samples=inputs.num_controls,
                 ceiling_steps=inputs.ceiling_steps,
             )
             if self.scratch or jax.process_index() == 0:
-                folders.write_controls(path, self.known[name], inputs.images[image])
-        return names, [self.known[name] for name in names]
+                for one, controls, image in zip(names, self.known[name], images, strict=True):
+                    write_controls(self.folder / one, controls, image)
+        return names, self.known[name]
 
 
 def _reason(error: BaseException) -> str:
@@ -460,8 +463,7 @@ def _result(found: RunResult, inputs: Inputs) -> AuditResult:
         rows=records.rows,
         reconstructions=[records.image(row) for row in records.rows],
         controls={
-            row["image"]: folders.read_controls(records.folder / row["controls"])[0]
-            for row in records.rows
+            row["image"]: read_controls(records.folder / row["controls"])[0] for row in records.rows
         },
         originals=dict(zip(inputs.names, inputs.images, strict=True)),
         failures={

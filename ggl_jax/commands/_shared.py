@@ -6,12 +6,12 @@ import os
 import platform
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from ggl_jax import machine
 from ggl_jax.errors import GGLError
 
 # Without emoji: in text of the user's, ":100:" is a range.
@@ -30,8 +30,8 @@ def fields_of(kind: type, command: Any) -> dict[str, Any]:
 #: The lowest values of options, the same in every subcommand that has them: whole numbers of at
 #: least an int, finite numbers above a float.
 LOWEST: dict[str, float] = {
-    **{"seed": 0, "index": 0, "label": 0, "num_classes": 1, "images": 1, "suspects": 0},
-    **{"batch_size": 1, "local_steps": 1, "local_learning_rate": 0.0},
+    **{"seed": 0, "seeds": 1, "index": 0, "label": 0, "num_classes": 1, "images": 1},
+    **{"suspects": 0, "batch_size": 1, "local_steps": 1, "local_learning_rate": 0.0},
     **{"steps": 1, "restarts": 1, "pool": 0, "population": 4, "finalists": 0},
     **{"final_steps": 1, "refine_steps": 1, "learning_rate": 0.0, "sigma0": 0.0},
     **{"chunk_size": 1, "memory": 0.0, "instances": 1, "num_controls": 1, "ceiling_steps": 1},
@@ -142,8 +142,6 @@ def environment() -> dict[str, str]:
     """Versions and hardware that numbers depend on."""
     import importlib.metadata as metadata
 
-    import jax
-
     packages = ("ggl-jax", "jax", "jaxlib", "flax", "optax", "evosax", "orbax-checkpoint", "numpy")
     versions = {}
     for name in packages:
@@ -151,24 +149,14 @@ def environment() -> dict[str, str]:
             versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             versions[name] = "not installed"
-    devices = jax.devices()
+    devices = machine.devices()
     return {
         **versions,
         "python": platform.python_version(),
         "platform": platform.platform(),
         "device": f"{len(devices)} x {devices[0].device_kind} ({devices[0].platform})",
-        "cpu": f"{cpu_name()}, {os.cpu_count()} cores",
+        "cpu": f"{machine.cpu_name()}, {os.cpu_count()} cores",
     }
-
-
-def cpu_name() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
 
 
 class AuditBar:

@@ -40,6 +40,7 @@ SEARCHES: dict[str, dict[str, dict]] = {
         "ggl/cma_es": {"steps": 16},
         "ggl/turbo": {"steps": 60},
         "ggl/lbfgs": {"steps": 15, "restarts": 4},
+        "ggl/lbfgs_wolfe": {"steps": 15, "restarts": 4},
         "ggl/hybrid": {"steps": 8},
         "dlg": {"steps": 60},
         "idlg": {"steps": 60},
@@ -55,6 +56,7 @@ SEARCHES: dict[str, dict[str, dict]] = {
         "ggl/cma_es": {"steps": 100},
         "ggl/turbo": {"steps": 100},
         "ggl/lbfgs": {"steps": 60, "restarts": 8},
+        "ggl/lbfgs_wolfe": {"steps": 60, "restarts": 8},
         "ggl/hybrid": {"steps": 40},
         "dlg": {"steps": 400},
         "idlg": {"steps": 400},
@@ -131,8 +133,8 @@ class AuditCommand:
     """Whether candidates' gradients go through the estimated defense before they are compared
     (published: True for ggl, False for the baselines)."""
     optimizer: str | None = None
-    """Search: cma_es and turbo (gradient-free), adam, lbfgs, or hybrid (cma_es whose candidates are
-    refined by gradient steps)."""
+    """Search: cma_es and turbo (gradient-free), adam, lbfgs (torch's plain form), lbfgs_wolfe (with
+    a line search), or hybrid (cma_es whose candidates are refined by gradient steps)."""
     population: int | None = None
     """Candidates per step of cma_es and hybrid."""
     steps: int | None = None

@@ -48,7 +48,7 @@ class LandscapeCommand:
     span: float = 1.0
     """The grid's reach from the result to each side, in norms of the result's latent."""
     optimizer: str = "adam"
-    """Search for the result: adam, cma_es, turbo, lbfgs or hybrid."""
+    """Search for the result: adam, cma_es, turbo, lbfgs, lbfgs_wolfe or hybrid."""
     steps: int | None = None
     """Search steps."""
     population: int | None = None
