@@ -159,7 +159,7 @@ class AuditCommand:
     compare: Literal["published", "support", "undefended", "likelihood"] = "published"
     """What is compared: published; support (sparsified updates on the entries that were shared);
     undefended (Soteria's layer left out); likelihood (of the estimated noise)."""
-    distance: Literal["squared_l2", "cosine"] | None = None
+    distance: Literal["squared_l2", "mean_squared_l2", "cosine"] | None = None
     """Distance between updates."""
     relative: bool | None = None
     """Divide distances by that of an update of zero, so that penalties weigh as much under each
