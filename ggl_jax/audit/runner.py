@@ -12,7 +12,6 @@ from typing import Any, NamedTuple, cast
 import jax
 import jax.numpy as jnp
 import numpy as np
-from PIL import Image
 
 from ggl_jax import files
 from ggl_jax.adversary import estimation
@@ -21,7 +20,7 @@ from ggl_jax.adversary.resume import Checkpoints
 from ggl_jax.adversary.search import Stage, run_stages
 from ggl_jax.adversary.strategy import AttackSettings, combines, make_stages, result_images
 from ggl_jax.audit import metrics, results
-from ggl_jax.audit.controls import Controls, batch_controls
+from ggl_jax.audit.controls import Controls, batch_controls, write_controls
 from ggl_jax.client import defenses as client_defenses
 from ggl_jax.client.gradients import local_update
 from ggl_jax.errors import GGLError
@@ -427,7 +426,7 @@ def audit(
                         pictures = result.controls[row["image"]].pictures()
                         row.update(jsonable(perceptual.row(rec, image, pictures)))
                     if store:
-                        store.write(group[i], rows, recs)
+                        store.write(group[i], rows, recs, result.controls)
                     finished[i] = rows, recs
                 if keeper is not None:
                     keeper.clear()
@@ -564,6 +563,7 @@ def _run_group(
                 # of the best restart, where the result is the mean image of all
                 "loss": outcome.losses[number],
                 "distance": outcome.distances[number],
+                "stages": [(stage.attack.name, stage.steps) for stage in programs.stages],
                 "loss_curve": _curve(np.asarray(outcome.history[number])),
                 **scores,
                 **controls[position].scores,
@@ -593,7 +593,8 @@ class _Store:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        (folder / "reconstructions").mkdir(parents=True, exist_ok=True)
+        for name in ("reconstructions", "controls"):
+            (folder / name).mkdir(parents=True, exist_ok=True)
         self.lock = results.Lock(folder, name="lock")
         try:
             self.journal = results.Journal(folder, name="results.jsonl")
@@ -614,12 +615,23 @@ class _Store:
             path = self.folder / row["reconstruction"]
             if not path.exists():
                 return None
-            pixels = np.asarray(Image.open(path), np.float32) / 255.0
-            recs.append(pixels if pixels.ndim == 3 else pixels[..., None])
+            recs.append(files.read_png(path))
         return rows, recs
 
-    def write(self, cell: Cell, rows: list[dict], recs: list[np.ndarray]):
+    def write(
+        self,
+        cell: Cell,
+        rows: list[dict],
+        recs: list[np.ndarray],
+        controls: dict[str, Controls],
+    ):
         for position, (row, image) in enumerate(zip(rows, recs, strict=True)):
+            own = controls[row["image"]]
+            kept = f"controls/{cell.first + position:04d}-{own.label}.npz"
+            if not (self.folder / kept).exists():
+                original = np.asarray(cell.images[position])
+                write_controls(self.folder / kept, own, original)
+            row["controls"] = kept
             defense = _file_name(cell.defense)
             name = f"reconstructions/{cell.first + position:04d}_{defense}.png"
             files.write_png(self.folder / name, image)

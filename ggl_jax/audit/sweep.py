@@ -764,7 +764,7 @@ def sweep(
         **options: of :func:`plan`.
 
     Returns:
-        A :class:`SweepResult`. :func:`ggl_jax.audit.html_report.write` makes its report.
+        A :class:`SweepResult`. :func:`ggl_jax.audit.report.make` makes its report.
 
     Raises:
         GGLError: as :func:`plan` and :func:`run`.

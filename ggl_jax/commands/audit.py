@@ -2,13 +2,11 @@
 
 import argparse
 import dataclasses
-import datetime
 import json
 import shlex
 from pathlib import Path
 from typing import Literal
 
-from ggl_jax import files
 from ggl_jax.commands import _devices
 from ggl_jax.commands._shared import (
     AuditBar,
@@ -276,7 +274,7 @@ def run(command: AuditCommand, argv: list[str]) -> int:
     import numpy as np
 
     from ggl_jax.adversary.strategy import AttackSettings, unused_options
-    from ggl_jax.audit import figure, report
+    from ggl_jax.audit import report, results
     from ggl_jax.audit.runner import (
         AuditInterrupted,
         ClientSettings,
@@ -315,10 +313,9 @@ def run(command: AuditCommand, argv: list[str]) -> int:
     }
     out = command.out or Path(f"ggl-audit-{fingerprint(options, inputs)[:8]}")
     shown_command = "ggl-jax " + shlex.join(argv)
-    env = environment()
     asked = {"defenses": [d.name for d in parsed], "images": list(dataset.names)}
     config = {"command": shown_command, "options": options, "inputs": inputs}
-    check_config(out, config | {"asked": asked, "environment": env})
+    check_config(out, config | {"asked": asked, "environment": environment()})
     num = len(dataset.images)
     for line in unused_options(settings):
         console.print(f"Note: {line}", markup=False, soft_wrap=True)
@@ -355,23 +352,12 @@ def run(command: AuditCommand, argv: list[str]) -> int:
         except AuditInterrupted as stop:
             result, interrupted = stop.result, True
     if result.rows:
-        summaries = report.summarize(result.rows)
-        title = f"{model.name}, prior {card['name']}, {command.attack}, seed {command.seed}"
-        figure.draw(result, out / "figure.png", title=title)
-        date = datetime.date.today().isoformat()
-        where = f"{date}; {env['device']}; {env['cpu']}; jax {env['jax']}; {num} images"
-        files.write_text(
-            out / "summary.md",
-            report.markdown(summaries, command=shown_command, environment=where),
-        )
-        for table in report.terminal_tables(summaries):
-            console.print(table)
-        console.print(report.LEGEND, style="dim")
-        console.print()
-        for sentence in report.in_words(summaries):
-            console.print(sentence, markup=False)
+        found = report.make(results.read(out))
+        path = report.write(found, out)
+        console.print(report.terminal(found))
         console.print(
-            f"\nPictures: {out}/figure.png; all numbers: {out}/results.jsonl",
+            f"\nWith pictures: {path} (and {path.with_suffix('.md')}); all numbers: "
+            f"{out}/results.jsonl",
             markup=False,
             soft_wrap=True,
         )

@@ -218,7 +218,7 @@ def run(command: SweepCommand, argv: list[str]) -> int:
     )
     import jax
 
-    from ggl_jax.audit import cost, html_report, results, sweep
+    from ggl_jax.audit import cost, report, results, sweep
 
     grid = load_grid(command.grid)
     mesh = _devices.mesh(command.shard)
@@ -258,7 +258,7 @@ def run(command: SweepCommand, argv: list[str]) -> int:
         if records.failures:
             console.print("Try these again with --retry-failed.", markup=False)
         if records.rows:
-            page = html_report.write(records)
+            page = report.write(report.make(records), records.folder)
             console.print(f"Report: {page}", markup=False, soft_wrap=True)
     if result.interrupted:
         console.print("Interrupted. The same command goes on from here.", markup=False)

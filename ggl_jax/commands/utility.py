@@ -92,7 +92,7 @@ def run(command: UtilityCommand, argv: list[str]) -> int:
     """``ggl-jax utility``."""
 
     from ggl_jax.audit import data as audit_data
-    from ggl_jax.audit import html_report, results, utility
+    from ggl_jax.audit import report, results, utility
     from ggl_jax.client.models import get_model
     from ggl_jax.priors import load_prior
 
@@ -156,7 +156,8 @@ def run(command: UtilityCommand, argv: list[str]) -> int:
     if command.folder is not None and out == command.folder:
         records = results.read(out)
         if records.rows:
-            console.print(f"Report: {html_report.write(records)}", markup=False, soft_wrap=True)
+            page = report.write(report.make(records), out)
+            console.print(f"Report: {page}", markup=False, soft_wrap=True)
     if found.interrupted:
         console.print("Interrupted. The same command goes on from here.", markup=False)
         return 130
