@@ -50,7 +50,19 @@ from ggl_jax.client.gradients import gradient, local_update
 from ggl_jax.client.models import MODELS, convnet, from_flax, lenet, resnet18
 from ggl_jax.errors import GGLError
 from ggl_jax.priors import PRIORS, dcgan, fit_latents, load_prior, pixels
-from ggl_jax.types import Attack, Context, Defense, Factored, Info, Model, Optimizer, Prior, Problem
+from ggl_jax.types import (
+    Attack,
+    Context,
+    Defense,
+    Factored,
+    Facts,
+    Info,
+    Model,
+    Optimizer,
+    Prior,
+    Problem,
+    View,
+)
 
 __version__ = "0.1.0"
 
@@ -70,6 +82,7 @@ __all__ = [
     "Context",
     "Defense",
     "Factored",
+    "Facts",
     "GGLError",
     "Info",
     "Model",
@@ -78,6 +91,7 @@ __all__ = [
     "Problem",
     "Stage",
     "SweepResult",
+    "View",
     "adam",
     "audit",
     "best_so_far",

@@ -26,7 +26,7 @@ from ggl_jax.audit import sweep as sweeps
 from ggl_jax.commands.sweep import load_grid, read_grid
 from ggl_jax.errors import StorageError
 from ggl_jax.priors import dcgan
-from ggl_jax.types import Candidates, Defense
+from ggl_jax.types import Candidates, Defense, View
 
 SETTINGS = gx.AttackSettings(population=8, steps=3, optimizer="cma_es")
 
@@ -602,7 +602,7 @@ def test_an_estimate_measures_and_passes_over_what_cannot_run(tiny):
     found = cost.estimate(grid)
     assert (found.measured, found.kinds) == (1, 1)
     assert 0 < found.seconds < float("inf")
-    broken = Defense("broken", *[lambda *args: 1 / 0] * 5, None)
+    broken = Defense("broken", lambda *args: 1 / 0, View("broken", *[lambda *args: 1 / 0] * 3))
     grid = sweeps.plan(**tiny, axes={"defense": [broken]})
     with pytest.raises(gx.GGLError, match="the calibration failed in every program"):
         cost.estimate(grid)

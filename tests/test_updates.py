@@ -124,7 +124,7 @@ def server(tiny_model, tiny_variables, tiny_prior, tiny_prior_params):
             variables=tiny_variables,
             prior=tiny_prior,
             prior_params=tiny_prior_params,
-            defense=gx.parse(defense),
+            view=gx.parse(defense).view,
             settings=gx.AttackSettings(optimizer="adam", start="prior", **settings),
         )
 

@@ -10,7 +10,7 @@ from ggl_jax.adversary import estimation
 from ggl_jax.adversary.labels import infer_labels, public_expectations
 from ggl_jax.adversary.search import run_stages
 from ggl_jax.adversary.strategy import AttackSettings, make_stages, result_images
-from ggl_jax.types import Defense, Model, Prior, Problem, PyTree
+from ggl_jax.types import Model, Prior, Problem, PyTree, View
 
 # The search's stream and that of the public samples.
 _SEARCH, _PUBLIC = 0, 1
@@ -49,7 +49,7 @@ def reconstruct(
     variables: PyTree,
     prior: Prior,
     prior_params: PyTree,
-    defense: Defense,
+    view: View,
     settings: AttackSettings | None = None,
     batch_size: int = 1,
     local_steps: int = 1,
@@ -68,7 +68,7 @@ def reconstruct(
         variables: its weights that the update was computed at.
         prior: the generator.
         prior_params: its parameters.
-        defense: the kind of defense that the server takes the client to use.
+        view: of the kind of defense that the server takes the client to use.
         settings: the search.
         batch_size: images behind the update.
         local_steps: SGD steps behind it.
@@ -99,12 +99,13 @@ def reconstruct(
         fidelity=settings.fidelity,
         **public,
     )
-    estimated = estimation.estimate(defense, update, model.head)
+    estimated = estimation.estimate(view, update, model.head)
+    noise = estimation.noise_level(view, estimated)
     stages, _ = make_stages(
         settings,
         model,
         prior,
-        defense,
+        view,
         batch_size=batch_size,
         local_steps=local_steps,
         local_learning_rate=local_learning_rate,
@@ -112,12 +113,12 @@ def reconstruct(
     outcome = run_stages(
         stages,
         jax.random.fold_in(key, _SEARCH)[None],
-        [Problem(update, variables, prior_params, labels, estimated, statistics)],
+        [Problem(update, variables, prior_params, labels, estimated, noise, statistics)],
         mesh=mesh,
         callback=callback,
     )
     return Reconstruction(
-        images=result_images(settings, defense, stages, outcome)[0],
+        images=result_images(settings, view, stages, outcome)[0],
         labels=np.asarray(outcome.labels[0]),
         loss=float(outcome.losses[0]),
         distance=float(outcome.distances[0]),

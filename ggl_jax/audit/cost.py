@@ -78,7 +78,7 @@ def _stages(grid: Grid, cell: SweepCell) -> list[tuple[_Kind, Stage]]:
             _Kind(
                 stage.attack.name,
                 programs.search["optimizer"],
-                bool(programs.search["adaptive"]) and defense.factor is None,
+                bool(programs.search["adaptive"]) and defense.view.factor is None,
                 stage.attack.evaluations_per_step,
                 stage.attack.evaluations_at_start,
                 cell.client,
@@ -200,7 +200,7 @@ def _measure(
 
     def share():
         observed, _ = programs.share(key, variables, images, labels)
-        return observed, estimation.estimate(cell.defense, observed, grid.model.head)
+        return observed, estimation.estimate(cell.defense.view, observed, grid.model.head)
 
     (observed, estimated), first = _seconds(share)
     _, again = _seconds(share)

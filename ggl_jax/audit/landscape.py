@@ -128,8 +128,9 @@ def find_center(
     )
     estimation.check_finite(observed)
     labels = infer_labels(observed, model.head, fidelity=settings.fidelity)
-    estimated = estimation.estimate(defense, observed, model.head)
-    problem = Problem(observed, variables, prior_params, labels, estimated)
+    estimated = estimation.estimate(defense.view, observed, model.head)
+    noise = estimation.noise_level(defense.view, estimated)
+    problem = Problem(observed, variables, prior_params, labels, estimated, noise)
     outcome = run_stages(
         programs.stages,
         jax.random.fold_in(instance, runner.STREAM_SEARCH)[None],

@@ -126,6 +126,7 @@ def build_programs(
     model: Model, prior: Prior, defense: Defense, client: ClientSettings, settings: AttackSettings
 ) -> _Programs:
     """The programs of one defense; compiled when first called."""
+    client_defenses.check_local_steps(defense, client.local_steps)
 
     def share(key, variables, images, labels):
         update = local_update(
@@ -137,13 +138,13 @@ def build_programs(
             learning_rate=client.local_learning_rate,
         )
         context = Context(model, variables, images, labels)
-        return defense.apply(key, update, context), defense.record(key, update, context)
+        return defense.apply(key, update, context)
 
     stages, search = make_stages(
         settings,
         model,
         prior,
-        defense,
+        defense.view,
         batch_size=client.batch_size,
         local_steps=client.local_steps,
         local_learning_rate=client.local_learning_rate,
@@ -485,11 +486,14 @@ def _run_group(
             fidelity=settings.fidelity,
             **public,
         )
-        estimated = estimation.estimate(defense, observed, model.head)
+        estimated = estimation.estimate(defense.view, observed, model.head)
+        noise = estimation.noise_level(defense.view, estimated)
         statistics = None
         if client.share_statistics:
             statistics = _statistics(model)(variables, cell.images)
-        problems.append(Problem(observed, variables, prior_params, inferred, estimated, statistics))
+        problems.append(
+            Problem(observed, variables, prior_params, inferred, estimated, noise, statistics)
+        )
         records.append(record)
     report("compiling the search")
     search_began = time.perf_counter()
@@ -502,7 +506,7 @@ def _run_group(
         checkpoints=keeper,
         callback=lambda done, losses: report("search", done / steps, float(jnp.mean(losses))),
     )
-    reconstructed = result_images(settings, defense, programs.stages, outcome)
+    reconstructed = result_images(settings, defense.view, programs.stages, outcome)
     # The wall-clock time of a group is shared by its cells.
     search_seconds = (time.perf_counter() - search_began) / len(group)
     seconds = (time.perf_counter() - began) / len(group)
@@ -538,7 +542,7 @@ def _run_group(
                 "attack": settings.attack,
                 "adaptive": programs.search["adaptive"],
                 "optimizer": programs.search["optimizer"],
-                "combined": combines(settings, defense),
+                "combined": combines(settings, defense.view),
                 "refined": programs.stages[-1].attack.name == "refine",
                 "fidelity": settings.fidelity,
                 "seed": seed,

@@ -77,7 +77,7 @@ def run(command: AttackCommand, argv: list[str]) -> int:
     from ggl_jax import foreign
     from ggl_jax.adversary.reconstruct import reconstruct
     from ggl_jax.adversary.strategy import AttackSettings
-    from ggl_jax.client.defenses import parse, summary
+    from ggl_jax.client.defenses import check_local_steps, parse, summary
     from ggl_jax.client.updates import read_update, read_variables
     from ggl_jax.priors import load_prior
     from ggl_jax.types import STATUS_MESSAGES
@@ -102,6 +102,7 @@ def run(command: AttackCommand, argv: list[str]) -> int:
     given["steps"] = base.steps if command.steps is None else command.steps
     settings = AttackSettings(**given)
     defense = parse(command.defense, fidelity=settings.fidelity, compare=settings.compare)
+    check_local_steps(defense, command.local_steps)
     command.out.mkdir(parents=True, exist_ok=True)
     with AuditBar() as bar:
         found = reconstruct(
@@ -111,7 +112,7 @@ def run(command: AttackCommand, argv: list[str]) -> int:
             variables=variables,
             prior=prior,
             prior_params=prior_params,
-            defense=defense,
+            view=defense.view,
             settings=settings,
             batch_size=command.batch_size,
             local_steps=command.local_steps,
