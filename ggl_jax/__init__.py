@@ -28,14 +28,17 @@ from ggl_jax.adversary.optimizers import (
     cma_es,
     hybrid,
     lbfgs,
+    lbfgs_wolfe,
     turbo,
 )
+from ggl_jax.adversary.reconstruct import Reconstruction, reconstruct
 from ggl_jax.adversary.search import Stage, run_search, run_stages
 from ggl_jax.adversary.strategy import AttackSettings, make_stages
 from ggl_jax.audit.data import load
+from ggl_jax.audit.judge import judge
 from ggl_jax.audit.metrics import METRICS, psnr, ssim
-from ggl_jax.audit.runner import AuditResult, ClientSettings, audit
-from ggl_jax.audit.sweep import SweepResult, sweep
+from ggl_jax.audit.run import AuditResult, RunResult, audit
+from ggl_jax.audit.sweep import sweep
 from ggl_jax.client.defenses import (
     DEFENSES,
     chain,
@@ -48,6 +51,7 @@ from ggl_jax.client.defenses import (
 )
 from ggl_jax.client.gradients import gradient, local_update
 from ggl_jax.client.models import MODELS, convnet, from_flax, lenet, resnet18
+from ggl_jax.client.share import ClientSettings, share
 from ggl_jax.errors import GGLError
 from ggl_jax.priors import PRIORS, dcgan, fit_latents, load_prior, pixels
 from ggl_jax.types import (
@@ -61,6 +65,8 @@ from ggl_jax.types import (
     Optimizer,
     Prior,
     Problem,
+    Public,
+    Shared,
     View,
 )
 
@@ -89,8 +95,11 @@ __all__ = [
     "Optimizer",
     "Prior",
     "Problem",
+    "Public",
+    "Reconstruction",
+    "RunResult",
+    "Shared",
     "Stage",
-    "SweepResult",
     "View",
     "adam",
     "audit",
@@ -112,7 +121,9 @@ __all__ = [
     "idlg",
     "infer_labels",
     "inverting_gradients",
+    "judge",
     "lbfgs",
+    "lbfgs_wolfe",
     "lenet",
     "load",
     "load_prior",
@@ -125,9 +136,11 @@ __all__ = [
     "pixel_refinement",
     "pixels",
     "psnr",
+    "reconstruct",
     "resnet18",
     "run_search",
     "run_stages",
+    "share",
     "soteria",
     "sparsify",
     "ssim",

@@ -111,14 +111,19 @@ def make_stages(
         The stages, and the attack's settings as resolved.
 
     Raises:
-        GGLError: for a setting out of its range, or a comparison that a non-adaptive attack cannot
-            make.
+        GGLError: for a setting out of its range, a comparison that a non-adaptive attack cannot
+            make, or a defense of single gradients where there are several local steps.
     """
     if settings.refine not in REFINEMENTS:
         raise GGLError(f"refine: got {settings.refine!r}, allowed: {', '.join(REFINEMENTS)}")
     for name in ("final_steps", "refine_steps"):
         if getattr(settings, name) < 1:
             raise GGLError(f"{name}: got {getattr(settings, name)}, allowed: at least 1")
+    if local_steps > 1 and view.rewire is not None:
+        raise GGLError(
+            f"local_steps: {view.name} recomputes a single gradient step, so candidates cannot be "
+            f"compared with {local_steps} local steps; use 1, or --fidelity code"
+        )
     given = {
         field.name: getattr(settings, field.name)
         for field in dataclasses.fields(settings)
