@@ -48,7 +48,7 @@ def judge(
     *,
     public: Public,
     controls: Sequence[Controls] = (),
-    record: Mapping[str, Any] | None = None,
+    record: Mapping[str, Any] | tuple | None = None,
     others: np.ndarray | None = None,
     perceptual: metrics.Perceptual | None = None,
 ) -> list[dict[str, Any]]:

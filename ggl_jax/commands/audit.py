@@ -308,7 +308,7 @@ def run(command: AuditCommand, argv: list[str]) -> int:
     )
     image_batches(len(dataset.images), command.batch_size)
     for defense in parsed:
-        search_for(model, prior, defense, client, settings)  # for its errors
+        search_for(model, prior, defense.view, client, settings)  # for its errors
     options = _options(command)
     content = files.digest(options, dataset.images, dataset.labels, card["sha256"])
     out = command.out or Path(f"ggl-audit-{content[:8]}")

@@ -127,7 +127,7 @@ def run(command: LandscapeCommand, argv: list[str]) -> int:
         # as the audit's default search, not as published
         given |= {"signed": False, "schedule": "ramp"}
     settings = AttackSettings(**given)
-    search_for(model, prior, defense, ClientSettings(), settings)  # for its errors
+    search_for(model, prior, defense.view, ClientSettings(), settings)  # for its errors
     options = {k: v for k, v in dataclasses.asdict(command).items() if k != "out"}
     shown = "ggl-jax " + shlex.join(argv)
     env = environment()

@@ -295,7 +295,7 @@ def _why(grid, cell) -> GGLError | None:
 
     given = grid.inputs
     try:
-        search_for(given.model, given.prior, cell.defense, cell.client, cell.settings)
+        search_for(given.model, given.prior, cell.defense.view, cell.client, cell.settings)
     except GGLError as error:
         return error
     return None
