@@ -14,9 +14,8 @@ from test_report import Page, make_row, make_sweep
 
 import ggl_jax as gx
 from ggl_jax import files
-from ggl_jax.audit import html_report, privacy, results, utility
+from ggl_jax.audit import html_report, privacy, results, training, utility
 from ggl_jax.cli import run
-from ggl_jax.client import training
 from ggl_jax.client.defenses import clip, noise, parse
 
 

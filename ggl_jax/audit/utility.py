@@ -5,7 +5,6 @@ defense), beside an audit's or sweep's results or alone.
 """
 
 import dataclasses
-import hashlib
 import json
 import math
 import time
@@ -17,10 +16,9 @@ import jax
 import numpy as np
 
 from ggl_jax import files
-from ggl_jax.audit import privacy, results
+from ggl_jax.audit import privacy, results, training
 from ggl_jax.audit.runner import MODEL_STREAM, Progress, check_images, jsonable
 from ggl_jax.client import defenses as client_defenses
-from ggl_jax.client import training
 from ggl_jax.errors import GGLError
 from ggl_jax.types import Defense, Model, PyTree
 
@@ -32,7 +30,7 @@ CONFIG, ROWS = "utility.json", "utility.jsonl"
 
 @dataclasses.dataclass(frozen=True)
 class UtilitySettings:
-    """How the federated model is trained; see :func:`ggl_jax.client.training.federated`.
+    """How the federated model is trained; see :func:`ggl_jax.audit.training.federated`.
 
     ``test_images`` are held out of training; None takes a fifth of the images, at most 1,000.
     Epsilon is that at ``delta``.
@@ -185,13 +183,10 @@ def measure(
         _training(model, defense, settings)  # refuses unusable settings before any work is done
     if options is None:
         options = {**dataclasses.asdict(settings), "model": model.name, "seed": seed}
-    digest = hashlib.sha256(images.tobytes() + labels.astype(np.int64).tobytes())
-    for leaf in jax.tree.leaves(variables):
-        digest.update(np.asarray(leaf).tobytes())
     config = {
         **(about or {}),
         "options": json.loads(json.dumps(options)),
-        "inputs": {"data": digest.hexdigest()},
+        "inputs": {"data": files.digest(images, labels, *jax.tree.leaves(variables))},
         "model": model.name,
         "rounds": settings.rounds,
         "clients": settings.clients,
