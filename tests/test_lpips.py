@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from ggl_jax.adversary.strategy import AttackSettings
 from ggl_jax.audit import lpips as L
 from ggl_jax.audit import metrics, report, weights
-from ggl_jax.audit.runner import AttackSettings, audit
+from ggl_jax.audit.run import audit
 from ggl_jax.client.models import get_model
 from ggl_jax.errors import GGLError
 from ggl_jax.priors import dcgan

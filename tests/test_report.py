@@ -3,7 +3,6 @@
 import base64
 import html.parser
 import io
-import json
 import os
 import re
 import shutil
@@ -15,10 +14,10 @@ import scipy.stats
 from PIL import Image
 
 import ggl_jax as gx
-from ggl_jax import files
-from ggl_jax.audit import html_report, results
-from ggl_jax.audit.aggregate import family_of, leakage
+from ggl_jax.audit import folder as folders
+from ggl_jax.audit import html_report
 from ggl_jax.audit.check import check
+from ggl_jax.audit.tables import family_of, leakage, sentences
 from ggl_jax.cli import run
 from ggl_jax.commands.status import remaining
 
@@ -37,6 +36,7 @@ def make_row(cell, image, defense, psnr, *, attack="ggl", seed=0, **changes):
         "seed": seed,
         "label_true": 1,
         "label_inferred": 1,
+        "label_accuracy": 1.0,
         "defense_true": {} if sigma is None else {"sigma": sigma},
         "defense_estimated": {} if sigma is None else {"sigma": 1.02 * sigma},
         "psnr": psnr,
@@ -52,28 +52,23 @@ def make_row(cell, image, defense, psnr, *, attack="ggl", seed=0, **changes):
         "status": "ok",
         "ok": True,
         "loss_curve": [[1, 2, 3], [3.0, 2.0, 1.0]],
-        "reconstruction": f"reconstructions/{cell}-0.png",
     } | changes
 
 
 def make_sweep(folder, rows, *, failed=(), left=(), pictures=True):
-    (folder / "reconstructions").mkdir(parents=True)
     cells = {row["cell"]: {**row["axes"], "evaluations": 100} for row in rows}
     for cell in (*failed, *left):
         axes = {"attack": "ggl", "defense": "none", "seed": 9, "image": "x", "evaluations": 100}
         cells[cell] = axes
-    files.write_json(folder / "plan.json", {"cells": cells})
     config = {"command": "ggl-jax sweep <g>.toml", "options": {"axes": {}}, "inputs": {}}
-    files.write_json(folder / "config.json", config)
-    journal = results.Journal(folder)
+    folders.prepare(folder, config, cells)
     for row in rows:
-        if pictures:
-            files.write_png(folder / row["reconstruction"], np.full((4, 4, 3), 0.5))
-        journal.append([row])
+        folders.keep(folder, row["cell"], [row], np.full((1, 4, 4, 3), 0.5))
+        if not pictures:
+            (folder / f"cells/{row['cell']}-0.png").unlink()
     for cell in failed:
-        journal.append([{"cell": cell, "failed": "ValueError: <b>no</b>"}])
-    journal.close()
-    return results.read(folder)
+        folders.fail(folder, cell, "ValueError: <b>no</b>")
+    return folders.read(folder)
 
 
 def grid_rows(defenses, attacks, images, seeds=1):
@@ -95,10 +90,56 @@ def test_means_and_intervals_are_over_images_with_seeds_averaged_first(tmp_path)
     (found,) = leakage(make_sweep(tmp_path / "s", rows).rows)
     means = [13.0, 16.0, 20.0]
     low, high = scipy.stats.t.interval(0.95, 2, np.mean(means), scipy.stats.sem(means))
-    np.testing.assert_allclose(found.psnr, (np.mean(means), low, high), rtol=1e-12)
+    np.testing.assert_allclose(found.means["psnr"], (np.mean(means), low, high), rtol=1e-12)
     # The mean image (11 dB) is the stronger guess here.
-    np.testing.assert_allclose(found.gain, np.asarray(found.psnr) - 11.0, rtol=1e-12)
-    assert (found.num_images, found.num_rows) == (3, 6)
+    gain = np.asarray(found.means["psnr"]) - 11.0
+    np.testing.assert_allclose(found.means["gain"], gain, rtol=1e-12)
+    assert (len(found.images), len(found.rows)) == (3, 6)
+
+
+def test_labels_of_a_batch_count_as_multisets():
+    # The rows were put in order by likeness, so row by row the labels differ.
+    batch = [
+        make_row("b", f"{i}", "none", 12.0, label_true=i % 4, label_inferred=(i + 1) % 4)
+        for i in range(16)
+    ]
+    (found,) = leakage(batch)
+    assert found.means["label"].mean == 100.0
+    assert "read off the update exactly under no defense" in " ".join(sentences([found]))
+
+
+def test_intervals_end_where_the_score_does():
+    (found,) = leakage([make_row(f"{i}", f"{i}", "none", 12.0, ssim=i * 0.5) for i in range(2)])
+    assert found.means["ssim"] == (0.25, -1.0, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("values", "leaked"),
+    [
+        ([None, None], True),  # exact copies: an infinite PSNR, no interval
+        ([None, 11.5], True),
+        ([11.9, 11.95], False),  # less than can be seen
+        ([12.5], True),
+        ([40.0, 10.0], False),  # an interval that reaches below zero
+    ],
+)
+def test_one_verdict(tmp_path, values, leaked):
+    rows = [make_row(f"{i}", f"{i}", "none", v) for i, v in enumerate(values)]
+    (found,) = leakage(rows)
+    assert found.leaked == leaked
+    said = " ".join(sentences([found]))
+    assert ("leaked beyond the blind guess** under no defense" in said) == leaked
+    assert ("shown** under no defense" in said) == (not leaked)
+    assert "under none" not in said
+    assert "nan" not in said
+
+
+def test_a_broken_search_is_no_exact_copy():
+    # NaN is null in a row, as an infinite PSNR is.
+    (found,) = leakage([make_row("a", "a", "none", None, mse=None)])
+    assert not found.leaked
+    (found,) = leakage([make_row("a", "a", "none", None, mse=0.0)])
+    assert found.leaked
 
 
 @pytest.mark.parametrize(
@@ -137,7 +178,7 @@ def test_check_compares_the_upper_end_of_the_interval(tmp_path, capsys):
     said = capsys.readouterr().out.strip().splitlines()
     assert len(said) == 1
     assert said[0].startswith("noise:0.1 may leak more than 4.5")
-    assert f"upper end of the 95 % interval {upper:.3g}" in said[0]
+    assert f"upper end of the 95 % interval {upper:.3g}, by ggl by adam, 3 images" in said[0]
     assert check_command(folder, "--max-psnr-over-control", "4.5", "--defense", "none") == 0
     capsys.readouterr()
     assert check_command(folder, "--max-psnr-over-control", "1", "--max-ssim", "0.4") == 1
@@ -162,7 +203,17 @@ def test_check_takes_the_attack_that_got_furthest(tmp_path):
         ([("a", 12.0), ("b", 12.0)], {}, {}, "no bound"),
         ([("a", 12.0), ("b", 12.0)], {"left": ["x"]}, {"max_ssim": 1}, "not run yet"),
         ([("a", 12.0), ("b", 12.0)], {"failed": ["x"]}, {"max_ssim": 1}, "failed"),
-        ([("a", 12.0), ("b", 12.0)], {}, {"max_ssim": float("nan")}, "a number"),
+        (
+            [("a", 12.0), ("b", 12.0)],
+            {},
+            {"max_ssim": float("nan")},
+            "max_ssim: got nan, .* 0 to 1",
+        ),
+        ([("a", 12.0), ("b", 12.0)], {}, {"max_ssim": float("inf")}, "0 to 1"),
+        ([("a", 12.0), ("b", 12.0)], {}, {"max_ssim": -0.1}, "0 to 1"),
+        ([("a", 12.0), ("b", 12.0)], {}, {"max_psnr_over_control": float("inf")}, "finite"),
+        ([("a", 12.0), ("b", 12.0)], {}, {"bounds": {"ssmi": 0.5}}, "did you mean 'ssim'"),
+        ([("a", 12.0), ("b", 12.0)], {}, {"bounds": {"lpips": 0.5}}, "lpips was not measured"),
         ([("a", 12.0), ("b", 12.0)], {}, {"max_ssim": 1, "defenses": ["x"]}, "allowed: none"),
         ([], {}, {"max_ssim": 1}, "no results"),
     ],
@@ -186,27 +237,58 @@ def test_check_counts_exact_copies_and_broken_searches(tmp_path, capsys):
     assert check_command(tmp_path / "nowhere", "--max-ssim", "1") == 2
 
 
-def make_audit(folder, rows, defenses=("none",)):
-    folder.mkdir()
-    config = {"options": {"defenses": list(defenses)}, "command": "ggl-jax audit"}
-    files.write_json(folder / "config.json", config)
-    for row in rows:
-        for name in ("cell", "part", "parts", "axes"):
-            row.pop(name)
-    (folder / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (folder / "reconstructions").mkdir()
-    return results.read(folder)
+def test_check_bounds_any_score_in_its_own_direction(tmp_path, capsys):
+    rows = [
+        make_row(f"{i}", f"{i}", "none", 12.0, lpips=0.4 + d, lpips_backbone="alex")
+        for i, d in enumerate((-0.1, 0, 0.1))
+    ]
+    make_sweep(tmp_path / "s", rows)
+    low = 0.4 - scipy.stats.t.ppf(0.975, 2) * 0.1 / np.sqrt(3)  # 0.15
+    assert check_command(tmp_path / "s", "--bound", "lpips=0.1", "ssim=0.6") == 0
+    assert check_command(tmp_path / "s", "--bound", "lpips=0.2") == 1
+    assert f"lower end of the 95 % interval {low:.3g}" in capsys.readouterr().out
+    assert check_command(tmp_path / "s", "--bound", "lpips") == 2
+    assert "SCORE=NUMBER" in capsys.readouterr().err
 
 
-def test_audit_folders_work_too(tmp_path, capsys):
+def test_check_names_the_searches_that_stalled(tmp_path, capsys):
+    stalled = {"status": "the search stopped making progress", "ok": False}
+    rows = [make_row(f"{i}", f"face-{i}", "none", 12.0, **(stalled if i else {})) for i in range(3)]
+    rows += [make_row(f"c{i}", f"face-{i}", "clip:4", 12.0) for i in range(3)]
+    make_sweep(tmp_path / "s", rows)
+    assert check_command(tmp_path / "s", "--max-ssim", "0.5") == 0
+    said = capsys.readouterr().out
+    assert "2 of 3 searches by ggl by adam under no defense stopped" in said
+    assert "face-1, face-2" in said
+    assert "face-0" not in said
+    assert check_command(tmp_path / "s", "--max-ssim", "0.5", "--defense", "clip:4.0") == 0
+    assert "stopped" not in capsys.readouterr().out
+
+
+def test_what_was_asked_for_and_is_not_there_yet_is_no_pass(tmp_path, capsys):
+    """An audit that was interrupted between two images."""
     rows = [make_row(f"{i}", f"{i}", "none", 12.0) for i in range(2)]
-    records = make_audit(tmp_path / "a", rows, defenses=["none", "clip:4"])
+    for row in rows:
+        row["axes"] = {"defense": "none", "seed": 0, "image": row["image"]}
+    records = make_sweep(tmp_path / "a", rows)
     assert html_report.write(records).is_file()
     assert not check(records, max_psnr_over_control=2, defenses=["none"])[0].violated
-    with pytest.raises(gx.GGLError, match="clip:4"):
-        check(records, max_psnr_over_control=2)
-    assert run(["status", str(tmp_path / "a")]) == 0
-    assert "2 cells done" in capsys.readouterr().out
+    assert len(make_sweep(tmp_path / "b", rows, left=["2"]).left) == 1
+    assert check_command(tmp_path / "b", "--max-psnr-over-control", "5") == 2
+    assert "1 cell of none failed or not run yet" in capsys.readouterr().err
+    assert run(["status", str(tmp_path / "b")]) == 0
+    assert "3 cells: 2 done, 0 failed, 1 left" in capsys.readouterr().out
+
+
+def test_defenses_are_found_in_any_spelling(tmp_path):
+    names = ["clip:4", "noise:0.1", "sparsify:0.9"]
+    rows = [make_row(f"{d}{i}", f"{i}", d, 12.0) for d in names for i in range(2)]
+    for row in rows:
+        row["axes"]["defense"] = row["defense"].replace("clip:4", "clip:4.0")
+    records = make_sweep(tmp_path / "s", rows)
+    found = check(records, max_ssim=0.6, defenses=["clip:bound=4", "noise:1e-1", "sparsify:.9"])
+    assert [finding.defense for finding in found] == names
+    assert [f.defense for f in check(records, max_ssim=0.6)] == names
 
 
 # --- status -------------------------------------------------------------------------------------
@@ -288,7 +370,7 @@ def test_the_page_needs_nothing_else_and_says_what_was_found(tmp_path):
     said = "".join(page.text)
     assert "1 cells failed, 1 are not run yet" in said
     assert "ValueError: <b>no</b>" in said  # escaped: else the parser saw a tag
-    means = {g.defense + g.variant: g.psnr.mean for g in leakage(records.rows)}
+    means = {g.defense + g.variant: g.means["psnr"].mean for g in leakage(records.rows)}
     assert f"{means['noise:0.2ig']:.1f} [" in said
     assert "0.102" in said  # the estimated sigma
     assert "sweep <g>.toml" in said

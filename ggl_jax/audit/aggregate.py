@@ -140,7 +140,7 @@ def leakage(rows: Sequence[dict[str, Any]]) -> list[Leakage]:
                 gain=mean_over_images(part, gain_of),
                 lpips=mean("lpips") if measured else None,
                 mse_r=mean("mse_r"),
-                label=float(np.mean([r["label_inferred"] == r["label_true"] for r in part])),
+                label=float(np.mean([r["label_accuracy"] for r in part])),
                 control=mean_over_images(
                     part,
                     lambda r: max(_number(r["psnr_mean_image"]), _number(r["psnr_control_mean"])),

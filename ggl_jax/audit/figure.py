@@ -6,7 +6,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from ggl_jax import files
-from ggl_jax.audit.runner import AuditResult
+from ggl_jax.audit.run import AuditResult
 
 #: More rows than this are not readable in one figure; the PNGs of all of them are on disk.
 MAX_ROWS = 8
@@ -20,7 +20,7 @@ def draw(result: AuditResult, path: Path, *, title: str = "") -> None:
     image; the prior's ceiling, its closest fit to the private image).
 
     Args:
-        result: of :func:`ggl_jax.audit.runner.audit`, with at least one row.
+        result: of :func:`ggl_jax.audit`, with at least one row.
         path: where to write the PNG.
         title: one line above the figure.
     """

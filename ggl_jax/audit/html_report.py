@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from ggl_jax import files
-from ggl_jax.audit import results, utility
+from ggl_jax.audit import utility
 from ggl_jax.audit.aggregate import (
     Leakage,
     Mean,
@@ -27,8 +27,9 @@ from ggl_jax.audit.aggregate import (
     variant_names,
     variant_of,
 )
+from ggl_jax.audit.controls import read_controls
+from ggl_jax.audit.folder import Records
 from ggl_jax.audit.report import MARGIN
-from ggl_jax.audit.results import Records
 from ggl_jax.errors import GGLError
 
 #: So much a page shows before it says that there is more in the folder.
@@ -468,8 +469,6 @@ def _reconstruction(records: Records, row: dict[str, Any]) -> str:
 
 def _sheets(records: Records, groups: Sequence[Leakage]) -> str:
     """For each defense, folded: private images, controls, and each attack's reconstructions."""
-    from ggl_jax.audit.sweep import read_controls
-
     by_defense: dict[str, list[Leakage]] = {}
     for group in groups:
         by_defense.setdefault(group.defense, []).append(group)
@@ -636,10 +635,7 @@ def page(records: Records) -> str:
         f'<p class="note">{_escape(LEGEND)}</p>',
         _html_table(_COLUMNS, groups, "Leakage by defense and attack"),
     )
-    if records.kind == "audit":
-        body += _section("Reconstructions", _figure_of_audit(records), _sheets(records, groups))
-    else:
-        body += _section("Reconstructions", _sheets(records, groups))
+    body += _section("Reconstructions", _figure_of_audit(records), _sheets(records, groups))
     body += _section("Searches", _loss_curves(groups))
     if parameters:
         body += _section(
@@ -715,7 +711,7 @@ def write(records: Records, folder: Path | None = None) -> Path:
     Where utility was measured, its figure goes to a file beside them, which ``report.md`` shows.
 
     Args:
-        records: of :func:`ggl_jax.audit.results.read`.
+        records: of :func:`ggl_jax.audit.folder.read`.
         folder: where; None for the results' own folder.
 
     Raises:
@@ -808,7 +804,7 @@ def write_comparison(a: Records, b: Records, folder: Path) -> Path:
         "Gain: PSNR above the stronger blind control, dB, mean over the images that both have, "
         "with a 95 % interval. B - A is paired by image: an interval without zero is a difference."
     )
-    changed = results.differences(
+    changed = files.differences(
         {k: a.config.get(k) for k in ("options", "inputs", "environment")},
         {k: b.config.get(k) for k in ("options", "inputs", "environment")},
     )

@@ -88,9 +88,7 @@ def summarize(rows: Sequence[dict[str, Any]]) -> list[DefenseSummary]:
             DefenseSummary(
                 defense=defense,
                 num_images=len(part),
-                label_accuracy=statistics.fmean(
-                    row["label_inferred"] == row["label_true"] for row in part
-                ),
+                label_accuracy=statistics.fmean(row["label_accuracy"] for row in part),
                 psnr=mean("psnr"),
                 ssim=mean("ssim"),
                 mse_r=mean("mse_r"),
@@ -192,7 +190,7 @@ def in_words(summaries: Sequence[DefenseSummary]) -> list[str]:
     leaking: list[DefenseSummary] = []
     silent: list[DefenseSummary] = []
     for s in summaries:
-        certain = s.gain > MARGIN and (s.interval is None or s.interval[0] > 0)
+        certain = s.gain > MARGIN and (s.interval is None or not s.interval[0] <= 0)
         (leaking if certain else silent).append(s)
     scope = "this image" if num == 1 else f"these {num} images"
     control = max(summaries[0].mean_image, summaries[0].control)
