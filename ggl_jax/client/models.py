@@ -195,6 +195,14 @@ def from_flax(
 
     Edge cases: a layer called several times counts with its last call. A head inside
     ``nn.scan`` or ``nn.vmap`` cannot be read.
+
+    >>> class Net(nn.Module):
+    ...     @nn.compact
+    ...     def __call__(self, x):
+    ...         return nn.Dense(10)(x.reshape(x.shape[0], -1))
+    >>> model = from_flax(Net(), (8, 8, 3))
+    >>> model.head, model.num_classes
+    (('Dense_0',), 10)
     """
     image_shape = _check_image_shape(image_shape)
     if not isinstance(module, nn.Module):
