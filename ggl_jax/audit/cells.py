@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -49,8 +48,6 @@ class Inputs:
         ceiling_steps: Adam steps of the prior's direct fit to the private image (the ceiling).
         lpips: backbone of the LPIPS metric: "vgg" (the paper's), "alex" or "squeeze". Where its
             weights are not installed, ``lpips`` is None and ``lpips_note`` says how to get them.
-        controls: folder that keeps the images' controls, for several audits of them to share; by
-            default each audit's own.
         about: entries for the folder's ``config.json``: under "options" what was asked for (by
             default these arguments), and the command, say.
 
@@ -70,7 +67,6 @@ class Inputs:
     num_controls: int = 400
     ceiling_steps: int = 300
     lpips: str = "vgg"
-    controls: Path | None = None
     about: Mapping[str, Any] | None = None
 
     def __post_init__(self):

@@ -10,7 +10,6 @@ import contextlib
 import dataclasses
 import itertools
 import math
-import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -295,34 +294,32 @@ class _Work:
 
     def controls(self, cell, key, labels) -> tuple[list[str], list[Controls]]:
         """The controls of a cell's images, and their files: computed once, and kept on disk."""
-        inputs, images = self.inputs, self.inputs.images[list(cell.images)]
-        # The batch's stream and images, and what its labels tell a class-conditional prior.
-        told = None if inputs.prior.num_classes is None else [int(label) for label in labels]
-        stream = [cell.seed, inputs.instance_ids[cell.images[0]]]
+        inputs = self.inputs
+        batch = list(cell.images)
+        # Random batches are put in order by the whole batch, so controls are those of all of it.
+        # Labels tell something to a class-conditional prior alone.
+        own = None if inputs.prior.num_classes is None else np.asarray(labels).tolist()
+        stream = [cell.seed, inputs.instance_ids[batch[0]]]
         prior = "" if self.scratch else inputs.digests["prior"]
-        name = digest(images, told, stream, prior, inputs.num_controls, inputs.ceiling_steps)[:16]
-        kept = inputs.controls or self.folder / "controls"
-        kept.mkdir(exist_ok=True)
-        names = [
-            os.path.relpath(kept / f"{name}-{position}.npz", self.folder)
-            for position in range(len(images))
-        ]
+        settings = [inputs.num_controls, inputs.ceiling_steps]
+        name = digest(inputs.images[batch], own, stream, prior, settings)[:16]
+        names = [f"controls/{name}-{part}.npz" for part in range(len(batch))]
         if name not in self.known:
             with contextlib.suppress(OSError, ValueError, KeyError):
-                self.known[name] = [read_controls(self.folder / one)[0] for one in names]
+                self.known[name] = [read_controls(self.folder / file)[0] for file in names]
         if name not in self.known:
             self.known[name] = batch_controls(
                 inputs.prior,
                 inputs.prior_params,
-                jnp.asarray(images),
-                labels,
+                jnp.asarray(inputs.images[batch]),
+                [0] * len(batch) if own is None else own,
                 jax.random.fold_in(jax.random.fold_in(key, STREAM_CONTROLS), 0),
                 num_samples=inputs.num_controls,
                 ceiling_steps=inputs.ceiling_steps,
             )
             if self.scratch or jax.process_index() == 0:
-                for one, controls, image in zip(names, self.known[name], images, strict=True):
-                    write_controls(self.folder / one, controls, image)
+                for file, found, image in zip(names, self.known[name], batch, strict=True):
+                    write_controls(self.folder / file, found, inputs.images[image])
         return names, self.known[name]
 
 
@@ -457,20 +454,24 @@ def audit(
     return _result(run(cells, given, out, config=config, **rest), given)
 
 
-def _result(found: RunResult, inputs: Inputs) -> AuditResult:
-    records = found.records
-    result = AuditResult(
-        rows=records.rows,
-        reconstructions=[records.image(row) for row in records.rows],
-        controls={
-            row["image"]: read_controls(records.folder / row["controls"])[0] for row in records.rows
-        },
+def result_of(records: folders.Records, inputs: Inputs, **axes: Any) -> AuditResult:
+    """What a folder holds of the cells with these values on their axes."""
+    rows = [row for row in records.rows if axes.items() <= row["axes"].items()]
+    return AuditResult(
+        rows=rows,
+        reconstructions=[records.image(row) for row in rows],
+        controls={row["image"]: read_controls(records.folder / row["controls"])[0] for row in rows},
         originals=dict(zip(inputs.names, inputs.images, strict=True)),
         failures={
             f"{records.cells[cell]['defense']}, {records.cells[cell]['image']}": reason
             for cell, reason in records.failures.items()
+            if axes.items() <= records.cells[cell].items()
         },
     )
+
+
+def _result(found: RunResult, inputs: Inputs) -> AuditResult:
+    result = result_of(found.records, inputs)
     if found.interrupted:
         raise AuditInterrupted(result)
     if not result.rows:

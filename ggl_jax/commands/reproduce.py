@@ -13,7 +13,6 @@ from ggl_jax import files
 from ggl_jax.commands import landscape
 from ggl_jax.commands._shared import (
     AuditBar,
-    Inputs,
     check_ranges,
     console,
     environment,
@@ -71,7 +70,8 @@ def run(command: ReproduceCommand, argv: list[str]) -> int:
     from rich.markdown import Markdown
 
     from ggl_jax.audit import paper
-    from ggl_jax.audit.cells import MODEL_STREAM
+    from ggl_jax.audit import run as cell_runs
+    from ggl_jax.audit.cells import MODEL_STREAM, Inputs
 
     chosen: Any = _resolve(command)
     experiment = paper.EXPERIMENTS[chosen.experiment](chosen.scale, chosen.half, chosen.fidelity)
@@ -92,22 +92,40 @@ def run(command: ReproduceCommand, argv: list[str]) -> int:
             "or other --data"
         )
     out = chosen.out
-    options = dataclasses.asdict(chosen)
-    options.pop("out")
+    options = {k: v for k, v in dataclasses.asdict(chosen).items() if k != "out"}
     shown = "ggl-jax " + shlex.join(argv)
     env = environment()
-    given = {
-        "images": files.digest(inputs.dataset.images.tobytes()),
-        "prior": inputs.card["sha256"],
-    }
-    files.claim(out, {"command": shown, "options": options, "inputs": given, "environment": env})
+    given = Inputs(
+        inputs.dataset.images,
+        inputs.dataset.labels,
+        inputs.model,
+        inputs.prior,
+        inputs.prior_params,
+        names=inputs.dataset.names,
+        instance_ids=inputs.dataset.indices,
+        num_controls=chosen.num_controls,
+        ceiling_steps=chosen.ceiling_steps,
+        lpips=chosen.lpips,
+        about={"command": shown, "environment": env},
+    )
+    cells = _cells(runs, given)
     console.print(
         f"{experiment.title}: {len(runs)} searches, {len(experiment.defenses)} defenses, "
         f"{found} images, scale {chosen.scale}. Results: {out}/",
         markup=False,
         soft_wrap=True,
     )
-    results, interrupted = _audits(chosen, runs, inputs)
+    with AuditBar() as bar:
+        done = cell_runs.run(
+            cells, given, out, config=cell_runs.config_of(cells, given, options), progress=bar
+        )
+    for cell, reason in done.failures.items():
+        console.print(f"failed: {done.records.cells[cell]}: {reason}", markup=False)
+    results = {
+        one: result
+        for one in runs
+        if (result := cell_runs.result_of(done.records, given, search=one.name, seed=one.seed)).rows
+    }
     if results:
         key = jax.random.key(chosen.seed)
         controls = paper.control_scores(
@@ -137,7 +155,7 @@ def run(command: ReproduceCommand, argv: list[str]) -> int:
         paper.draw(experiment, results, out / "figure.png")
         console.print(Markdown(text))
         console.print(f"Table: {out}/table.md; pictures: {out}/figure.png", markup=False)
-    if interrupted:
+    if done.interrupted:
         console.print("Interrupted. The same command goes on from here.", markup=False)
         return 130
     return 0
@@ -188,36 +206,22 @@ def _landscape(command: Any, settings: Any, argv: list[str]) -> int:
     return landscape.run(options(**given), argv)
 
 
-def _audits(command: Any, runs: Sequence[Any], inputs: Inputs) -> tuple[dict[Any, Any], bool]:
-    """The results by run, and whether Ctrl-C ended them early."""
-    from ggl_jax.audit.run import AuditInterrupted, audit
+def _cells(runs: Sequence[Any], inputs: Any) -> list[Any]:
+    """The experiment's cells: every search under every one of its defenses, on every image."""
+    from ggl_jax.audit.cells import Cells, image_batches
+    from ggl_jax.client.share import ClientSettings
 
-    results: dict[Any, Any] = {}
-    with AuditBar(len(runs)) as bar:
-        for number, one in enumerate(runs):
-            bar.begin(one.name, number)
-            name = "".join(c if c.isalnum() else "_" for c in one.name.lower())
-            try:
-                results[one] = audit(
-                    inputs.dataset.images,
-                    inputs.dataset.labels,
-                    model=inputs.model,
-                    prior=inputs.prior,
-                    prior_params=inputs.prior_params,
-                    defenses=one.defenses,
-                    names=inputs.dataset.names,
-                    instance_ids=inputs.dataset.indices,
-                    settings=one.settings,
-                    num_controls=command.num_controls,
-                    ceiling_steps=command.ceiling_steps,
-                    lpips=command.lpips,
-                    seed=one.seed,
-                    controls=command.out / "controls",
-                    out=command.out / f"{name}-seed{one.seed}",
-                    progress=bar,
-                )
-            except AuditInterrupted as stop:
-                if stop.result.rows:
-                    results[one] = stop.result
-                return results, True
-    return results, False
+    maker, client = Cells(inputs), ClientSettings()
+    return [
+        maker.make(
+            {"search": one.name},
+            one.settings,
+            client,
+            maker.defense(defense, one.settings),
+            one.seed,
+            batch,
+        )
+        for one in runs
+        for defense in one.defenses
+        for batch in image_batches(len(inputs.images), client.batch_size)
+    ]
