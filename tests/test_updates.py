@@ -122,7 +122,7 @@ def server(tiny_model, tiny_variables, tiny_prior, tiny_prior_params):
             jax.random.key(0)[None],
             public,
             [gx.Shared(update)],
-            defense=gx.parse(defense),
+            view=gx.parse(defense).view,
             settings=gx.AttackSettings(optimizer="adam", start="prior", **settings),
         )[0]
 

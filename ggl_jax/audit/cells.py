@@ -248,12 +248,17 @@ class Cells:
             self._searches[program] = 0, ""
             with contextlib.suppress(GGLError):  # its cells will fail and say why
                 search = search_for(
-                    inputs.model, inputs.prior, defense, client, settings, settings.instances or 1
+                    inputs.model,
+                    inputs.prior,
+                    defense.view,
+                    client,
+                    settings,
+                    settings.instances or 1,
                 )
                 own = ""
                 if self.told_apart and identity.names_own(*searched.values()):
                     own = identity.search_digest(
-                        search, inputs.model, inputs.prior_params, defense, client.batch_size
+                        search, inputs.model, inputs.prior_params, defense.view, client.batch_size
                     )
                 self._searches[program] = search.evaluations, own
         evaluations, own = self._searches[program]

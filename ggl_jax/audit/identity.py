@@ -18,7 +18,7 @@ from ggl_jax.client.defenses import DEFENSES
 from ggl_jax.client.gradients import local_update
 from ggl_jax.errors import GGLError
 from ggl_jax.files import digest
-from ggl_jax.types import Context, Defense, Model, Prior, Problem, PyTree
+from ggl_jax.types import Context, Defense, Model, Prior, Problem, PyTree, View
 
 _REGISTRIES: tuple[Any, ...] = (ATTACKS, DEFENSES, DISTANCES, OPTIMIZERS, REGULARIZERS)
 _SHIPPED = [dict(registry) for registry in _REGISTRIES]
@@ -118,7 +118,7 @@ def defense_digest(defense: Defense, model: Model) -> str:
 
     def apply(key, update, variables, images, labels):
         context = Context(model, variables, images, labels)
-        return defense.apply(key, update, context), defense.record(key, update, context)
+        return defense.apply(key, update, context)
 
     parts = [traced(what, apply, key, update, variables, image, label)[0]]
 
@@ -127,13 +127,17 @@ def defense_digest(defense: Defense, model: Model) -> str:
         parts.append(found)
         return shapes
 
-    estimated = add(functools.partial(defense.estimate, head=model.head), update)
-    add(defense.simulate, estimated, update)
-    if defense.observe is not None:
-        add(defense.observe, estimated, update)
-    if defense.rewire is not None:
-        add(lambda e, v: defense.rewire(e, v, model.head), estimated, variables)
-    return digest(parts)[:_DIGITS]
+    view = defense.view
+    estimated = add(functools.partial(view.estimate, head=model.head), update)
+    add(view.simulate, estimated, update)
+    if view.observe is not None:
+        add(view.observe, estimated, update)
+    if view.noise_std is not None:
+        add(view.noise_std, estimated)
+    rewire = view.rewire
+    if rewire is not None:
+        add(lambda e, v: rewire(e, v, model.head), estimated, variables)
+    return digest(parts, view.adds_noise)[:_DIGITS]
 
 
 def names_own(*specifications: Any) -> bool:
@@ -150,12 +154,12 @@ def names_own(*specifications: Any) -> bool:
 
 
 def search_digest(
-    search: Search, model: Model, prior_params: PyTree, defense: Defense, batch_size: int
+    search: Search, model: Model, prior_params: PyTree, view: View, batch_size: int
 ) -> str:
     """A digest of a step of a search, with the attack, optimiser and penalties that are in it."""
     key, variables, _, _ = _shapes(model)
     update, attack = variables["params"], search.stages[0].attack
-    estimated = jax.eval_shape(functools.partial(defense.estimate, head=model.head), update)
+    estimated = jax.eval_shape(functools.partial(view.estimate, head=model.head), update)
     params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), prior_params)
     labels: Any = jax.ShapeDtypeStruct((batch_size,), jnp.int32)
     problem = Problem(update, variables, params, labels, estimated)

@@ -179,11 +179,7 @@ def measure(
         )
     todo = _named(defenses, fidelities)
     for defense, _ in todo:
-        if settings.local_steps > 1 and client_defenses.replaces_update(defense):
-            raise GGLError(
-                f"local_steps: {defense.name} recomputes a single gradient step, so it cannot "
-                f"defend {settings.local_steps} local steps; use 1, or fidelity 'code'"
-            )
+        client_defenses.check_local_steps(defense, settings.local_steps)
         _training(model, defense, settings)  # refuses unusable settings before any work is done
     if options is None:
         options = {**dataclasses.asdict(settings), "model": model.name, "seed": seed}
