@@ -66,6 +66,13 @@ def test_published_settings():
     assert other["adaptive"]
     assert "box" not in other
     assert "start" not in other
+    # The published code of GGL: D1 over the number of tensors but for Adam, which starts at noise.
+    assert resolve("ggl", fidelity="code")["distance"] == "mean_squared_l2"
+    adam = resolve("ggl", fidelity="code", optimizer="adam")
+    assert (adam["distance"], adam["start"]) == ("squared_l2", "normal")
+    assert resolve("ggl", optimizer="adam").get("start") is None
+    assert resolve("dlg", fidelity="code")["distance"] == "squared_l2"
+    assert resolve("ggl", fidelity="code", population=50)["population"] == 50
     with pytest.raises(GGLError, match="did you mean 'idlg'"):
         resolve("idgl")
 
@@ -146,12 +153,15 @@ def test_regularizers_by_hand():
         found = parse_regularizer("kld", fidelity=fidelity)(latents, nothing)
         np.testing.assert_allclose(found, [expected], rtol=1e-6)
     np.testing.assert_allclose(parse_regularizer("norm:0.5")(latents, nothing), [0.5 * 8.0**2])
+    code = parse_regularizer("norm:0.5", fidelity="code")
+    np.testing.assert_allclose(code(latents, nothing), [0.5 * 9.0**2])
+    assert not jax.grad(lambda z: code(z, nothing)[0])(latents).any()
     # [-1, 1]: vertical differences 0.4 and 0.4, horizontal 0.8 and 0.8.
     image = jnp.asarray([[0.5, 0.9], [0.7, 1.1]])[None, None, ..., None] - 0.1
     zeros = jnp.zeros((1, 1, 1))
     np.testing.assert_allclose(parse_regularizer("total_variation")(zeros, image), [1.2], rtol=1e-6)
     np.testing.assert_allclose(
-        parse_regularizer("l2")(zeros, image), [0.2**2 + 0.6**2 + 0.2**2 + 1.0], rtol=1e-5
+        parse_regularizer("l2")(zeros, image), [(0.2**2 + 0.6**2 + 0.2**2 + 1.0) / 4], rtol=1e-5
     )
     both = parse_regularizer("total_variation:2+l2:0")(zeros, image)
     np.testing.assert_allclose(both, [2.4], rtol=1e-6)
@@ -160,8 +170,8 @@ def test_regularizers_by_hand():
 def test_group_consistency():
     group = parse_regularizer("group:2")
     images = jnp.stack([jnp.full((1, 2, 2, 1), value) for value in (0.25, 0.75)])
-    # Means at 0.5: 4 pixels, 0.25 in [0, 1] is 0.5 in [-1, 1].
-    np.testing.assert_allclose(group(jnp.zeros((2, 1, 1)), images), 2 * 4 * 0.25)
+    # Means at 0.5: 0.25 in [0, 1] is 0.5 in [-1, 1].
+    np.testing.assert_allclose(group(jnp.zeros((2, 1, 1)), images), 2 * 0.25)
     assert float(group(jnp.zeros((1, 1, 1)), images[:1])[0]) == 0.0
     pull = jax.grad(lambda x: jnp.sum(group(jnp.zeros((2, 1, 1)), x)))(images)
     assert bool(jnp.all(pull[0] < 0) and jnp.all(pull[1] > 0))

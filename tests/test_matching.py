@@ -331,11 +331,11 @@ def test_near_the_private_image_in_float32(distance):
     assert abs(expanded[1] / truth[1] - 1) > 1e-3  # or the switch would be needless
 
 
-def test_code_fidelity_divides_by_the_number_of_tensors():
+def test_the_codes_distance_is_a_mean_over_tensors():
     with jax.enable_x64(True):
         parts = problem("wide", "none")
-        paper, _ = parts.losses("auto", fidelity="paper")
-        code, _ = parts.losses("auto", fidelity="code")
+        paper, _ = parts.losses("auto", distance="squared_l2")
+        code, _ = parts.losses("auto", distance="mean_squared_l2")
         np.testing.assert_allclose(paper, code * len(jax.tree.leaves(parts.observed)), rtol=1e-10)
 
 
@@ -549,7 +549,6 @@ def test_memory_bounds_what_is_computed_at_once(tiny_model, tiny_variables, tiny
         ({"local_steps": 0}, "local_steps"),
         ({"memory": 0.0}, "memory"),
         ({"exact_below": -1.0}, "exact_below"),
-        ({"fidelity": "exact"}, "fidelity"),
     ],
 )
 def test_bad_options_are_named(tiny_model, tiny_variables, options, word):

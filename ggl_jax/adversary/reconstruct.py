@@ -32,8 +32,9 @@ class Reconstruction(NamedTuple):
         history: [steps] lowest loss so far.
         status: one of ``ggl_jax.types.OK``, ``NONFINITE``, ``STALLED``.
         seconds: wall-clock time of the search, shared evenly by those of its batch.
-        search: the attack's settings as resolved, and whether the result is the restarts' mean
-            ("combined") and was refined in pixels ("refined").
+        search: the attack's settings as resolved, whether the result is the restarts' mean
+            ("combined") and was refined in pixels ("refined"), and the names and steps of its
+            "stages".
         point: [p], the result in the space that the search's last stage searched.
         attack: of that stage.
         problem: what it worked on.
@@ -110,6 +111,7 @@ def search_for(
             **resolved,
             "combined": combines(settings, view),
             "refined": stages[-1].attack.name == "refine",
+            "stages": [(stage.attack.name, stage.steps) for stage in stages],
         },
     )
 

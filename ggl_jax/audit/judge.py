@@ -79,6 +79,7 @@ def judge(
         "optimizer": found.search["optimizer"],
         "combined": found.search["combined"],
         "refined": found.search["refined"],
+        "stages": found.search["stages"],
         "evaluations": found.evaluations,
         "search_seconds": found.seconds,
         "status": STATUS_MESSAGES[found.status],

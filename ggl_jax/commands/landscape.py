@@ -63,7 +63,7 @@ class LandscapeCommand:
     """tanh keeps every latent entry within (-1, 1); the plane lies in the space before it."""
     regularizer: str | None = None
     """Penalties of the search, as for ggl-jax audit; the landscape's loss has none."""
-    distance: Literal["squared_l2", "cosine"] | None = None
+    distance: Literal["squared_l2", "mean_squared_l2", "cosine"] | None = None
     """Distance between updates."""
     relative: bool | None = None
     """Divide distances by that of an update of zero, as for ggl-jax audit."""

@@ -89,7 +89,7 @@ def run(command: UtilityCommand, argv: list[str]) -> int:
     """``ggl-jax utility``."""
     from ggl_jax.audit import data as audit_data
     from ggl_jax.audit import folder as folders
-    from ggl_jax.audit import html_report, utility
+    from ggl_jax.audit import report, utility
     from ggl_jax.client.models import get_model
     from ggl_jax.priors import load_prior
 
@@ -153,7 +153,8 @@ def run(command: UtilityCommand, argv: list[str]) -> int:
     if command.folder is not None and out == command.folder:
         records = folders.read(out)
         if records.rows:
-            console.print(f"Report: {html_report.write(records)}", markup=False, soft_wrap=True)
+            page = report.write(report.make(records), out)
+            console.print(f"Report: {page}", markup=False, soft_wrap=True)
     if found.interrupted:
         console.print("Interrupted. The same command goes on from here.", markup=False)
         return 130

@@ -29,6 +29,6 @@ def ggl(
         An :class:`ggl_jax.types.Attack`.
 
     Reference:
-        Paper, section 3, equations 3 to 6 (the transformation-aware search).
+        Paper, section 3 (the transformation-aware search).
     """
     return search_attack("ggl", model, prior, optimizer, regularizer=regularizer, **options)

@@ -67,7 +67,7 @@ def search_attack(
             "prior" (all sampled), "uniform" (U[0, 1]) or "normal" (N(0, 1)).
         bound: "none", or "tanh" to search an unbounded vector whose tanh is the latent.
         soft_labels: search the labels, too, as logits that start at N(0, 1).
-        distance: "squared_l2" (D1) or "cosine" (D2).
+        distance: a name in :data:`ggl_jax.DISTANCES`: "squared_l2" (D1), "cosine" (D2), ...
         likelihood: where there is noise, divide the squared l2 distance by twice its estimated
             variance: minus the logarithm of the update's likelihood. It then takes the place of
             ``relative``.
@@ -78,7 +78,7 @@ def search_attack(
             :data:`ggl_jax.REGULARIZERS` there is "batch_norm": the distance of the candidate's
             BatchNorm statistics to those that the client shared (``problem.statistics``), or else
             to the model's running ones, which say something of a model that was trained.
-        fidelity: "paper", or "code" for the published code's forms of distance and regulariser.
+        fidelity: "paper", or "code" for the published code's forms of the regularisers.
         method: "auto", "fused" or "direct" evaluation of the matching loss.
         precision: of its products on accelerators; see :func:`ggl_jax.matching_loss`.
         local_steps: SGD steps in the client's update; 1 for a plain gradient.
@@ -179,7 +179,6 @@ def search_attack(
             view=view,
             estimated=problem.estimated,
             distance=distance,
-            fidelity=fidelity,
             method=method,
             precision=precision,
             chunk_size=chunk_size,
@@ -193,15 +192,13 @@ def search_attack(
         variance = jnp.square(problem.noise)
         scale = 1.0 / energy(observed, variance) if relative else 1.0
         if likelihood:
-            # The published code's distance is a mean over tensors, a likelihood's is a sum.
-            count = len(jax.tree.leaves(observed)) if fidelity == "code" else 1
-            noisy = 0.5 * count / jnp.where(variance > 0, variance, 1.0)
+            noisy = 0.5 / jnp.where(variance > 0, variance, 1.0)
             scale = jnp.where(variance > 0, noisy, scale)
         return lambda images, labels: scale * distance_to(images, labels)
 
     def energy(observed, variance):
         """The distance of an update of zero, the noise's share taken off; above 0."""
-        chosen = resolve_distance(distance, fidelity=fidelity)
+        chosen = resolve_distance(distance)
         reference = chosen.at_zero(tree_statistics(observed, observed))
         if chosen.scales is None:  # else the distance is relative by itself
             squares = sum(jnp.sum(y**2) for y in jax.tree.leaves(observed))

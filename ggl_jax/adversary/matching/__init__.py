@@ -43,7 +43,6 @@ def matching_loss(
     view: View | None = None,
     estimated: PyTree | None = None,
     distance: str | Distance = "squared_l2",
-    fidelity: str = "paper",
     method: str = "auto",
     chunk_size: int | None = None,
     memory: float | None = None,
@@ -66,8 +65,8 @@ def matching_loss(
         observed: the shared update, a pytree like ``variables["params"]``.
         view: how candidates' updates are transformed; None leaves them alone.
         estimated: the defense's estimated parameters.
-        distance: "squared_l2" (D1), "cosine" (D2) or a :class:`ggl_jax.adversary.losses.Distance`.
-        fidelity: "paper", or "code" (squared l2 divided by the number of tensors).
+        distance: a name in :data:`ggl_jax.DISTANCES`, such as "squared_l2" (D1) and "cosine"
+            (D2), or a :class:`ggl_jax.adversary.losses.Distance`.
         method: "direct", "fused", or "auto": fused wherever it can be.
         chunk_size: candidates at once, at least 1; None chooses from the model's activations and
             the memory (256 MiB on the CPU, where larger chunks are slower; half of what is free on
@@ -119,7 +118,7 @@ def matching_loss(
         Paper, section 3. Per-candidate norms from inputs and cotangents: Goodfellow (2015),
         "Efficient per-example gradient computations"; for convolutions Rochette et al. (2019).
     """
-    distance = resolve_distance(distance, fidelity=fidelity)
+    distance = resolve_distance(distance)
     _check_choice("method", method, METHODS)
     _check_choice("precision", precision, PRECISIONS)
     _check_count("chunk_size", 1 if chunk_size is None else chunk_size)
