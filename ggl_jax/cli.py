@@ -33,7 +33,9 @@ from ggl_jax.commands import (
     utility,
     weights,
 )
+from ggl_jax.commands._options import choice_of
 from ggl_jax.errors import GGLError
+from ggl_jax.spec import replace
 
 #: Subcommands: their options, and ``run(options, argv) -> exit code``. A new one is one file in
 #: ``ggl_jax/commands`` and one line here.
@@ -55,35 +57,38 @@ COMMANDS: dict[str, tuple[type, Callable[[Any, list[str]], int]]] = {
     "info": (info.InfoCommand, info.run),
 }
 
-#: Those whose switches are given without a value (``--dry-run``).
-_FLAGS = ("attack", "sweep", "report")
+#: Those with a search, whose defaults hang on the user's own options.
+_SEARCHING = {"audit": audit.defaults, "attack": attack.defaults, "landscape": landscape.defaults}
 
 
 def _parse(argv: list[str]):
     # A subcommand's default is given to tyro so that --help shows what will be used.
-    searching = {"audit": audit.defaults, "landscape": landscape.defaults}
-    defaults = {name: searching[name](argv[1:]) for name in argv[:1] if name in searching}
-    values_only: Any = tyro.conf.FlagConversionOff
+    name, rest = (argv or [""])[0], argv[1:]
+    own = {name: _SEARCHING[name](rest)} if name in _SEARCHING else {}
     commands: Any = functools.reduce(
         operator.or_,
         (
             Annotated[
-                options if name in _FLAGS else values_only[options],
-                tyro.conf.subcommand(name, default=defaults[name])
-                if name in defaults
-                else tyro.conf.subcommand(name),
+                options,
+                tyro.conf.subcommand(one, default=own[one])
+                if one in own
+                else tyro.conf.subcommand(one),
             ]
-            for name, (options, _) in COMMANDS.items()
+            for one, (options, _) in COMMANDS.items()
         ),
     )
-    return tyro.cli(
+    command: Any = tyro.cli(
         commands,
         prog="ggl-jax",
         args=argv,
         description="Audit privacy defenses in federated learning: what does a defended gradient "
         "still leak about the image behind it? Start with: ggl-jax audit",
-        config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
+        config=(tyro.conf.OmitArgPrefixes,),
     )
+    if own and choice_of(rest).optimizer is not None:
+        # with the preset's options of that optimiser, in its canonical spelling
+        command = replace(command, optimizer=own[name].search.optimizer)
+    return command
 
 
 def _use_compilation_cache() -> None:

@@ -3,14 +3,13 @@
 Only arrays are ever read: a file that would run code when it is loaded is refused.
 """
 
-import zipfile
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from ggl_jax.errors import GGLError, first_line
+from ggl_jax.errors import GGLError, explaining, first_line
 from ggl_jax.types import Path as TreePath
 from ggl_jax.types import PyTree
 
@@ -19,13 +18,6 @@ SUFFIXES = (".bin", ".pt", ".pth", ".safetensors", ".npz")
 
 #: Torch's batch norms count their batches in tensors that nobody needs.
 _COUNTER = "num_batches_tracked"
-
-
-def _missing_package(path, package: str) -> GGLError:
-    return GGLError(
-        f"{path}: reading {path.suffix} files needs the package {package}; "
-        "install it with: pip install 'ggl-jax[convert]'"
-    )
 
 
 def _read_torch(path: Path) -> Any:
@@ -126,19 +118,17 @@ def read(path) -> dict[str, np.ndarray]:
         raise GGLError(f"{path}: unknown type of tensor file; give one of {', '.join(SUFFIXES)}")
     if not path.is_file():
         raise GGLError(f"{path} does not exist or is not a file")
-    try:
-        tensors = reader(path)
-    except ImportError as error:
-        package = "safetensors" if reader is _read_safetensors else "torch"
-        raise _missing_package(path, package) from error
-    except (zipfile.BadZipFile, OSError, ValueError, KeyError, RuntimeError, EOFError) as error:
-        raise GGLError(f"{path} cannot be read: {first_line(error)}; fetch it again") from error
-    except Exception as error:
-        # torch's refusal (pickle.UnpicklingError) and safetensors' own exceptions
-        raise GGLError(
-            f"{path} is damaged or holds more than tensors ({first_line(error)}); fetch it "
-            "again, or save its plain state_dict"
-        ) from error
+    # torch's refusals, safetensors' own exceptions, zipfile's and numpy's
+    what = f"{path} cannot be read or holds more than tensors"
+    with explaining(what, "fetch it again, or save its plain state_dict"):
+        try:
+            tensors = reader(path)
+        except ImportError as error:
+            package = "safetensors" if reader is _read_safetensors else "torch"
+            raise GGLError(
+                f"{path}: reading {path.suffix} files needs the package {package}; install it "
+                "with: pip install 'ggl-jax[convert]'"
+            ) from error
     return as_arrays(tensors, source=str(path))
 
 
@@ -182,7 +172,7 @@ def check_shapes(
         raise GGLError(f"the tensors are not those of {what}; {'; '.join(wrong)}")
 
 
-def channels_last(array: np.ndarray) -> np.ndarray:
+def channels_last(array):
     """Torch's axes to ours: [out in ...] to [... in out], vectors as they are."""
     return np.moveaxis(array, (0, 1), (-1, -2)) if array.ndim > 1 else array
 
@@ -198,7 +188,7 @@ class Tensor(NamedTuple):
 
     shape: tuple[int, ...]
     path: TreePath = ()
-    change: Callable[[np.ndarray], np.ndarray] = channels_last
+    change: Callable[[Any], Any] = channels_last
 
 
 def convert(
@@ -216,8 +206,8 @@ def convert(
         Nested dicts of float32 numpy arrays.
 
     Raises:
-        GGLError: names missing or unknown, other shapes, or values that are no finite floats; the
-            message names the tensors.
+        GGLError: names missing or unknown, other shapes, or values that are not finite real
+            numbers; the message names the tensors.
 
     >>> convert({"fc.weight": np.ones((2, 3))}, {"fc.weight": Tensor((2, 3), ("kernel",))}, what="")
     {'kernel': array([[1., 1.],
@@ -231,8 +221,8 @@ def convert(
         if not tensor.path:
             continue
         array = tensor.change(arrays[name])
-        if array.dtype.kind != "f" or not np.isfinite(array).all():
-            raise GGLError(f"weights of {what}: {name} is not of finite floats")
+        if array.dtype.kind not in "biuf" or not np.isfinite(array).all():
+            raise GGLError(f"weights of {what}: {name} is not of finite real numbers")
         *parents, last = tensor.path
         place = tree
         for parent in parents:

@@ -84,27 +84,36 @@ def read(
     return name, given
 
 
-def write(registry: Mapping[str, Callable[..., Any]], name: str, given: Mapping[str, Any]) -> str:
+def write(
+    registry: Mapping[str, Callable[..., Any]],
+    name: str,
+    given: Mapping[str, Any],
+    *,
+    offered: tuple = (),
+) -> str:
     """The canonical spelling of a part: options in the factory's order, the first without its key.
 
     Options that have the factory's own default are left out.
     """
     about = inspect.signature(registry[name]).parameters
-    chosen = [k for k in about if k in given and given[k] != about[k].default]
+    known = [option for option in about if option not in offered]
     items = [
-        text_of(given[key]) if key == next(iter(about)) else f"{key}={text_of(given[key])}"
-        for key in chosen
+        text_of(given[key]) if key == known[0] else f"{key}={text_of(given[key])}"
+        for key in known
+        if key in given and given[key] != about[key].default
     ]
     return ":".join([name, ",".join(items)]) if items else name
 
 
-def canonical(registry: Mapping[str, Callable[..., Any]], text: str, *, what: str) -> str:
+def canonical(
+    registry: Mapping[str, Callable[..., Any]], text: str, *, what: str, offered: tuple = ()
+) -> str:
     """The one spelling of all those that mean the same: ``adam:1e-1`` is ``adam``.
 
     Raises:
         GGLError: as :func:`read`.
     """
-    return write(registry, *read(registry, text, what=what))
+    return write(registry, *read(registry, text, what=what, offered=offered), offered=offered)
 
 
 def build(

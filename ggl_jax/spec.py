@@ -32,7 +32,7 @@ Positive = Annotated[float, Above(0.0)]
 
 
 @dataclasses.dataclass(frozen=True)
-class Inputs:
+class Setup:
     """What both sides start from."""
 
     data: str = "embedded"

@@ -114,7 +114,7 @@ class Problem:
                 self.model,
                 variables,
                 observed,
-                defense=self.defense,
+                view=self.defense.view,
                 estimated=estimated,
                 distance=distance,
                 client=client,
@@ -142,8 +142,8 @@ def problem(name, spec, *, batch=1, fidelity="paper", num=4):
     def observe(variables, images, labels):
         update = gx.gradient(model, variables, images, labels)
         context = gx.Context(model, variables, images, labels)
-        observed = double(defense.apply(jax.random.key(2), update, context))
-        return observed, double(defense.estimate(observed, model.head))
+        observed = double(defense.apply(jax.random.key(2), update, context)[0])
+        return observed, double(defense.view.estimate(observed, model.head))
 
     observed, estimated = observe(variables, images[0], labels[0])
     return Problem(model, variables, observed, defense, estimated, images[1:], labels[1:])
@@ -256,7 +256,9 @@ def test_any_convolution(size, kernel, strides, dilation, padding, groups, batch
         def both(images):
             results = []
             for method in ("fused", "direct"):
-                loss = matching.matching_loss(model, variables, observed, speed=Speed(method=method))
+                loss = matching.matching_loss(
+                    model, variables, observed, speed=Speed(method=method)
+                )
                 values, pull_back = jax.vjp(lambda x, loss=loss: loss(x, labels), images)
                 results.append((values, pull_back(jnp.ones_like(values))[0]))
             return results
@@ -315,8 +317,12 @@ def test_near_the_private_image_in_float32(distance):
     def losses(variables, observed, images):
         return [
             matching.matching_loss(
-                model, variables, observed, speed=Speed(method=method), distance=distance,
-                exact_below=below
+                model,
+                variables,
+                observed,
+                speed=Speed(method=method),
+                distance=distance,
+                exact_below=below,
             )(images, labels)
             for method, below in (("fused", 1e-3), ("fused", 0.0), ("direct", 1e-3))
         ]
@@ -333,11 +339,11 @@ def test_near_the_private_image_in_float32(distance):
     assert abs(expanded[1] / truth[1] - 1) > 1e-3  # or the switch would be needless
 
 
-def test_code_fidelity_divides_by_the_number_of_tensors():
+def test_the_codes_distance_is_a_mean_over_tensors():
     with jax.enable_x64(True):
         parts = problem("wide", "none")
-        paper, _ = parts.losses("auto", fidelity="paper")
-        code, _ = parts.losses("auto", fidelity="code")
+        paper, _ = parts.losses("auto", distance="squared_l2")
+        code, _ = parts.losses("auto", distance="mean_squared_l2")
         np.testing.assert_allclose(paper, code * len(jax.tree.leaves(parts.observed)), rtol=1e-10)
 
 
@@ -423,11 +429,11 @@ def memory(depth):
 
     model = gx.types.Model(None, apply, (), (16, 16, 2), 3, "deep")
     params = {f"w{number}": jnp.ones((512, 512)) / 500 for number in range(depth)}
-    estimated = defense.estimate(jax.tree.map(jnp.zeros_like, params), ("w2",))
+    estimated = defense.view.estimate(jax.tree.map(jnp.zeros_like, params), ("w2",))
 
     def losses(params, observed, estimated, images):
         loss = gx.matching_loss(
-            model, {"params": params}, observed, defense=defense, estimated=estimated
+            model, {"params": params}, observed, view=defense.view, estimated=estimated
         )
         return loss(images, jnp.zeros((1,), jnp.int32))
 
@@ -533,7 +539,9 @@ def test_memory_bounds_what_is_computed_at_once(tiny_model, tiny_variables, tiny
     images = jax.random.uniform(jax.random.key(0), (256, 1, 8, 8, 3))
     needed, losses = [], []
     for memory in (1.0, 1e-4):
-        loss = matching.matching_loss(tiny_model, tiny_variables, observed, speed=Speed(memory=memory))
+        loss = matching.matching_loss(
+            tiny_model, tiny_variables, observed, speed=Speed(memory=memory)
+        )
         compiled = jax.jit(loss).lower(images, jnp.asarray([1])).compile()
         needed.append(compiled.memory_analysis().temp_size_in_bytes)
         losses.append(compiled(images, jnp.asarray([1])))
@@ -568,6 +576,8 @@ def test_bad_arrays_are_named(tiny_model, tiny_variables):
         loss(jnp.ones((2, 1, 8, 7, 3)), jnp.zeros((2, 1), jnp.int32))
     untapped = Model(None, lambda v, x: (v["params"]["w"] * x.mean((1, 2)), x), (), SHAPE, 3, "toy")
     variables = {"params": {"w": jnp.ones(3)}}
-    loss = matching.matching_loss(untapped, variables, {"w": jnp.ones(3)}, speed=Speed(method="fused"))
+    loss = matching.matching_loss(
+        untapped, variables, {"w": jnp.ones(3)}, speed=Speed(method="fused")
+    )
     with pytest.raises(gx.GGLError, match="toy"):
         loss(jnp.ones((2, 1, *SHAPE)), jnp.zeros((2, 1), jnp.int32))

@@ -15,9 +15,10 @@ from PIL import Image
 
 from ggl_jax import checkpoint
 from ggl_jax.adversary.attacks import ATTACKS
-from ggl_jax.audit import metrics, paper, runner
-from ggl_jax.audit.controls import Controls
-from ggl_jax.audit.runner import AuditResult
+from ggl_jax.audit import metrics, paper
+from ggl_jax.audit import run as cell_runs
+from ggl_jax.audit.controls import Controls, write_controls
+from ggl_jax.audit.run import AuditResult
 from ggl_jax.cli import run
 from ggl_jax.client import models
 from ggl_jax.commands import landscape
@@ -240,6 +241,7 @@ def test_table_shows_ours_beside_the_papers():
         *("0.6000 ± 1.2706", "2.50 ± 6.35", "–", "0.2500 ± 0.0000")
     ]
     assert "the command" in text
+    assert "\n    " not in text  # Markdown would show it as code
     assert "half of the 95 % interval over images" in text
     # Half of the images are done.
     assert ("clip:4", "GGL (2 of 4)") in table_of(experiment, {ggl: rows}, num_images=4)[2]
@@ -349,29 +351,35 @@ def inputs(tmp_path, monkeypatch):
     return [*given, "--num-controls", "8", "--ceiling-steps", "2"]
 
 
-def pretend_audit(images, labels, *, defenses, names, seed, controls, lpips, **options):
-    """What an audit returns, at once."""
-    rows = [
-        row(14.0 + seed, name, defense=defense, label_inferred=int(label), lpips_backbone=lpips)
-        for name, label in zip(names, labels, strict=True)
-        for defense in defenses
-    ]
-    pictures = dict(zip(names, np.asarray(images, np.float32), strict=True))
-    known = {
-        name: Controls({}, image, image * 0.9, image * 0.8, 1) for name, image in pictures.items()
-    }
-    return AuditResult(rows, [pictures[one["image"]] for one in rows], controls or known, pictures)
+@pytest.fixture
+def pretended(monkeypatch):
+    """Cells' results at once, without a search; the calls are remembered."""
+    calls = []
+
+    def find(work, cells):
+        given = work.inputs
+        calls.extend((work, cell) for cell in cells)
+        found = []
+        for cell in cells:
+            rows, images = [], given.images[list(cell.images)]
+            for i, image in zip(cell.images, images, strict=True):
+                controls = Controls({}, image, image * 0.9, image * 0.8, 1)
+                write_controls(work.folder / f"controls/{i}.npz", controls, image)
+                about = {"axes": cell.axes, "seed": cell.seed, "controls": f"controls/{i}.npz"}
+                label = {"label_inferred": int(given.labels[i]), "lpips_backbone": given.lpips}
+                rows.append(
+                    row(14.0 + cell.seed, given.names[i], defense=cell.defense.name) | about | label
+                )
+            found.append((rows, images))
+        return found
+
+    monkeypatch.setattr(cell_runs._Work, "find", find)
+    return calls
 
 
 @pytest.mark.parametrize(("name", "half"), EVERY)
-def test_every_experiment_and_half(name, half, inputs, tmp_path, monkeypatch):
-    calls, landscapes = [], []
-
-    def audit(images, labels, **options):
-        calls.append({**options, "images": images, "labels": labels})
-        return pretend_audit(images, labels, **options)
-
-    monkeypatch.setattr(runner, "audit", audit)
+def test_every_experiment_and_half(name, half, inputs, pretended, tmp_path, monkeypatch):
+    landscapes = []
     monkeypatch.setattr(landscape, "run", lambda *args: landscapes.append(args) or 0)
     out = tmp_path / "out"
     command = ["reproduce", name, "--half", half, *inputs, "--out", str(out)]
@@ -390,12 +398,10 @@ def test_every_experiment_and_half(name, half, inputs, tmp_path, monkeypatch):
         assert (options.optimizer, options.steps) == (searched.optimizer, searched.steps)
         return
     runs = experiment.runs(range(experiment.seeds["quick"]))
-    assert [call["settings"] for call in calls] == [one.settings for one in runs]
-    assert [call["seed"] for call in calls] == [one.seed for one in runs]
-    assert {call["defenses"] for call in calls} == {experiment.defenses}
-    assert {len(call["images"]) for call in calls} == {num}
-    assert len({call["out"] for call in calls}) == len(calls)
-    assert [call["controls"] is None for call in calls] == [True] + [False] * (len(calls) - 1)
+    asked = [(cell.settings, cell.seed, cell.defense.name) for _, cell in pretended]
+    wanted = [(one.settings, one.seed, d) for one in runs for d in one.defenses for _ in range(num)]
+    assert asked == wanted
+    assert len({cell.id for _, cell in pretended}) == len(pretended)
     text = (out / "table.md").read_text()
     assert f"# {experiment.title} ({paper.HALVES[half]} half, scale quick, fidelity code)" in text
     for one in runs:
@@ -436,20 +442,16 @@ def test_reproduce_end_to_end(inputs, tmp_path, capsys, monkeypatch):
     text = (out / "table.md").read_text()
     assert "| none | Adam |" in text
     assert "(13.6965 ± 0.2593)" in text
-    lines = {
-        folder: (out / folder / "results.jsonl").read_text()
-        for folder in ("adam-seed0", "adam-seed1", "cma_es-seed0", "cma_es-seed1")
-    }
-    rows = {folder: json.loads(line) for folder, line in lines.items()}
-    assert [one["optimizer"] for one in rows.values()] == ["adam", "adam", "cma_es", "cma_es"]
-    assert [one["seed"] for one in rows.values()] == [0, 1, 0, 1]
-    psnrs = [rows[folder]["psnr_paper"] for folder in ("adam-seed0", "adam-seed1")]
+    before = (out / "results.jsonl").read_text()
+    rows = [json.loads(line) for line in before.splitlines()]
+    assert [one["optimizer"] for one in rows] == ["adam", "adam", "cma_es", "cma_es"]
+    assert [one["seed"] for one in rows] == [0, 1, 0, 1]
+    psnrs = [one["psnr_paper"] for one in rows[:2]]
     shown = f"{np.mean(psnrs):.2f} ± {np.std(psnrs, ddof=1):.2f} (13.6965 ± 0.2593)"
     assert shown in text
     # Again: nothing is repeated; other options are refused.
     assert run(command) == 0
-    for folder, line in lines.items():
-        assert (out / folder / "results.jsonl").read_text() == line
+    assert (out / "results.jsonl").read_text() == before
     capsys.readouterr()
     assert run([*command, "--seed", "1"]) == 2
     assert "seed" in capsys.readouterr().err
@@ -462,7 +464,7 @@ def test_imagenet_half_end_to_end(inputs, tmp_path, monkeypatch):
     assert run([*command, "--fidelity", "code", "--out", str(out)]) == 0
     text = (out / "table.md").read_text()
     assert "(0.1432)" in text
-    (found,) = (json.loads(line) for line in (out / "ig-seed0/results.jsonl").open())
+    (found,) = (json.loads(line) for line in (out / "results.jsonl").open())
     assert (found["defense"], found["fidelity"], found["attack"]) == ("clip:4", "code", "ig")
     assert found["label_inferred"] == found["label_true"] == 2
 
@@ -485,24 +487,18 @@ def test_unusable_commands_say_so_in_one_line(inputs, tmp_path, capsys):
     assert "no labels" in refused("figure6", "--data", "embedded:nonfaces")
 
 
-def test_figure8_runs_on_images_without_labels(tmp_path, monkeypatch):
+def test_figure8_runs_on_images_without_labels(pretended, tmp_path, monkeypatch):
     from ggl_jax.audit import data
 
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setitem(models.MODELS, "resnet18", models.MODELS["lenet"])
-    seen = {}
-
-    def audit(images, labels, **options):
-        seen.update(images=images, labels=labels, **options)
-        return pretend_audit(images, labels, **options)
-
-    monkeypatch.setattr(runner, "audit", audit)
     command = ["reproduce", "figure8", "--half", "celeba", "--out", str(tmp_path / "out")]
     assert run(command) == 0
     expected = data.load("embedded:nonfaces", image_size=32, indices="0:2").images
-    np.testing.assert_array_equal(seen["images"], expected)
-    np.testing.assert_array_equal(seen["labels"], [0, 0])
-    assert seen["defenses"] == ("soteria:0.8",)
+    given = pretended[0][0].inputs
+    np.testing.assert_array_equal(given.images, expected)
+    np.testing.assert_array_equal(given.labels, [0, 0])
+    assert {cell.defense.name for _, cell in pretended} == {"soteria:0.8"}
 
 
 #: The command line with two steps of few candidates, since BigGAN and 224x224 are slow on a CPU.
@@ -541,8 +537,7 @@ def test_imagenet_half_on_photographs(tmp_path):
     text = (tmp_path / "out/table.md").read_text()
     assert "(6.5163)" in text
     assert "(8.4386)" in text
-    for folder in ("ggl-seed0", "ig-seed0"):
-        (found,) = (
-            json.loads(line) for line in (tmp_path / "out" / folder / "results.jsonl").open()
-        )
+    rows = [json.loads(line) for line in (tmp_path / "out/results.jsonl").open()]
+    assert {one["axes"]["search"] for one in rows} == {"IG", "GGL"}
+    for found in rows:
         assert found["label_inferred"] == found["label_true"] > 100

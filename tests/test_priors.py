@@ -594,3 +594,12 @@ if __name__ == "__main__":  # makes the stored arrays anew; needs torch
     stored_weights = {f"w/{k}": v for k, v in arrays[0].items()}
     names = ("latents", "evaluated", "trained")
     np.savez_compressed(GOLDEN, **stored_weights, **dict(zip(names, arrays[1:], strict=True)))
+
+
+def test_equal_priors_are_one_object():
+    """Programs are kept by the prior that they were compiled for, so it has to be found again."""
+    assert load_prior("dcgan32_faces")[0] == load_prior("dcgan32_faces")[0]
+    assert dcgan(width=3, latent_dim=4) == dcgan(width=3, latent_dim=4)
+    assert dcgan(width=3, latent_dim=4) != dcgan(width=3, latent_dim=5)
+    assert pixels((4, 4, 3)) == pixels([4, 4, 3])
+    assert pixels((4, 4, 3)) != pixels((4, 4, 1))

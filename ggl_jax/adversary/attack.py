@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 
 from ggl_jax import grammar
-from ggl_jax.adversary.estimation import noise_variance
 from ggl_jax.adversary.losses import (
     batch_norm_distance,
     parse_regularizer,
@@ -22,7 +21,7 @@ from ggl_jax.errors import GGLError
 from ggl_jax.priors.decoding import decode
 from ggl_jax.priors.pixels import pixels
 from ggl_jax.spec import Client, Search, Speed, checked
-from ggl_jax.types import Attack, Candidates, Defense, Model, Optimizer, Prior
+from ggl_jax.types import Attack, Candidates, Model, Optimizer, Prior, View
 
 
 class _Space(NamedTuple):
@@ -114,10 +113,10 @@ def _penalties(model: Model, search: Search, space: _Space) -> Callable:
 
 
 def _distance(
-    model: Model, search: Search, defense: Defense | None, client: Client, speed: Speed
+    model: Model, search: Search, view: View | None, client: Client, speed: Speed
 ) -> Callable:
     """``distance(problem) -> distance_to(images, labels) -> [n]``, scaled as the search asks."""
-    chosen = resolve_distance(search.distance, fidelity=search.fidelity)
+    chosen = resolve_distance(search.distance)
 
     def energy(observed, variance):
         """The distance of an update of zero, the noise's share taken off; above 0."""
@@ -132,15 +131,15 @@ def _distance(
 
     def distance(problem):
         variables, observed = problem.variables, problem.observed
-        if defense is not None and defense.observe is not None:
-            observed = defense.observe(problem.estimated, observed)
-        if defense is not None and defense.rewire is not None:
-            variables = defense.rewire(problem.estimated, variables, model.head)
+        if view is not None and view.observe is not None:
+            observed = view.observe(problem.estimated, observed)
+        if view is not None and view.rewire is not None:
+            variables = view.rewire(problem.estimated, variables, model.head)
         distance_to = matching_loss(
             model,
             variables,
             observed,
-            defense=defense,
+            view=view,
             estimated=problem.estimated,
             distance=chosen,
             client=client,
@@ -149,12 +148,10 @@ def _distance(
         likelihood = search.compare == "likelihood"
         if not (likelihood or search.relative):
             return distance_to
-        variance = noise_variance(problem.estimated)
+        variance = jnp.square(problem.noise)
         scale = 1.0 / energy(observed, variance) if search.relative else 1.0
         if likelihood:
-            # The published code's distance is a mean over tensors, a likelihood's is a sum.
-            count = len(jax.tree.leaves(observed)) if search.fidelity == "code" else 1
-            noisy = 0.5 * count / jnp.where(variance > 0, variance, 1.0)
+            noisy = 0.5 / jnp.where(variance > 0, variance, 1.0)
             scale = jnp.where(variance > 0, noisy, scale)
         return lambda images, labels: scale * distance_to(images, labels)
 
@@ -166,7 +163,7 @@ def search_attack(
     prior: Prior,
     search: Search,
     *,
-    defense: Defense | None = None,
+    view: View | None = None,
     client: Client | None = None,
     speed: Speed | None = None,
     optimizer: Optimizer | None = None,
@@ -193,7 +190,7 @@ def search_attack(
         model: the federated model.
         prior: the generator G; not used for a search over pixels.
         search: its options, see :class:`ggl_jax.spec.Search`; ``steps`` are the schedule's.
-        defense: how a candidate's gradient is transformed before comparison, if ``search`` is
+        view: how a candidate's gradient is transformed before comparison, if ``search`` is
             adaptive (with the parameters in ``problem.estimated``).
         client: images and local steps behind an update; None for one image and one step.
         speed: how losses are computed; ``speed.instances`` searches share a device's memory.
@@ -215,7 +212,7 @@ def search_attack(
     best = best_so_far(own)
     space = _space(model, prior, search, client.batch_size)
     penalties = _penalties(model, search, space)
-    distance = _distance(model, search, defense if search.adaptive else None, client, speed)
+    distance = _distance(model, search, view if search.adaptive else None, client, speed)
 
     def loss_fn_of(problem):
         distance_to, regularize = distance(problem), penalties(problem)

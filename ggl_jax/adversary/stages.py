@@ -1,6 +1,7 @@
 """The stages that a search goes through, and what becomes of its restarts."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,33 +10,28 @@ import numpy as np
 from ggl_jax.adversary.attack import finalists_of, refinement_of, search_attack
 from ggl_jax.adversary.attacks import ATTACKS
 from ggl_jax.adversary.search import SearchResult, Stage
-from ggl_jax.client.defenses import replaces_update
 from ggl_jax.errors import GGLError
 from ggl_jax.images import assign
 from ggl_jax.priors.pixels import pixels_of
 from ggl_jax.spec import Client, Search, Speed, checked, replace
-from ggl_jax.types import Candidates, Defense, Model, Prior
+from ggl_jax.types import Candidates, Model, Prior, View
 
 
-def combines(search: Search, defense: Defense) -> bool:
+def combines(search: Search, view: View) -> bool:
     """Whether the result is the mean image of the restarts.
 
     Under noise a loss tells the restarts' likenesses apart no longer: the best by loss is one of
     several guesses, whose mean is nearer to the private image than most of them, and than any of
     them knowably is.
     """
-    return search.combine == "mean" or (search.combine == "auto" and _adds_noise(defense))
-
-
-def _adds_noise(defense: Defense) -> bool:
-    return any(stage.partition(":")[0] == "noise" for stage in defense.name.split("+"))
+    return search.combine == "mean" or (search.combine == "auto" and view.adds_noise)
 
 
 def make_stages(
     search: Search,
     model: Model,
     prior: Prior,
-    defense: Defense,
+    view: View,
     *,
     client: Client | None = None,
     speed: Speed | None = None,
@@ -51,7 +47,7 @@ def make_stages(
         search: see :class:`ggl_jax.spec.Search`.
         model: the federated model.
         prior: the generator.
-        defense: what the client did.
+        view: the server's side of the client's defense.
         client: images and local steps behind an update.
         speed: how losses are computed; ``instances`` searches will run in one batch on a device.
 
@@ -60,10 +56,10 @@ def make_stages(
             make, or a defense of single gradients where there are several local steps.
     """
     search, client, speed = checked(search), checked(client or Client()), checked(speed or Speed())
-    if client.local_steps > 1 and replaces_update(defense):
+    if client.local_steps > 1 and view.rewire is not None:
         raise GGLError(
-            f"local_steps: {defense.name} recomputes a single gradient step, so it cannot "
-            f"defend {client.local_steps} local steps; use 1, or --fidelity code"
+            f"local_steps: {view.name} recomputes a single gradient step, so candidates cannot be "
+            f"compared with {client.local_steps} local steps; use 1, or --fidelity code"
         )
     if search.compare in ("support", "undefended") and not search.adaptive:
         raise GGLError(
@@ -75,19 +71,19 @@ def make_stages(
             f"finalists: got {search.finalists}, allowed: 0 to the number of restarts, "
             f"{search.restarts}"
         )
-    options = {"defense": defense, "client": client}
+    options: dict[str, Any] = {"view": view, "client": client}
     build = ATTACKS.get(search.attack)
     if build is None or isinstance(build, Search):
         build = search_attack
     stages = [Stage(build(model, prior, search, speed=speed, **options), search.steps)]
-    mean = combines(search, defense)
+    mean = combines(search, view)
     # Reduced precision is for the early search; near the optimum differences are small.
     exact = speed if speed.precision == "default" else replace(speed, precision="float32")
     if search.finalists and not mean:
         last = finalists_of(search)
         attack = search_attack(model, prior, last, speed=exact, **options)
         stages.append(Stage(attack, last.steps, _best_points(search.finalists)))
-    if search.refine == "pixels" or (search.refine == "auto" and not _adds_noise(defense)):
+    if search.refine == "pixels" or (search.refine == "auto" and not view.adds_noise):
         last = refinement_of(search)
         attack = search_attack(model, prior, last, speed=exact, **options)
         stages.append(Stage(attack, last.steps, _mean_pixels if mean else _best_pixels))
@@ -131,17 +127,17 @@ def _in_one_order(images: np.ndarray, labels: np.ndarray) -> np.ndarray:
 
 
 def result_images(
-    search: Search, defense: Defense, stages: Sequence[Stage], outcome: SearchResult
+    search: Search, view: View, stages: Sequence[Stage], outcome: SearchResult
 ) -> np.ndarray:
     """What the adversary ends up with, [i b h w c] in [0, 1]: the best restart, or their mean.
 
     Args:
         search: its options.
-        defense: what the client did.
+        view: the server's side of the client's defense.
         stages: from :func:`make_stages`.
         outcome: from :func:`ggl_jax.adversary.search.run_stages`.
     """
     refined = stages[-1].attack.name == "refine"  # starts from the mean by itself
-    mean = combines(search, defense) and not refined
+    mean = combines(search, view) and not refined
     images = mean_image(outcome.candidates) if mean else outcome.images
     return np.clip(np.asarray(images), 0.0, 1.0)

@@ -1,7 +1,7 @@
 """Where private images come from: embedded pictures, .npz files, folders, TensorFlow Datasets.
 
-`load` decodes only the images that are asked for and preprocesses them as the paper's published
-code does (torchvision's `Resize` and `CenterCrop` on PIL images).
+:func:`load` decodes only the images that are asked for and preprocesses them as the paper's
+published code does (torchvision's ``Resize`` and ``CenterCrop`` on PIL images).
 """
 
 import csv
@@ -49,8 +49,8 @@ class Dataset(NamedTuple):
         num_classes: the number of classes as far as the data set tells: its own where it declares
             one, else the largest label plus one and at least 2; None without labels.
         source: names of the public data sets whose training parts hold these images, e.g.
-            `{"lfw"}`; another part of a data set is told apart, e.g. `{"celeba:test"}`. Empty where
-            it is not known (the user's own files).
+            ``{"lfw"}``; another part of a data set is told apart, e.g. ``{"celeba:test"}``. Empty
+            where it is not known (the user's own files).
         indices: the images' positions in the whole data set; n of them.
         size: how many images the whole data set holds.
         sha256: of the .npz file the images come from, else None.
@@ -91,31 +91,32 @@ def load(
     Args:
         spec: where from.
 
-            - `embedded`: a portrait of the astronaut Eileen Collins (NASA, public domain; bundled
+            - ``embedded``: a portrait of the astronaut Eileen Collins (NASA, public domain; bundled
               with scikit-image) in CelebA's framing; label 0, not male.
-            - `embedded:faces`, `embedded:nonfaces`: 100 grey 25x25 faces of LFW and 100 pieces of
-              background (bundled with scikit-image); no labels.
-            - `FILE.npz`: `images` uint8 [n h w 3], and optionally `labels` int [n] and `files`,
-              n names. Images that already have the wanted size are left as they are.
-            - a folder of images. Labels come from a file `labels.csv`, `labels.txt` or
-              `images.csv` with columns file and label (or class_id), else from class sub-folders;
+            - ``embedded:faces``, ``embedded:nonfaces``: 100 grey 25x25 faces of LFW and 100 pieces
+              of background (bundled with scikit-image); no labels.
+            - ``FILE.npz``: ``images`` uint8 [n h w 3] (grey: [n h w 1] or [n h w]), and optionally
+              ``labels`` int [n] and ``files``, n names. Images that already have the wanted size
+              are left as they are.
+            - a folder of images. Labels come from a file ``labels.csv``, ``labels.txt`` or
+              ``images.csv`` with columns file and label (or class_id), else from class sub-folders;
               classes are whole numbers, or names that are then numbered in sorted order. Without
               either there are no labels. EXIF orientation is respected, transparency is laid on
               white, 16-bit grey is scaled to 8 bits.
             - an image file.
-            - `tfds:NAME[/CONFIG][:VERSION][:SPLIT][?data_dir=DIR]`: a data set prepared by
-              TensorFlow Datasets in array_record format, e.g. `tfds:celeb_a`,
-              `tfds:imagenet2012:validation[:100]`. The split is by default `test`, else
-              `validation`, else `train`; DIR is by default $TFDS_DATA_DIR, else tfds's own. The
-              label is `attributes/Male` for celeb_a, else the first class label.
-        image_size: height and width of the result in pixels, in [8, 2048]. See `preprocess`.
-        indices: which images: text as in `parse_indices`, a sequence of positions without
+            - ``tfds:NAME[/CONFIG][:VERSION][:SPLIT][?data_dir=DIR]``: a data set prepared by
+              TensorFlow Datasets in array_record format, e.g. ``tfds:celeb_a``,
+              ``tfds:imagenet2012:validation[:100]``. The split is by default ``test``, else
+              ``validation``, else ``train``; DIR is by default $TFDS_DATA_DIR, else tfds's own. The
+              label is ``attributes/Male`` for celeb_a, else the first class label.
+        image_size: height and width of the result in pixels, in [8, 2048]. See :func:`preprocess`.
+        indices: which images: text as in :func:`parse_indices`, a sequence of positions without
             repeats, or None for all.
         max_images: at most so many of them, the first ones; at least 1.
         labels: the label of every image, at least 0, in place of the data set's own.
 
     Returns:
-        A `Dataset`. Only the chosen images are decoded.
+        A :class:`Dataset`. Only the chosen images are decoded.
 
     Raises:
         GGLError: an unknown spec; a missing, empty, corrupt or oversized file; a wrong dtype,
@@ -169,7 +170,7 @@ def load(
 def preprocess(image: Image.Image, image_size: int) -> Image.Image:
     """Resize and centre-crop an image as torchvision does.
 
-    Below 224 the short side is resized to `image_size` (CelebA in the paper's published code:
+    Below 224 the short side is resized to ``image_size`` (CelebA in the paper's published code:
     Resize(32), CenterCrop(32)); from 224 on to 8/7 of it (ImageNet: Resize(256), CenterCrop(224)).
     Bilinear with antialiasing, which is what Pillow's bilinear filter does.
 
@@ -178,10 +179,13 @@ def preprocess(image: Image.Image, image_size: int) -> Image.Image:
         image_size: height and width of the result in pixels, at least 1.
 
     Returns:
-        A PIL image in mode RGB of `image_size` x `image_size`.
+        A PIL image in mode RGB of ``image_size`` x ``image_size``.
 
     Raises:
         GGLError: an image so elongated that resizing it needs more than 89 megapixels.
+
+    >>> preprocess(Image.new("RGB", (178, 218)), 32).size
+    (32, 32)
     """
     target = image_size if image_size < 224 else round(image_size * 8 / 7)
     width, height = image.size
@@ -203,9 +207,9 @@ def parse_indices(text: str, size: int) -> list[int]:
     """Read a choice of images.
 
     Args:
-        text: positions and ranges as in Python, separated by commas: `3`, `1,5,9`, `0:8`,
-            `0:100:10`, `:8` (the first 8, or all where there are fewer), `:` (all). Positions count
-            from 0.
+        text: positions and ranges as in Python, separated by commas: ``3``, ``1,5,9``, ``0:8``,
+            ``0:100:10``, ``:8`` (the first 8, or all where there are fewer), ``:`` (all). Positions
+            count from 0.
         size: how many images there are.
 
     Returns:
@@ -213,7 +217,10 @@ def parse_indices(text: str, size: int) -> list[int]:
 
     Raises:
         GGLError: anything else, no image at all, an image named twice, or a position outside
-            [0, size - 1]; the end of a range with a start may be `size` at most.
+            [0, size - 1]; the end of a range with a start may be ``size`` at most.
+
+    >>> parse_indices("7, 0:6:2", size=10)
+    [7, 0, 2, 4]
     """
     chosen: list[int] = []
     for part in text.split(","):
@@ -252,10 +259,11 @@ def check_prior_overlap(dataset: Dataset, card: Mapping, *, allow_held_out: bool
     another sha256, cannot be told: there the user answers for it.
 
     Args:
-        dataset: from `load`.
-        card: the prior's card: `trained_on`, names of data sets (training parts), and `data`, one
-            object per training file with `file`, `sha256`, `num_images` and `num_held_out`; the
-            held-out images follow from the training seed, `card["config"]["seed"]`.
+        dataset: from :func:`load`.
+        card: the prior's card: ``trained_on``, names of data sets (training parts), and ``data``,
+            one object per training file with ``file``, ``sha256``, ``num_images`` and
+            ``num_held_out``; the held-out images follow from the training seed,
+            ``card["config"]["seed"]``.
         allow_held_out: let images of a training file pass that were held out of training.
 
     Raises:
@@ -529,7 +537,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _canonical(name: str) -> str:
-    """One spelling per public data set; another part than the training part is kept after `:`."""
+    """One spelling per public data set; another part than the training part is kept after ``:``."""
     name, _, part = name.lower().partition(":")
     plain = re.sub(r"[^a-z0-9]", "", name)
     for family in ("celeba", "imagenet", "lfw"):
@@ -616,7 +624,7 @@ def _find(features, kind: type, preferred: str) -> str | None:
 
 
 def _tfds_label(tfds, features) -> tuple[tuple[str, ...], int | None]:
-    """Where in an example the label is, and the number of classes; `((), None)` if nowhere."""
+    """Where in an example the label is, and the number of classes; ``((), None)`` if nowhere."""
     if "attributes" in features and "Male" in features["attributes"]:
         return ("attributes", "Male"), 2
     key = _find(features, tfds.features.ClassLabel, "label")

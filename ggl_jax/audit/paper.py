@@ -10,6 +10,7 @@ A new experiment is a subclass of :class:`Experiment` and one line in :data:`EXP
 
 import csv
 import dataclasses
+import inspect
 import itertools
 import statistics
 from collections.abc import Mapping, Sequence
@@ -21,10 +22,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from ggl_jax import files
-from ggl_jax.adversary.strategy import AttackSettings
+from ggl_jax.adversary.attacks import search_of
 from ggl_jax.audit import metrics
-from ggl_jax.audit.runner import AuditResult
+from ggl_jax.audit.run import AuditResult
 from ggl_jax.priors.decoding import decode_each
+from ggl_jax.spec import Search, replace
 from ggl_jax.types import Model, Prior, PyTree
 
 SCALES = ("quick", "paper")
@@ -49,13 +51,13 @@ class Run(NamedTuple):
 
     Attributes:
         name: of the search, its row in the table.
-        settings: the search.
+        search: how the adversary searches.
         defenses: the client's, each on all images.
         seed: of everything random: the model's weights, the noise and the search.
     """
 
     name: str
-    settings: AttackSettings
+    search: Search
     defenses: tuple[str, ...]
     seed: int
 
@@ -94,15 +96,15 @@ class Experiment:
     defenses: ClassVar[tuple[str, ...]] = ("none",)
     table: ClassVar[str] = ""
 
-    def searches(self) -> dict[str, AttackSettings]:
+    def searches(self) -> dict[str, Search]:
         """The searches by their name in the table."""
         raise NotImplementedError
 
     def runs(self, seeds: Sequence[int] = (0,)) -> list[Run]:
         """The experiment's audits, search by search."""
         return [
-            Run(name, dataclasses.replace(settings, fidelity=self.fidelity), self.defenses, seed)
-            for name, settings in self.searches().items()
+            Run(name, search, self.defenses, seed)
+            for name, search in self.searches().items()
             for seed in seeds
         ]
 
@@ -120,7 +122,11 @@ class Experiment:
         """Whether searches are shorter than published."""
         return self.scale == "quick"
 
-    def optimizers(self, restarts: int = 1) -> dict[str, AttackSettings]:
+    def search(self, attack: str, optimizer: str | None = None, **options: Any) -> Search:
+        """An attack as published, in this experiment's fidelity, but for the options."""
+        return search_of("paper", attack, optimizer, fidelity=self.fidelity, **options)
+
+    def optimizers(self, restarts: int = 1) -> dict[str, Search]:
         """GGL by the paper's three optimisers, each in its published form for this half.
 
         The forms are the published code's, as the paper gives only the numbers of updates: Adam
@@ -129,56 +135,48 @@ class Experiment:
         latents bounded by tanh and no regulariser.
         """
         large = self.half == "imagenet"
-        # populations of 18 spend the same 40,000 evaluations in more steps
-        population, steps, few = (18, 2222, 56) if self.fidelity == "code" else (50, 800, 20)
-        cma_es = AttackSettings(
-            optimizer="cma_es",
-            population=population,
-            steps=few if self.quick else steps,
-            restarts=restarts,
-        )
-        if large:
-            cma_es = dataclasses.replace(cma_es, start="uniform", bound="tanh", regularizer="none")
+        # 1,000 evaluations, by populations of 50 or 18
+        few = {"steps": 56 if self.fidelity == "code" else 20} if self.quick else {}
+        bounded = {"start": "uniform", "bound": "tanh", "regularizer": "none"} if large else {}
+        adam = "adam:schedule=ramp,signed=False" if large else "adam"
+        length = 300 if self.quick else 2500
         return {
-            "Adam": AttackSettings(
-                optimizer="adam",
-                start="prior",
-                steps=300 if self.quick else 2500,
-                signed=not large,
-                schedule="ramp" if large else "step",
-                restarts=restarts,
-            ),
-            "BO": AttackSettings(optimizer="turbo", steps=100, restarts=restarts),
-            "CMA-ES": cma_es,
+            "Adam": self.search("ggl", adam, start="prior", steps=length, restarts=restarts),
+            "BO": self.search("ggl", "turbo", restarts=restarts),
+            "CMA-ES": self.search("ggl", "cma_es", restarts=restarts, **few, **bounded),
         }
 
-    def ggl(self) -> AttackSettings:
+    def ggl(self) -> Search:
         """GGL: CMA-ES, the best of four trials by loss; at quick scale by Adam from a pool."""
         if not self.quick:
             return self.optimizers(restarts=4)["CMA-ES"]
-        return AttackSettings(
-            optimizer="adam", signed=False, schedule="ramp", pool=200, restarts=4, steps=60
-        )
+        adam = "adam:schedule=ramp,signed=False"
+        return self.search("ggl", adam, pool=200, restarts=4, steps=60)
 
-    def baselines(self) -> dict[str, AttackSettings]:
+    def baselines(self) -> dict[str, Search]:
         """The paper's attacks on pixels; at quick scale of some 300 evaluations, in one trial."""
         # GI's group term needs two restarts. L-BFGS counts evaluations, up to 20 an iteration.
         quick = {"dlg": (420, 1), "idlg": (420, 1), "ig": (300, 1), "gi": (150, 2)}
-        published = 24000 if self.half == "imagenet" else None  # at 32x32 the attack's own
 
-        def settings(attack: str) -> AttackSettings:
-            steps, restarts = quick[attack] if self.quick else (published, None)
-            return AttackSettings(attack=attack, steps=steps, restarts=restarts)
+        def search(attack: str) -> Search:
+            if self.quick:
+                steps, restarts = quick[attack]
+                return self.search(attack, steps=steps, restarts=restarts)
+            # at 32x32 the attack's own
+            return self.search(attack, **({"steps": 24000} if self.half == "imagenet" else {}))
 
-        return {name: settings(name.lower()) for name in ("DLG", "iDLG", "IG", "GI")}
+        return {name: search(name.lower()) for name in ("DLG", "iDLG", "IG", "GI")}
 
 
 class Table1(Experiment):
     """Which loss: distances D1 (squared l2), D2 (cosine) and regularisers R1 (KLD), R2 (norm).
 
     Claim: of the four, D1 with R1 has the best numbers.
+
     Command: ``ggl-jax reproduce table1 --data celeba32_private.npz``
+
     Cost: quick, 4 images and loss functions, 300 steps of Adam each; paper, ten images and 2,500.
+
     The weights of R1 are the published code's (0.1 beside D1, 1e-4 beside D2). Those of R2 are
     ours, in the same proportion: neither the paper nor the code gives any.
     """
@@ -198,7 +196,7 @@ class Table1(Experiment):
             "D2 + R2": "norm:1e-7",
         }
         return {
-            name: dataclasses.replace(adam, distance=distances[name[:2]], regularizer=penalty)
+            name: replace(adam, distance=distances[name[:2]], regularizer=penalty)
             for name, penalty in penalties.items()
         }
 
@@ -207,9 +205,12 @@ class Table2(Experiment):
     """Which optimiser, without a defense: mean and deviation over seeds of single runs.
 
     Claim: on CelebA Adam is a little better than the gradient-free searches; on ImageNet it fails.
+
     Command: ``ggl-jax reproduce table2 --data celeba32_private.npz``
+
     Cost: quick, one image and 3 seeds: 300 steps of Adam, 1,000 evaluations of BO (TuRBO) and of
     CMA-ES; paper, 2,500 steps, 1,000 evaluations and 800 updates of 50.
+
     A seed changes the model's weights, too, as in the published code.
     """
 
@@ -229,8 +230,11 @@ class Table3(Experiment):
     Claim: GGL finds the image under each defense, the baselines do not, but for IG, which clipping
     hardly touches: it changes only a gradient's magnitude. (That holds for one global norm,
     ``--fidelity code``. The paper's section 3.3 clips layer by layer, ``--fidelity paper``.)
+
     The adaptive rows are ours: the paper's baselines ignore the defense.
+
     Command: ``ggl-jax reproduce table3 --data celeba32_private.npz``
+
     Cost: quick, 28 cells an image of some 300 evaluations with derivatives each; paper, the best of
     four trials: 800 updates of 50 for GGL, 8,000 steps for IG and GI, 300 iterations of L-BFGS for
     DLG and iDLG (24,000 and 1,200 at 224x224).
@@ -243,7 +247,7 @@ class Table3(Experiment):
     def searches(self):
         baselines = self.baselines()
         adaptive = {
-            f"{name}, adaptive (ours)": dataclasses.replace(baselines[name], adaptive=True)
+            f"{name}, adaptive (ours)": replace(baselines[name], adaptive=True)
             for name in ("IG", "GI")
         }
         return {**baselines, "GGL": self.ggl(), **adaptive}
@@ -253,7 +257,9 @@ class Figure3(Table2):
     """The pictures behind Table 2: reconstructions by the three optimisers, from several seeds.
 
     Claim: as Table 2.
+
     Command: ``ggl-jax reproduce figure3 --data celeba32_private.npz``
+
     Cost: as Table 2.
     """
 
@@ -264,7 +270,9 @@ class Figure4(Table3):
     """The pictures behind Table 3, (a) CelebA and (b) ImageNet.
 
     Claim: as Table 3.
+
     Command: ``ggl-jax reproduce figure4 --data celeba32_private.npz``
+
     Cost: as Table 3.
     """
 
@@ -275,6 +283,7 @@ class Figure5(Experiment):
     """More ImageNet samples of GGL under Soteria.
 
     Command: ``ggl-jax reproduce figure5 --data tfds:imagenet2012:validation --prior biggan224``
+
     Cost: one search of Table 3's GGL for each image.
     """
 
@@ -292,7 +301,9 @@ class Figure6(Experiment):
 
     Claim: the combination comes out lowest. (The PSNR under the paper's pictures are not in its
     text, so none stand beside ours.)
+
     Command: ``ggl-jax reproduce figure6 --data celeba32_private.npz``
+
     Cost: three searches of Table 3's GGL for each image.
     """
 
@@ -309,7 +320,9 @@ class Figure7(Experiment):
     Claim: a rate of 10 % already breaks the baselines, while GGL recovers the person's profile at
     any rate. Without defense DLG reaches 15.3 dB on this ResNet-18 (21.4 on the usual scale): its
     failures come from the defenses, not from ReLU.
+
     Command: ``ggl-jax reproduce figure7 --data celeba32_private.npz``
+
     Cost: 25 searches of Table 3 for each image.
     """
 
@@ -327,7 +340,9 @@ class Figure8(Experiment):
 
     At 32x32 they are grey pieces of background without faces, which ship with scikit-image. Images
     without labels count as class 0.
+
     Command: ``ggl-jax reproduce figure8 --half celeba``, or ``--data FOLDER --prior biggan224``
+
     Cost: one search of Table 3's GGL for each image.
     """
 
@@ -346,8 +361,10 @@ class Figure9(Experiment):
     """Matching loss and LPIPS on a plane of latents around GGL's result.
 
     Claim: the matching loss has several local minima and is not quite in line with LPIPS.
+
     Command: ``ggl-jax reproduce figure9 --data tfds:imagenet2012:validation --prior biggan224``,
     which runs ``ggl-jax landscape`` with this search
+
     Cost: one search of Table 3's GGL, and 441 evaluations without derivatives.
     """
 
@@ -472,7 +489,7 @@ def markdown(
 
     Args:
         experiment: one of :data:`EXPERIMENTS`.
-        results: what :func:`ggl_jax.audit.runner.audit` returned for each run, seeds in order.
+        results: what :func:`ggl_jax.audit` returned for each run, seeds in order.
         controls: from :func:`control_scores`.
         num_images: how many images were asked for; rows of fewer say so.
         lpips: backbone of our LPIPS. The paper's values are VGG's and stand beside that alone.
@@ -491,7 +508,7 @@ def markdown(
         f"# {experiment.title} ({HALVES[experiment.half]} half, scale {experiment.scale}, "
         f"fidelity {experiment.fidelity})",
         "",
-        str(type(experiment).__doc__).strip(),
+        inspect.cleandoc(str(type(experiment).__doc__)),
         "",
         f"Mean ± {experiment.spread}, on the paper's scale; the paper's value in brackets, where "
         "it gives one.",

@@ -1,62 +1,23 @@
 """What several subcommands share: the console, their inputs, the environment, folders, progress."""
 
-import dataclasses
-import json
-import math
 import os
 import platform
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from ggl_jax import files, machine
+from ggl_jax import machine
 from ggl_jax.errors import GGLError
+from ggl_jax.spec import Judge, Setup, Speed
 
 # Without emoji: in text of the user's, ":100:" is a range.
 console = Console(emoji=False)
 
 #: Where progress is not live, no longer than this without a line.
 _QUIET_SECONDS = 60.0
-
-
-def fields_of(kind: type, command: Any) -> dict[str, Any]:
-    """The options of a command that are fields of a dataclass of settings, too."""
-    names = (field.name for field in dataclasses.fields(kind))
-    return {name: getattr(command, name) for name in names if hasattr(command, name)}
-
-
-#: The lowest values of options, the same in every subcommand that has them: whole numbers of at
-#: least an int, finite numbers above a float.
-LOWEST: dict[str, float] = {
-    **{"seed": 0, "seeds": 1, "index": 0, "label": 0, "num_classes": 1, "images": 1},
-    **{"suspects": 0, "batch_size": 1, "local_steps": 1, "local_learning_rate": 0.0},
-    **{"steps": 1, "restarts": 1, "pool": 0, "population": 4, "finalists": 0},
-    **{"final_steps": 1, "refine_steps": 1, "learning_rate": 0.0, "sigma0": 0.0},
-    **{"chunk_size": 1, "memory": 0.0, "instances": 1, "num_controls": 1, "ceiling_steps": 1},
-    **{"resolution": 2, "span": 0.0, "rounds": 1, "clients": 1, "test_images": 1},
-}
-
-
-def check_ranges(command: Any) -> None:
-    """Refuse options below their lowest values (:data:`LOWEST`), by the options' own names.
-
-    Args:
-        command: a subcommand's options; None among them is not checked.
-
-    Raises:
-        GGLError: names the option, its value and what is allowed.
-    """
-    for name, low in LOWEST.items():
-        value = getattr(command, name, None)
-        whole = isinstance(low, int)
-        if value is None or (value >= low if whole else low < value < math.inf):
-            continue
-        allowed = f"whole numbers of at least {low}" if whole else f"numbers above {low:g}"
-        raise GGLError(f"{name}: got {value}, allowed: {allowed}")
 
 
 def count_classes(dataset: Any, labels: Any, *known: int | None) -> int:
@@ -73,7 +34,7 @@ def count_classes(dataset: Any, labels: Any, *known: int | None) -> int:
     return max(2, dataset.num_classes or 0, int(max(labels)) + 1)
 
 
-class Inputs(NamedTuple):
+class Loaded(NamedTuple):
     """What a search on private images starts from.
 
     Attributes:
@@ -90,32 +51,38 @@ class Inputs(NamedTuple):
     card: dict[str, Any]
     model: Any
 
+    def given(self, judge: Judge, speed: Speed, **more: Any) -> dict[str, Any]:
+        """The arguments of :class:`ggl_jax.audit.cells.Inputs`."""
+        return {
+            "images": self.dataset.images,
+            "labels": self.dataset.labels,
+            "model": self.model,
+            "prior": self.prior,
+            "prior_params": self.prior_params,
+            "names": self.dataset.names,
+            "instance_ids": self.dataset.indices,
+            "num_controls": judge.num_controls,
+            "ceiling_steps": judge.ceiling_steps,
+            "lpips": judge.lpips,
+            "speed": speed,
+            **more,
+        }
+
 
 def load_inputs(
-    data: str,
-    prior_name: str,
+    setup: Setup,
     *,
     indices: str | Sequence[int],
-    label: int | None = None,
     unlabelled: int | None = None,
-    remedy: str,
-    model_name: str = "resnet18",
-    num_classes: int | None = None,
-    batch_norm: str | None = None,
-) -> Inputs:
+    remedy: str = "add a labels.csv (file,label) or give --label 0",
+) -> Loaded:
     """Load the prior and the private images that it never saw, and build the model for both.
 
     Args:
-        data: private images, as for :func:`ggl_jax.audit.data.load`.
-        prior_name: name or folder of a checkpoint.
+        setup: images, prior and model by name.
         indices: which images.
-        label: of every image, in place of the data's own.
         unlabelled: the label of every image where the data have none; None asks for labels.
         remedy: what the error for data without labels says to do.
-        model_name: a key of :data:`ggl_jax.client.models.MODELS`.
-        num_classes: the model's; by default those of a class-conditional prior, else of the data,
-            at least 2.
-        batch_norm: of a model that has it; None for the model's own default.
 
     Raises:
         GGLError: what cannot be loaded, images that the prior was trained on, or no labels.
@@ -126,18 +93,36 @@ def load_inputs(
     from ggl_jax.client.models import get_model
     from ggl_jax.priors import load_prior
 
-    prior, prior_params, card = load_prior(prior_name)
-    dataset = audit_data.load(data, image_size=prior.image_shape[0], indices=indices, labels=label)
+    prior, prior_params, card = load_prior(setup.prior)
+    size = prior.image_shape[0]
+    dataset = audit_data.load(setup.data, image_size=size, indices=indices, labels=setup.label)
     audit_data.check_prior_overlap(dataset, card, allow_held_out=True)
     labels = dataset.labels
     if labels is None:
         if unlabelled is None:
-            raise GGLError(f"data: {data} has no labels; {remedy}")
+            raise GGLError(f"data: {setup.data} has no labels; {remedy}")
         labels = np.full(len(dataset.images), unlabelled, np.int32)
-    classes = count_classes(dataset, labels, num_classes, prior.num_classes)
-    options = {} if batch_norm is None or model_name == "lenet" else {"batch_norm": batch_norm}
-    model = get_model(model_name, num_classes=classes, image_shape=prior.image_shape, **options)
-    return Inputs(dataset._replace(labels=labels), prior, prior_params, card, model)
+    classes = count_classes(dataset, labels, setup.num_classes, prior.num_classes)
+    model = get_model(setup.model, num_classes=classes, image_shape=prior.image_shape)
+    return Loaded(dataset._replace(labels=labels), prior, prior_params, card, model)
+
+
+def suspects(setup: Setup, judge: Judge, loaded: Loaded) -> Any:
+    """Images [m h w c] of the same data, none of them audited; None where there are none."""
+    import numpy as np
+
+    from ggl_jax.audit import data as audit_data
+
+    left = np.setdiff1d(np.arange(loaded.dataset.size), loaded.dataset.indices)
+    chosen = np.random.default_rng(setup.seed).permutation(left)[: judge.suspects]
+    if not len(chosen):
+        return None
+    return audit_data.load(
+        setup.data,
+        image_size=loaded.prior.image_shape[0],
+        indices=sorted(chosen.tolist()),
+        labels=setup.label,
+    ).images
 
 
 def environment() -> dict[str, str]:
@@ -159,32 +144,6 @@ def environment() -> dict[str, str]:
         "device": f"{len(devices)} x {devices[0].device_kind} ({devices[0].platform})",
         "cpu": f"{machine.cpu_name()}, {os.cpu_count()} cores",
     }
-
-
-def check_config(out: Path, config: dict) -> None:
-    """Refuse a folder that holds another configuration; name what differs."""
-    path = out / "config.json"
-    if path.exists():
-        try:
-            old = json.loads(path.read_text())
-            same = {k: (old["options"].get(k), v) for k, v in config["options"].items()}
-            changed = [f"{k} ({a!r} there, {b!r} here)" for k, (a, b) in same.items() if a != b]
-            if old["inputs"] != config["inputs"]:
-                changed.append("the private images or the prior's weights")
-        except (json.JSONDecodeError, KeyError, TypeError, AttributeError):
-            raise GGLError(f"out: {path} is damaged; choose another --out") from None
-        if changed:
-            raise GGLError(
-                f"out: {out} holds an audit with other options: {', '.join(changed)}; choose "
-                "another --out or remove the folder"
-            )
-    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise GGLError(
-            f"out: {out} is not an empty folder and not an earlier audit; choose another --out"
-        )
-    out.mkdir(parents=True, exist_ok=True)
-    if not path.exists():
-        files.write_json(path, config)
 
 
 class AuditBar:

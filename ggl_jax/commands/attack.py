@@ -3,13 +3,16 @@
 import dataclasses
 import shlex
 from pathlib import Path
-from typing import Literal
+from typing import Any
+
+import tyro
 
 from ggl_jax import files
 from ggl_jax.commands import _devices
-from ggl_jax.commands import audit as audit_command
-from ggl_jax.commands._shared import AuditBar, check_ranges, console, environment, fields_of
+from ggl_jax.commands._options import Preset, choice_of
+from ggl_jax.commands._shared import AuditBar, console, environment
 from ggl_jax.errors import GGLError
+from ggl_jax.spec import Client, Count, Number, Search, Speed, checked
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,7 +26,8 @@ class AttackCommand:
 
     gradient: Path
     """The update: a .npz, .safetensors, .pt or .pth file of named tensors, named as the model's
-    parameters (fc/kernel, ...) or as torch names a ResNet-18's (fc.weight, ...)."""
+    parameters (fc/kernel, ...) or as torch names a ResNet-18's (fc.weight, ...). After several
+    local steps, the sum of their gradients."""
     weights: Path
     """The global model's weights that the update was computed at, in a file of the same kind; of
     torch, the whole state dict with its buffers."""
@@ -31,42 +35,37 @@ class AttackCommand:
     """Folder for the reconstruction and result.json."""
     image: Path | None = None
     """The private image, to judge the result."""
-    label: int = 0
+    label: Number = 0
     """The private image's class; read only with --image."""
     model: str = "resnet18"
-    """Federated model: resnet18, lenet or convnet."""
+    """Federated model: resnet18, lenet or convnet, with options as for ggl-jax audit."""
     defense: str = "none"
     """What the client is taken to have done, e.g. clip:4; its parameters are estimated."""
     prior: str = "dcgan32_faces"
     """The adversary's generator, as for ggl-jax audit."""
-    preset: Literal["quick", "standard", "paper"] = "quick"
+    preset: Preset = "quick"
     """How much effort, as for ggl-jax audit."""
-    attack: str = "ggl"
-    """Attack: ggl, dlg, idlg, ig or gi."""
-    optimizer: str | None = None
-    """Search, as for ggl-jax audit."""
-    steps: int | None = None
-    """Search steps."""
-    batch_size: int = 1
-    """Images behind the update."""
-    local_steps: int = 1
-    """Local SGD steps behind it; the file then holds the sum of their gradients."""
-    local_learning_rate: float = 0.01
-    """Step size of the local steps."""
-    regularizer: str | None = None
-    """Penalties on the candidate, as for ggl-jax audit."""
     statistics: Path | None = None
     """The mean and variance of the client's batch at every BatchNorm layer, where it shared them:
     a file as for --gradient, named as the model's batch_stats (bn1/mean, bn1/var, ...). Read by
     batch_norm among the penalties."""
-    num_controls: int = 400
+    num_controls: Count = 400
     """Random samples of the prior for the controls; read only with --image."""
-    ceiling_steps: int = 300
+    ceiling_steps: Count = 300
     """Steps of the ceiling's fit; read only with --image."""
-    seed: int = 0
+    seed: Number = 0
     """Seed of the search."""
+    client: Client = dataclasses.field(default_factory=Client)
+    search: Search = dataclasses.field(default_factory=Search)
+    speed: Speed = dataclasses.field(default_factory=Speed)
     shard: bool = False
     """Share each step's candidates out to all devices of this machine."""
+
+
+def defaults(argv: list[str]) -> AttackCommand:
+    """The options before the user's own: the preset's search."""
+    needed: Any = tyro.MISSING
+    return AttackCommand(needed, needed, needed, search=choice_of(argv).search)
 
 
 def run(command: AttackCommand, argv: list[str]) -> int:
@@ -75,15 +74,15 @@ def run(command: AttackCommand, argv: list[str]) -> int:
     import jax.numpy as jnp
 
     from ggl_jax import foreign
-    from ggl_jax.adversary.reconstruct import reconstruct
-    from ggl_jax.adversary.strategy import AttackSettings
+    from ggl_jax.adversary.reconstruct import expectations, reconstruct
     from ggl_jax.client.defenses import parse, summary
     from ggl_jax.client.updates import read_update, read_variables
     from ggl_jax.priors import load_prior
-    from ggl_jax.types import STATUS_MESSAGES
+    from ggl_jax.types import STATUS_MESSAGES, Public, Shared
 
-    check_ranges(command)
-    if command.image is not None and command.batch_size > 1:
+    command = checked(command)
+    search, client = command.search, command.client
+    if command.image is not None and client.batch_size > 1:
         raise GGLError("image: judged for one image only; use --batch-size 1, or ggl-jax audit")
     prior, prior_params, _ = load_prior(command.prior)
     original = None if command.image is None else _private_image(command, prior)
@@ -93,39 +92,29 @@ def run(command: AttackCommand, argv: list[str]) -> int:
     statistics = None
     if command.statistics is not None:
         statistics = read_update(command.statistics, variables.get("batch_stats", {}))
-    chosen = ["--preset", command.preset, "--attack", command.attack]
-    chosen += [] if command.optimizer is None else ["--optimizer", command.optimizer]
-    base = audit_command.defaults(chosen)
-    given = fields_of(AttackSettings, base)
-    given |= {"attack": command.attack, "optimizer": command.optimizer or base.optimizer}
-    given["regularizer"] = command.regularizer or base.regularizer
-    given["steps"] = base.steps if command.steps is None else command.steps
-    settings = AttackSettings(**given)
-    defense = parse(command.defense, fidelity=settings.fidelity, compare=settings.compare)
+    defense = parse(command.defense, fidelity=search.fidelity, compare=search.compare)
     command.out.mkdir(parents=True, exist_ok=True)
+    public = Public(model, variables, prior, prior_params)
+    search_key, samples_key = (jax.random.fold_in(jax.random.key(command.seed), i) for i in (0, 1))
     with AuditBar() as bar:
-        found = reconstruct(
-            jax.random.key(command.seed),
-            update,
-            model=model,
-            variables=variables,
-            prior=prior,
-            prior_params=prior_params,
-            defense=defense,
-            settings=settings,
-            batch_size=command.batch_size,
-            local_steps=command.local_steps,
-            local_learning_rate=command.local_learning_rate,
-            statistics=statistics,
+        (found,) = reconstruct(
+            search_key[None],
+            public,
+            [Shared(update, statistics)],
+            view=defense.view,
+            client=client,
+            search=search,
+            speed=command.speed,
+            expected=expectations(samples_key, public) if client.batch_size > 1 else None,
             mesh=_devices.mesh(command.shard),
-            callback=lambda done, losses: bar("search", 0, 1, 0.0, float(losses[0])),
+            progress=lambda phase, fraction, loss: bar(phase, 0, 1, fraction, loss),
         )
     norm = float(sum(jnp.sum(jnp.square(leaf)) for leaf in jax.tree.leaves(update)))
     content = {
         "labels": found.labels.tolist(),
         "defense": defense.name,
         "defense_estimated": summary(found.estimated),
-        "attack": settings.attack,
+        "attack": search.attack,
         "loss": found.loss,
         "distance": found.distance,
         "squared_norm": norm,
@@ -143,9 +132,7 @@ def run(command: AttackCommand, argv: list[str]) -> int:
     content |= {"command": "ggl-jax " + shlex.join(argv), "environment": environment()}
     if original is not None:
         _write(command, content)  # whatever becomes of the controls
-        content["judged"] = _judge(
-            command, found.images[0], original, model, variables, prior, prior_params
-        )
+        content["judged"] = _judge(command, found, original, public)
         scores = content["judged"]
         lines.append(
             f"PSNR {scores['psnr']:.1f} dB; mean image {scores['psnr_mean_image']:.1f}, random "
@@ -161,7 +148,7 @@ def run(command: AttackCommand, argv: list[str]) -> int:
 
 
 def _write(command: AttackCommand, content: dict) -> None:
-    from ggl_jax.audit.runner import jsonable
+    from ggl_jax.audit.judge import jsonable
 
     files.write_json(command.out / "result.json", jsonable(content))
 
@@ -181,25 +168,25 @@ def _private_image(command: AttackCommand, prior):
     return jnp.asarray(private.images[0])
 
 
-def _judge(command: AttackCommand, image, original, model, variables, prior, prior_params) -> dict:
+def _judge(command: AttackCommand, found, original, public) -> dict:
     """Scores and controls, as in an audit."""
     import jax
-    import jax.numpy as jnp
+    import numpy as np
 
     from ggl_jax.audit import metrics
     from ggl_jax.audit.controls import prior_controls
+    from ggl_jax.audit.judge import judge
 
-    scores = {
-        name: float(function(jnp.asarray(image), original, model, variables))
-        for name, function in metrics.METRICS.items()
-    }
     controls = prior_controls(
-        prior,
-        prior_params,
+        public.prior,
+        public.prior_params,
         original,
-        command.label,
+        int(found.labels[0]),
         jax.random.key(command.seed),
         num_samples=command.num_controls,
         ceiling_steps=command.ceiling_steps,
     )
-    return {**scores, **controls.scores}
+    (row,) = judge(
+        found, original[None], np.asarray([command.label]), public=public, controls=[controls]
+    )
+    return {name: row[name] for name in (*metrics.METRICS, *controls.scores)}

@@ -1,23 +1,16 @@
 """``ggl-jax landscape``: matching loss beside perceptual distance around a result."""
 
-import argparse
 import dataclasses
 import shlex
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from ggl_jax import files
-from ggl_jax.commands._shared import (
-    AuditBar,
-    check_config,
-    check_ranges,
-    console,
-    environment,
-    fields_of,
-    load_inputs,
-)
-from ggl_jax.commands.audit import SEARCHES
+from ggl_jax.adversary.attacks import search_of
+from ggl_jax.commands._options import choice_of
+from ggl_jax.commands._shared import AuditBar, console, environment, load_inputs
 from ggl_jax.errors import GGLError
+from ggl_jax.spec import AtLeast, Client, Number, Positive, Search, Setup, Speed, checked, flat
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,69 +23,26 @@ class LandscapeCommand:
     with their rank correlation: near 1, a search that lowers the loss comes nearer to the image.
     """
 
-    data: str = "embedded"
-    """Private images, as for ggl-jax audit."""
-    index: int = 0
-    """Which of them."""
-    label: int | None = None
-    """Its class label, for data without labels."""
+    index: Number = 0
+    """Which of the private images."""
     defense: str = "none"
     """The client's defense, such as none, noise:0.1 or clip:4+noise:0.1."""
-    prior: str = "dcgan32_faces"
-    """The adversary's generator, as for ggl-jax audit."""
-    model: str = "resnet18"
-    """Federated model: resnet18, lenet or convnet, with random weights."""
-    num_classes: int | None = None
-    """Its classes; by default those of a class-conditional prior, else of the data."""
-    resolution: int = 21
+    resolution: Annotated[int, AtLeast(2)] = 21
     """Points of the grid in each direction; the result is its middle if this is odd."""
-    span: float = 1.0
+    span: Positive = 1.0
     """The grid's reach from the result to each side, in norms of the result's latent."""
-    optimizer: str = "adam"
-    """Search for the result: adam, cma_es, turbo, lbfgs or hybrid."""
-    steps: int | None = None
-    """Search steps."""
-    population: int | None = None
-    """Candidates per step of cma_es and hybrid."""
-    restarts: int | None = None
-    """Independent searches in one batch; the lowest loss wins."""
-    pool: int | None = None
-    """Random samples of the prior that are compared first; the best start the searches."""
-    start: Literal["zeros", "prior", "uniform", "normal"] | None = None
-    """Where searches start without a pool."""
-    bound: Literal["none", "tanh"] | None = None
-    """tanh keeps every latent entry within (-1, 1); the plane lies in the space before it."""
-    regularizer: str | None = None
-    """Penalties of the search, as for ggl-jax audit; the landscape's loss has none."""
-    distance: Literal["squared_l2", "cosine"] | None = None
-    """Distance between updates."""
-    relative: bool | None = None
-    """Divide distances by that of an update of zero, as for ggl-jax audit."""
-    compare: Literal["published", "support", "undefended", "likelihood"] = "published"
-    """What is compared, as for ggl-jax audit."""
-    fidelity: Literal["paper", "code"] = "paper"
-    """Where the paper and its published code differ: follow the paper, or the code."""
-    chunk_size: int | None = None
-    """Candidates evaluated at once; by default as many as memory allows."""
-    memory: float | None = None
-    """Gigabytes for the candidates that are evaluated at once, in place of that choice."""
     lpips: Literal["vgg", "alex", "squeeze"] = "vgg"
     """Network behind LPIPS; without its weights (ggl-jax weights), 1 - SSIM is shown."""
-    seed: int = 0
-    """Seed of the model's weights, the noise, the search and the plane."""
+    setup: Setup = dataclasses.field(default_factory=Setup)
+    search: Search = dataclasses.field(default_factory=lambda: search_of("quick", refine="none"))
+    speed: Speed = dataclasses.field(default_factory=Speed)
     out: Path = Path("ggl-landscape")
     """Folder for landscape.png and landscape.json."""
 
 
 def defaults(argv: list[str]) -> LandscapeCommand:
     """The options before the user's own: the search is that of the audit's quick preset."""
-    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    finder.add_argument("--optimizer", default="adam")
-    optimizer = finder.parse_known_args(argv)[0].optimizer
-    name = "ggl" if optimizer == "adam" else f"ggl/{optimizer}"
-    search = SEARCHES["quick"].get(name, {})
-    known = {field.name for field in dataclasses.fields(LandscapeCommand)}
-    return LandscapeCommand(**{k: v for k, v in search.items() if k in known})
+    return LandscapeCommand(search=dataclasses.replace(choice_of(argv).search, refine="none"))
 
 
 def run(command: LandscapeCommand, argv: list[str]) -> int:
@@ -101,45 +51,35 @@ def run(command: LandscapeCommand, argv: list[str]) -> int:
     import jax.numpy as jnp
     import numpy as np
 
-    from ggl_jax.adversary.strategy import AttackSettings
+    from ggl_jax.adversary.reconstruct import prepare
     from ggl_jax.audit import landscape, metrics
-    from ggl_jax.audit.runner import ClientSettings, build_programs
     from ggl_jax.client import defenses
 
-    check_ranges(command)
-    defense = defenses.parse(command.defense, fidelity=command.fidelity, compare=command.compare)
+    command = checked(command)
+    search = command.search
+    defense = defenses.parse(command.defense, fidelity=search.fidelity, compare=search.compare)
     dataset, prior, prior_params, card, model = load_inputs(
-        command.data,
-        command.prior,
-        indices=[command.index],
-        label=command.label,
-        remedy="give --label 0",
-        model_name=command.model,
-        num_classes=command.num_classes,
+        command.setup, indices=[command.index], remedy="give --label 0"
     )
     label = int(dataset.labels[0])
     if label >= model.num_classes:
         raise GGLError(
             f"label: got {label}, allowed: 0 to {model.num_classes - 1}; raise --num-classes"
         )
-    given = fields_of(AttackSettings, command)
-    if command.optimizer == "adam":
-        # as the audit's default search, not as published
-        given |= {"signed": False, "schedule": "ramp"}
-    settings = AttackSettings(**given)
-    build_programs(model, prior, defense, ClientSettings(), settings)  # for its errors
-    options = {k: v for k, v in dataclasses.asdict(command).items() if k != "out"}
+    prepare(model, prior, defense.view, Client(), search)  # for its errors
+    left_out = ("out", *flat(Speed()))
+    options = {k: v for k, v in flat(command).items() if k not in left_out}
     shown = "ggl-jax " + shlex.join(argv)
     env = environment()
-    inputs = {"images": files.digest(dataset.images.tobytes()), "prior": card["sha256"]}
-    check_config(
+    inputs = {"images": files.digest(dataset.images)[:12], "prior": card["sha256"]}
+    files.claim(
         command.out, {"command": shown, "options": options, "inputs": inputs, "environment": env}
     )
     image, name = dataset.images[0], dataset.names[0]
     with AuditBar() as bar:
 
-        def advanced(done, losses):
-            bar("search", 0, 2, done / max(done, settings.steps or done), float(losses[0]))
+        def advanced(phase, fraction, loss):
+            bar(phase, 0, 2, fraction, loss)
 
         center = landscape.find_center(
             image,
@@ -148,9 +88,10 @@ def run(command: LandscapeCommand, argv: list[str]) -> int:
             prior=prior,
             prior_params=prior_params,
             defense=defense,
-            settings=settings,
+            search=search,
+            speed=command.speed,
             instance_id=command.index,
-            seed=command.seed,
+            seed=command.setup.seed,
             progress=advanced,
         )
         bar("landscape", 1, 2, 0.0, center.loss)
@@ -158,16 +99,16 @@ def run(command: LandscapeCommand, argv: list[str]) -> int:
             center,
             image,
             # folded away from the streams of the image's index
-            jax.random.fold_in(jax.random.key(command.seed), 2**31 - 3),
+            jax.random.fold_in(jax.random.key(command.setup.seed), 2**31 - 3),
             prior=prior,
             resolution=command.resolution,
             span=command.span,
             lpips=command.lpips,
         )
-    psnr = float(metrics.psnr(jnp.asarray(center.image), jnp.asarray(image)))
+    psnr = float(metrics.psnr(jnp.asarray(center.images[0]), jnp.asarray(image)))
     correlation = found.correlation
     said = f"{correlation:.3f}" if np.isfinite(correlation) else "undefined"
-    title = f"{name}, {command.defense}, {command.optimizer}, seed {command.seed}"
+    title = f"{name}, {command.defense}, {search.optimizer}, seed {command.setup.seed}"
     landscape.draw(found, command.out / "landscape.png", title=f"{title}: rank correlation {said}")
     report = {
         "image": name,

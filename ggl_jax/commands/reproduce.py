@@ -13,15 +13,12 @@ from ggl_jax import files
 from ggl_jax.commands import landscape
 from ggl_jax.commands._shared import (
     AuditBar,
-    Inputs,
-    check_config,
-    check_ranges,
     console,
     environment,
-    fields_of,
     load_inputs,
 )
 from ggl_jax.errors import GGLError, did_you_mean
+from ggl_jax.spec import Client, Count, Judge, Number, Search, Setup, Speed, checked
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,9 +40,9 @@ class ReproduceCommand:
     data: str | None = None
     """Private images, as for ggl-jax audit: a .npz file, a folder, or tfds:celeb_a. Only figure8's
     celeba half has a default, embedded:nonfaces."""
-    images: int | None = None
+    images: Count | None = None
     """How many of them, the first ones; by default the experiment's own number."""
-    seeds: int | None = None
+    seeds: Count | None = None
     """How many seeds, from --seed on; by default 1, but 3 (paper scale: 5) for table2, figure3."""
     scale: Literal["quick", "paper"] = "quick"
     """quick (shorter searches, for CPUs) or paper (the published lengths, meant for a GPU)."""
@@ -56,11 +53,11 @@ class ReproduceCommand:
     """The adversary's generator, as for ggl-jax audit; by default dcgan32_faces for celeba."""
     lpips: Literal["vgg", "alex", "squeeze"] = "vgg"
     """Network behind the LPIPS score; the paper's values are vgg's."""
-    num_controls: int = 400
+    num_controls: Count = 400
     """Random samples of the prior for the controls."""
-    ceiling_steps: int = 300
+    ceiling_steps: Count = 300
     """Steps of the prior's direct fit to the private image, its ceiling."""
-    seed: int = 0
+    seed: Number = 0
     """Seed of the model's weights, the noise and the searches."""
     out: Path | None = None
     """Folder for the results; by default ggl-EXPERIMENT-HALF-SCALE here."""
@@ -72,16 +69,16 @@ def run(command: ReproduceCommand, argv: list[str]) -> int:
     from rich.markdown import Markdown
 
     from ggl_jax.audit import paper
-    from ggl_jax.audit.runner import MODEL_STREAM
+    from ggl_jax.audit import run as cell_runs
+    from ggl_jax.audit.cells import MODEL_STREAM, Inputs
 
     chosen: Any = _resolve(command)
     experiment = paper.EXPERIMENTS[chosen.experiment](chosen.scale, chosen.half, chosen.fidelity)
     runs = experiment.runs(range(chosen.seed, chosen.seed + chosen.seeds))
     if chosen.experiment == "figure9":
-        return _landscape(chosen, runs[0].settings, argv)
+        return _landscape(chosen, runs[0].search, argv)
     inputs = load_inputs(
-        chosen.data,
-        chosen.prior,
+        Setup(chosen.data, prior=chosen.prior, seed=chosen.seed),
         indices=f":{chosen.images}",
         unlabelled=experiment.label,
         remedy=f"{chosen.experiment} needs them",
@@ -93,22 +90,30 @@ def run(command: ReproduceCommand, argv: list[str]) -> int:
             "or other --data"
         )
     out = chosen.out
-    options = dataclasses.asdict(chosen)
-    options.pop("out")
+    options = {k: v for k, v in dataclasses.asdict(chosen).items() if k != "out"}
     shown = "ggl-jax " + shlex.join(argv)
     env = environment()
-    given = {
-        "images": files.digest(inputs.dataset.images.tobytes()),
-        "prior": inputs.card["sha256"],
-    }
-    check_config(out, {"command": shown, "options": options, "inputs": given, "environment": env})
+    judge = Judge(chosen.num_controls, chosen.ceiling_steps, chosen.lpips)
+    about = {"command": shown, "environment": env}
+    given = Inputs(**inputs.given(judge, Speed(), about=about))
+    cells = _cells(runs, given)
     console.print(
         f"{experiment.title}: {len(runs)} searches, {len(experiment.defenses)} defenses, "
         f"{found} images, scale {chosen.scale}. Results: {out}/",
         markup=False,
         soft_wrap=True,
     )
-    results, interrupted = _audits(chosen, runs, inputs)
+    with AuditBar() as bar:
+        done = cell_runs.run(
+            cells, given, out, config=cell_runs.config_of(cells, given, options), progress=bar
+        )
+    for cell, reason in done.failures.items():
+        console.print(f"failed: {done.records.cells[cell]}: {reason}", markup=False)
+    results = {
+        one: result
+        for one in runs
+        if (result := cell_runs.result_of(done.records, given, search=one.name, seed=one.seed)).rows
+    }
     if results:
         key = jax.random.key(chosen.seed)
         controls = paper.control_scores(
@@ -138,7 +143,7 @@ def run(command: ReproduceCommand, argv: list[str]) -> int:
         paper.draw(experiment, results, out / "figure.png")
         console.print(Markdown(text))
         console.print(f"Table: {out}/table.md; pictures: {out}/figure.png", markup=False)
-    if interrupted:
+    if done.interrupted:
         console.print("Interrupted. The same command goes on from here.", markup=False)
         return 130
     return 0
@@ -156,7 +161,7 @@ def _resolve(command: ReproduceCommand) -> ReproduceCommand:
     if name not in paper.EXPERIMENTS:
         hint = did_you_mean(name, paper.EXPERIMENTS, before="; ")
         raise GGLError(f"experiment: got {name!r}, allowed: {', '.join(paper.EXPERIMENTS)}{hint}")
-    check_ranges(command)
+    command = checked(command)
     kind = paper.EXPERIMENTS[name]
     half: Any = command.half or kind.default_half
     data = command.data or kind.data.get(half)
@@ -180,45 +185,32 @@ def _resolve(command: ReproduceCommand) -> ReproduceCommand:
     )
 
 
-def _landscape(command: Any, settings: Any, argv: list[str]) -> int:
+def _landscape(command: Any, search: Search, argv: list[str]) -> int:
     """Figure 9, by ``ggl-jax landscape``."""
     if (command.images, command.seeds) != (1, 1):
         raise GGLError("images, seeds: figure9 is of one image and one seed; leave them out")
-    options = landscape.LandscapeCommand
-    given = fields_of(options, settings) | fields_of(options, command)
-    return landscape.run(options(**given), argv)
+    setup = Setup(command.data, prior=command.prior, seed=command.seed)
+    options = landscape.LandscapeCommand(
+        lpips=command.lpips, setup=setup, search=search, out=command.out
+    )
+    return landscape.run(options, argv)
 
 
-def _audits(command: Any, runs: Sequence[Any], inputs: Inputs) -> tuple[dict[Any, Any], bool]:
-    """The results by run, and whether Ctrl-C ended them early."""
-    from ggl_jax.audit.runner import AuditInterrupted, audit
+def _cells(runs: Sequence[Any], inputs: Any) -> list[Any]:
+    """The experiment's cells: every search under every one of its defenses, on every image."""
+    from ggl_jax.audit.cells import Cells, image_batches
 
-    results: dict[Any, Any] = {}
-    with AuditBar(len(runs)) as bar:
-        for number, one in enumerate(runs):
-            bar.begin(one.name, number)
-            name = "".join(c if c.isalnum() else "_" for c in one.name.lower())
-            try:
-                results[one] = audit(
-                    inputs.dataset.images,
-                    inputs.dataset.labels,
-                    model=inputs.model,
-                    prior=inputs.prior,
-                    prior_params=inputs.prior_params,
-                    defenses=one.defenses,
-                    names=inputs.dataset.names,
-                    instance_ids=inputs.dataset.indices,
-                    settings=one.settings,
-                    num_controls=command.num_controls,
-                    ceiling_steps=command.ceiling_steps,
-                    lpips=command.lpips,
-                    seed=one.seed,
-                    controls=next(iter(results.values())).controls if results else None,
-                    out=command.out / f"{name}-seed{one.seed}",
-                    progress=bar,
-                )
-            except AuditInterrupted as stop:
-                if stop.result.rows:
-                    results[one] = stop.result
-                return results, True
-    return results, False
+    maker, client = Cells(inputs), Client()
+    return [
+        maker.make(
+            {"search": one.name},
+            one.search,
+            client,
+            maker.defense(defense, one.search),
+            one.seed,
+            batch,
+        )
+        for one in runs
+        for defense in one.defenses
+        for batch in image_batches(len(inputs.images), client.batch_size)
+    ]

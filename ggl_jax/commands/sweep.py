@@ -3,22 +3,25 @@
 import dataclasses
 import shlex
 import tomllib
-import types
-import typing
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import tyro
 
 from ggl_jax.commands import _devices
-from ggl_jax.commands import audit as audit_command
-from ggl_jax.commands._shared import AuditBar, console, environment, fields_of, load_inputs
+from ggl_jax.commands._shared import AuditBar, console, environment, load_inputs, suspects
 from ggl_jax.errors import GGLError, did_you_mean
+from ggl_jax.spec import (
+    Client,
+    Judge,
+    Search,
+    Setup,
+    Speed,
+    check,
+    options_of,
+    replace,
+)
 
-#: Options of an audit that are axes of a grid, by the axes' names.
-_AXIS_OF = {"indices": "image", "defenses": "defense", "seed": "seed"}
-#: Those that a grid cannot fix: they are its axes, or say where things go.
-_NOT_FIXED = ("preset", "config", "out", "shard", *_AXIS_OF)
 _TABLES = ("preset", "fixed", "axes", "exclude")
 
 
@@ -37,8 +40,8 @@ class SweepCommand:
     out: Path | None = None
     """Folder for the results; by default the grid's name without .toml, here."""
     dry_run: bool = False
-    """Only say how many cells and gradient evaluations it would be, and roughly how long they would
-    take, by a calibration of about half a minute."""
+    """Only say how many cells, programs and gradient evaluations it would be, and which cells
+    cannot run. ggl-jax status tells the pace once some are finished."""
     extend: bool = False
     """Go on in a folder of another configuration: what is finished there stays."""
     retry_failed: bool = False
@@ -56,53 +59,36 @@ class SweepCommand:
     """Join the processes that JAX finds itself (SLURM, Kubernetes, TPU pods)."""
 
 
-class GridFile(typing.NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Fixed:
+    """What a grid fixes besides its search."""
+
+    setup: Setup = dataclasses.field(default_factory=Setup)
+    client: Client = dataclasses.field(default_factory=Client)
+    judge: Judge = dataclasses.field(default_factory=Judge)
+    speed: Speed = dataclasses.field(default_factory=Speed)
+
+
+class GridFile(NamedTuple):
     """A grid as read from its file.
 
     Attributes:
-        command: preset and fixed options.
+        preset: of the searches.
+        fixed: the options that the file fixes, besides those of the search.
+        search: the options of the search that the file fixes.
         axes: name -> values, without the images.
         indices: the images, as ``--indices``.
         exclude: combinations to leave out.
         options: all of it as plain values, for ``config.json``.
-        fixed: the names that the file fixes.
     """
 
-    command: audit_command.AuditCommand
+    preset: str
+    fixed: Fixed
+    search: dict[str, Any]
     axes: dict[str, list]
     indices: str
     exclude: list[dict[str, Any]]
     options: dict[str, Any]
-    fixed: dict[str, Any]
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    """Whether a TOML value is of an option's type."""
-    origin = typing.get_origin(hint)
-    if origin in (typing.Union, types.UnionType):
-        return any(_fits(value, one) for one in typing.get_args(hint))
-    if origin is typing.Literal:
-        return value in typing.get_args(hint)
-    if hint is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
-    if hint is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    return hint in (str, bool) and isinstance(value, hint)
-
-
-def _check_option(where: str, name: str, value: Any, hints: dict[str, Any]) -> None:
-    if name in _AXIS_OF:
-        raise GGLError(
-            f"grid: {where}: {name} is an axis; write {_AXIS_OF[name]} = [...] under [axes]"
-        )
-    if name in _NOT_FIXED:
-        raise GGLError(f"grid: {where}: {name} is not a grid's; leave it out")
-    if name not in hints:
-        hint = did_you_mean(name, hints, after=" ")
-        raise GGLError(f"grid: {where} has no option {name!r}; {hint}see ggl-jax audit --help")
-    if not _fits(value, hints[name]):
-        shown = getattr(hints[name], "__name__", str(hints[name])).replace("typing.", "")
-        raise GGLError(f"grid: {where}: {name} is {value!r}, allowed: {shown}")
 
 
 def read_grid(path: Path) -> GridFile:
@@ -111,7 +97,8 @@ def read_grid(path: Path) -> GridFile:
     Raises:
         GGLError: no such file, not TOML, an unknown table or option, or a value of a wrong type.
     """
-    from ggl_jax.audit.sweep import AXES, PUBLISHED
+    from ggl_jax.adversary.attacks import PRESETS
+    from ggl_jax.audit.sweep import AXES
 
     try:
         table = tomllib.loads(path.read_text())
@@ -124,90 +111,70 @@ def read_grid(path: Path) -> GridFile:
         raise GGLError(f"grid: {path} has {unknown[0]!r}; allowed: {', '.join(_TABLES)}")
     preset, fixed = table.get("preset", "quick"), table.get("fixed", {})
     axes, exclude = dict(table.get("axes", {})), table.get("exclude", [])
-    if preset not in audit_command.PRESETS:
-        raise GGLError(f"grid: preset is {preset!r}, allowed: {', '.join(audit_command.PRESETS)}")
+    if preset not in PRESETS:
+        raise GGLError(f"grid: preset is {preset!r}, allowed: {', '.join(PRESETS)}")
     if not isinstance(fixed, dict) or not isinstance(exclude, list):
         raise GGLError("grid: write the tables as [fixed], [axes] and [[exclude]]")
-    every = typing.get_type_hints(audit_command.AuditCommand)
-    hints = {name: hint for name, hint in every.items() if name not in _NOT_FIXED}
-    for name, value in fixed.items():
-        if name in axes:
-            raise GGLError(f"grid: {name} is fixed and an axis; choose one")
-        _check_option("[fixed]", name, value, hints)
     images = axes.pop("image", "0")
     if isinstance(images, list):
         images = ",".join(str(i) for i in images)
     if not isinstance(images, str | int):
         raise GGLError(f"grid: axis image is {images!r}, allowed: a list of numbers, or '0:8'")
-    for name, values in axes.items():
+    hints = options_of(Fixed) | options_of(Search)
+    for name, value in fixed.items():
+        if name in axes:
+            raise GGLError(f"grid: {name} is fixed and an axis; choose one")
+        if name in ("defense", "defenses", "image", "indices", "seed"):
+            axis = name.removesuffix("s") if name != "indices" else "image"
+            raise GGLError(f"grid: [fixed]: {name} is an axis; write {axis} = [...] under [axes]")
+        if name not in hints:
+            hint = did_you_mean(name, hints, after=" ")
+            raise GGLError(f"grid: [fixed] has no option {name!r}; {hint}see ggl-jax audit --help")
+        check(f"grid: [fixed]: {name}", value, hints[name])
+    for name in axes:
         if name not in AXES:
             hint = did_you_mean(name, [*AXES, "image"], after=" ")
             raise GGLError(f"grid: {name!r} is no axis; {hint}allowed: image, {', '.join(AXES)}")
-        own = name in ("defense", "seed")
-        for value in [] if own or not isinstance(values, list) else values:
-            open_ended = value == PUBLISHED and getattr(audit_command.AuditCommand, name) is None
-            if not open_ended:
-                _check_option("[axes]", name, value, hints)
+    of_search = options_of(Search)
     shown = {"preset": preset, "fixed": fixed, "axes": {**axes, "image": str(images)}}
     return GridFile(
-        audit_command.AuditCommand(preset=preset, **fixed),
+        preset,
+        replace(Fixed(), **{k: v for k, v in fixed.items() if k not in of_search}),
+        {k: v for k, v in fixed.items() if k in of_search},
         axes,
         str(images),
         exclude,
         {**shown, "exclude": exclude},
-        fixed,
     )
 
 
-def load_grid(path: Path):
+def load_grid(path: Path, about: dict[str, Any] | None = None):
     """A :class:`ggl_jax.audit.sweep.Grid` of a grid file, with images, model and prior loaded."""
-    from ggl_jax.adversary.strategy import AttackSettings
+    from ggl_jax.adversary.attacks import search_of
     from ggl_jax.audit import sweep
-    from ggl_jax.audit.runner import ClientSettings
+    from ggl_jax.audit.cells import Inputs
 
     file = read_grid(path)
-    command = file.command
-    dataset, prior, prior_params, _, model = load_inputs(
-        command.data,
-        command.prior,
-        indices=file.indices,
-        label=command.label,
-        remedy="add a labels.csv (file,label) or fix label = 0",
-        model_name=command.model,
-        num_classes=command.num_classes,
-        batch_norm=command.batch_norm,
+    setup, judge = file.fixed.setup, file.fixed.judge
+    loaded = load_inputs(
+        setup, indices=file.indices, remedy="add a labels.csv (file,label) or fix label = 0"
     )
-    own = {k: v for k, v in file.fixed.items() if k in fields_of(AttackSettings, command)}
 
-    def settings(values) -> AttackSettings:
-        """The preset's settings for the attack and optimiser at hand, then the fixed ones."""
-        chosen = ["--preset", command.preset]
-        for name in ("attack", "optimizer"):
-            value = values.get(name, own.get(name))
-            if value not in (None, sweep.PUBLISHED):
-                chosen += [f"--{name}", value]
-        if values.get("adaptive", own.get("adaptive")) is False:
-            chosen += ["--adaptive", "False"]
-        base = audit_command.defaults(chosen)
-        return AttackSettings(**(fields_of(AttackSettings, base) | own))
+    def search(values) -> Search:
+        """The preset's search for the attack and optimiser at hand, then the fixed options."""
+        own = {k: v for k, v in values.items() if k in options_of(Search)}
+        return search_of(file.preset, **{**file.search, **own})
 
+    inputs = Inputs(
+        **loaded.given(
+            judge,
+            file.fixed.speed,
+            others=suspects(setup, judge, loaded),
+            about={**(about or {}), "options": file.options},
+        )
+    )
     return sweep.plan(
-        dataset.images,
-        dataset.labels,
-        model=model,
-        axes=file.axes,
-        exclude=file.exclude,
-        settings=settings,
-        client=ClientSettings(**fields_of(ClientSettings, command)),
-        prior=prior,
-        prior_params=prior_params,
-        names=dataset.names,
-        instance_ids=dataset.indices,
-        others=audit_command._others(command, dataset, prior.image_shape[0]),
-        num_controls=command.num_controls,
-        ceiling_steps=command.ceiling_steps,
-        lpips=command.lpips,
-        options=file.options,
+        inputs, file.axes, exclude=file.exclude, search=search, client=file.fixed.client
     )
 
 
@@ -218,15 +185,16 @@ def run(command: SweepCommand, argv: list[str]) -> int:
     )
     import jax
 
-    from ggl_jax.audit import cost, html_report, results, sweep
+    from ggl_jax.audit import folder, report
+    from ggl_jax.audit.run import run as run_cells
 
-    grid = load_grid(command.grid)
-    mesh = _devices.mesh(command.shard)
+    about = {"command": "ggl-jax " + shlex.join(argv), "environment": environment()}
+    grid = load_grid(command.grid, about)
     out = command.out or Path(command.grid.stem)
     first = jax.process_index() == 0
     if command.dry_run:
-        done = results.read(out).finished if (out / "plan.json").exists() else set()
-        return _dry_run(grid, cost.estimate(grid, finished=sorted(done), mesh=mesh))
+        done = folder.read(out).finished if (out / "plan.json").exists() else set()
+        return _dry_run(grid, done)
     if first:
         console.print(
             f"{len(grid.cells):,} cells, {sum(c.evaluations for c in grid.cells):,} gradient "
@@ -234,15 +202,15 @@ def run(command: SweepCommand, argv: list[str]) -> int:
             markup=False,
             soft_wrap=True,
         )
-    about = {"command": "ggl-jax " + shlex.join(argv), "environment": environment()}
     with AuditBar() as bar:
-        result = sweep.run(
-            grid,
+        result = run_cells(
+            grid.cells,
+            grid.inputs,
             out,
+            config=grid.config,
             extend=command.extend,
             retry_failed=command.retry_failed,
-            mesh=mesh,
-            about=about,
+            mesh=_devices.mesh(command.shard),
             progress=bar if first else None,
         )
     records = result.records
@@ -258,7 +226,7 @@ def run(command: SweepCommand, argv: list[str]) -> int:
         if records.failures:
             console.print("Try these again with --retry-failed.", markup=False)
         if records.rows:
-            page = html_report.write(records)
+            page = report.write(report.make(records), records.folder)
             console.print(f"Report: {page}", markup=False, soft_wrap=True)
     if result.interrupted:
         console.print("Interrupted. The same command goes on from here.", markup=False)
@@ -266,15 +234,12 @@ def run(command: SweepCommand, argv: list[str]) -> int:
     return 1 if records.failures else 0
 
 
-def _dry_run(grid, estimate) -> int:
-    hours = estimate.seconds / 3600
-    shown = f"{hours:.1f} h" if hours >= 1 else f"{estimate.seconds / 60:.1f} min"
-    done = len(grid.cells) - estimate.cells
+def _dry_run(grid, done) -> int:
+    left = [cell for cell in grid.cells if cell.id not in done]
     console.print(
-        f"{len(grid.cells):,} cells ({done:,} finished), {estimate.programs:,} programs to "
-        f"compile, {estimate.evaluations:,} gradient evaluations.\n"
-        f"Roughly {shown} on this machine, if it is as busy then as now ({estimate.measured} of "
-        f"{estimate.kinds} kinds of search stages measured, the others taken to be as fast).",
+        f"{len(grid.cells):,} cells ({len(grid.cells) - len(left):,} finished), "
+        f"{len({cell.program for cell in left}):,} programs to compile, "
+        f"{sum(cell.evaluations for cell in left):,} gradient evaluations.",
         markup=False,
         soft_wrap=True,
     )
@@ -289,10 +254,11 @@ def _dry_run(grid, estimate) -> int:
 
 def _why(grid, cell) -> GGLError | None:
     """Why the cell's search cannot be built."""
-    from ggl_jax.audit.runner import build_programs
+    from ggl_jax.adversary.reconstruct import prepare
 
+    given = grid.inputs
     try:
-        build_programs(grid.model, grid.prior, cell.defense, cell.client, cell.settings)
+        prepare(given.model, given.prior, cell.defense.view, cell.client, cell.search)
     except GGLError as error:
         return error
     return None

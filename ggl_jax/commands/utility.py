@@ -3,20 +3,19 @@
 import dataclasses
 import shlex
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import tyro
 
 from ggl_jax.commands import audit as audit_command
 from ggl_jax.commands._shared import (
     AuditBar,
-    check_ranges,
     console,
     count_classes,
     environment,
-    fields_of,
 )
 from ggl_jax.errors import GGLError
+from ggl_jax.spec import Count, Number, Positive, checked, flat, replace
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,29 +34,28 @@ class UtilityCommand:
     from."""
     defenses: tuple[str, ...] | None = None
     """Defenses; by default those of the run."""
-    rounds: int = 100
+    rounds: Count = 100
     """Rounds of federated SGD."""
-    clients: int = 4
+    clients: Count = 4
     """Clients; each has its own part of the images and takes part in every round."""
-    batch_size: int = 16
+    batch_size: Count = 16
     """Images that a client draws in each round."""
-    learning_rate: float = 0.03
-    """Step size of the server's SGD. The default suits convnet; resnet18 wants 0.001 with
-    --batch-norm eval (and many rounds) and 0.01 with train."""
+    learning_rate: Positive = 0.03
+    """Step size of the server's SGD. The default suits convnet; resnet18 wants 0.001 (and many
+    rounds), and resnet18:batch_norm=train 0.01."""
     momentum: float = 0.9
     """Momentum of the server's SGD."""
-    test_images: int | None = None
+    test_images: Count | None = None
     """Images held out of training (default: a fifth, at most 1,000)."""
     delta: float = 1e-5
     """Probability with which epsilon's bound may fail."""
     model: str | None = None
-    """Federated model: resnet18, lenet or convnet (default: the run's, else resnet18)."""
-    batch_norm: Literal["eval", "train"] | None = None
-    """Batch normalisation of the federated model (default: the run's, else eval); with train, test
-    images are normalised by their own batches, too."""
+    """Federated model: resnet18, lenet or convnet, with options as for ggl-jax audit (default: the
+    run's, else resnet18). With batch_norm=train, test images are normalised by their own batches,
+    too."""
     fidelity: Literal["paper", "code"] | None = None
     """paper or code (default: the run's, else paper)."""
-    seed: int = 0
+    seed: Number = 0
     """Seed of the model's weights, the batches, the noise and the choice of test images."""
     out: Path | None = None
     """Folder for the results (default: the run's)."""
@@ -65,42 +63,36 @@ class UtilityCommand:
 
 def _of_run(folder: Path) -> tuple[audit_command.AuditCommand, list[str], list[str]]:
     """A run's options, its defenses, and their fidelities."""
-    from ggl_jax.audit import results
+    from ggl_jax.audit import folder as folders
 
-    config = results.read_json(
-        folder / "config.json", f"{folder} is no folder of ggl-jax sweep or audit"
-    )
-    if not (folder / "plan.json").exists():
+    records = folders.read(folder)
+    options = records.config["options"]
+    defenses = list(dict.fromkeys(cell["defense"] for cell in records.cells.values()))
+    if "defenses" in options and "data" in options:
         command = audit_command.read_config(folder / "config.json")
-        return command, list(command.defenses), [command.fidelity]
-    options = config.get("options", {})
+        return command, defenses, [command.search.fidelity]
     if not {"preset", "fixed", "axes"} <= set(options):
         raise GGLError(
-            f"folder: {folder} was swept from Python, so its model is not known here; call "
+            f"folder: {folder} was run from Python, so its model is not known here; call "
             "ggl_jax.audit.utility.measure(..., out=folder)"
         )
-    try:
-        command = audit_command.AuditCommand(preset=options["preset"], **options["fixed"])
-    except TypeError:
-        raise GGLError(f"folder: {folder / 'config.json'} is of another version") from None
-    plan = results.read_json(folder / "plan.json", f"{folder} is damaged")
-    defenses = list(dict.fromkeys(cell["defense"] for cell in plan["cells"].values()))
-    return command, defenses, options["axes"].get("fidelity", [command.fidelity])
+    command = replace(audit_command.AuditCommand(preset=options["preset"]), **options["fixed"])
+    return command, defenses, options["axes"].get("fidelity", [command.search.fidelity])
 
 
 def run(command: UtilityCommand, argv: list[str]) -> int:
     """``ggl-jax utility``."""
-
     from ggl_jax.audit import data as audit_data
-    from ggl_jax.audit import html_report, results, utility
+    from ggl_jax.audit import folder as folders
+    from ggl_jax.audit import report, utility
     from ggl_jax.client.models import get_model
     from ggl_jax.priors import load_prior
 
-    check_ranges(command)
+    command = checked(command)
     if command.folder is not None:
         base, defenses, fidelities = _of_run(command.folder)
-        prior = load_prior(base.prior)[0]
-        size, known = prior.image_shape[0], (base.num_classes, prior.num_classes)
+        prior = load_prior(base.setup.prior)[0]
+        size, known = prior.image_shape[0], (base.setup.num_classes, prior.num_classes)
     else:
         missing = [n for n in ("defenses", "data", "out") if getattr(command, n) is None]
         if missing:
@@ -110,23 +102,27 @@ def run(command: UtilityCommand, argv: list[str]) -> int:
         size, known = 32, (None, None)
     defenses = list(command.defenses) if command.defenses is not None else defenses
     fidelities = [command.fidelity] if command.fidelity else fidelities
-    data, name = command.data or base.data, command.model or base.model
-    dataset = audit_data.load(data, image_size=size, labels=base.label)
+    data, name = command.data or base.setup.data, command.model or base.setup.model
+    dataset = audit_data.load(data, image_size=size, labels=base.setup.label)
     if dataset.labels is None:
         raise GGLError(f"data: {data} has no labels; add a labels.csv (file,label)")
     num_classes = count_classes(dataset, dataset.labels, *known)
-    batch_norm = command.batch_norm or base.batch_norm
-    extra: dict[str, Any] = {"batch_norm": batch_norm} if name != "lenet" else {}
-    model = get_model(name, num_classes=num_classes, image_shape=dataset.images.shape[1:], **extra)
+    model = get_model(name, num_classes=num_classes, image_shape=dataset.images.shape[1:])
+    own = flat(command)
     settings = utility.UtilitySettings(
-        **fields_of(utility.UtilitySettings, command),
-        local_steps=base.local_steps,
-        local_learning_rate=base.local_learning_rate,
+        **{
+            f.name: own[f.name]
+            for f in dataclasses.fields(utility.UtilitySettings)
+            if f.name in own
+        },
+        local_steps=base.client.local_steps,
+        local_learning_rate=base.client.local_learning_rate,
     )
-    options = dataclasses.asdict(settings) | {
-        "data": data,
-        "model": [name, num_classes, size, extra],
-        "seed": command.seed,
+    about = {
+        "options": dataclasses.asdict(settings)
+        | {"data": data, "model": [name, num_classes, size]},
+        "command": "ggl-jax " + shlex.join(argv),
+        "environment": environment(),
     }
     out = command.out or command.folder
     assert out is not None
@@ -139,9 +135,7 @@ def run(command: UtilityCommand, argv: list[str]) -> int:
             out=out,
             settings=settings,
             fidelities=fidelities,
-            seed=command.seed,
-            options=options,
-            about={"command": "ggl-jax " + shlex.join(argv), "environment": environment()},
+            about=about,
             progress=bar,
         )
     if found.rows:
@@ -154,9 +148,10 @@ def run(command: UtilityCommand, argv: list[str]) -> int:
             console.print(f"Epsilon {note}", markup=False)
     console.print(f"Results: {out / utility.ROWS}", markup=False, soft_wrap=True)
     if command.folder is not None and out == command.folder:
-        records = results.read(out)
+        records = folders.read(out)
         if records.rows:
-            console.print(f"Report: {html_report.write(records)}", markup=False, soft_wrap=True)
+            page = report.write(report.make(records), out)
+            console.print(f"Report: {page}", markup=False, soft_wrap=True)
     if found.interrupted:
         console.print("Interrupted. The same command goes on from here.", markup=False)
         return 130
