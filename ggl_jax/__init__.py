@@ -31,12 +31,14 @@ from ggl_jax.adversary.optimizers import (
     lbfgs_wolfe,
     turbo,
 )
+from ggl_jax.adversary.reconstruct import Reconstruction, reconstruct
 from ggl_jax.adversary.search import Stage, run_search, run_stages
 from ggl_jax.adversary.strategy import AttackSettings, make_stages
 from ggl_jax.audit.data import load
+from ggl_jax.audit.judge import judge
 from ggl_jax.audit.metrics import METRICS, psnr, ssim
-from ggl_jax.audit.runner import AuditResult, ClientSettings, audit
-from ggl_jax.audit.sweep import SweepResult, sweep
+from ggl_jax.audit.run import AuditResult, RunResult, audit
+from ggl_jax.audit.sweep import sweep
 from ggl_jax.client.defenses import (
     DEFENSES,
     chain,
@@ -49,9 +51,24 @@ from ggl_jax.client.defenses import (
 )
 from ggl_jax.client.gradients import gradient, local_update
 from ggl_jax.client.models import MODELS, convnet, from_flax, lenet, resnet18
+from ggl_jax.client.share import ClientSettings, share
 from ggl_jax.errors import GGLError
 from ggl_jax.priors import PRIORS, dcgan, fit_latents, load_prior, pixels
-from ggl_jax.types import Attack, Context, Defense, Factored, Info, Model, Optimizer, Prior, Problem
+from ggl_jax.types import (
+    Attack,
+    Context,
+    Defense,
+    Factored,
+    Facts,
+    Info,
+    Model,
+    Optimizer,
+    Prior,
+    Problem,
+    Public,
+    Shared,
+    View,
+)
 
 __version__ = "0.1.0"
 
@@ -71,14 +88,19 @@ __all__ = [
     "Context",
     "Defense",
     "Factored",
+    "Facts",
     "GGLError",
     "Info",
     "Model",
     "Optimizer",
     "Prior",
     "Problem",
+    "Public",
+    "Reconstruction",
+    "RunResult",
+    "Shared",
     "Stage",
-    "SweepResult",
+    "View",
     "adam",
     "audit",
     "best_so_far",
@@ -99,6 +121,7 @@ __all__ = [
     "idlg",
     "infer_labels",
     "inverting_gradients",
+    "judge",
     "lbfgs",
     "lbfgs_wolfe",
     "lenet",
@@ -113,9 +136,11 @@ __all__ = [
     "pixel_refinement",
     "pixels",
     "psnr",
+    "reconstruct",
     "resnet18",
     "run_search",
     "run_stages",
+    "share",
     "soteria",
     "sparsify",
     "ssim",

@@ -10,6 +10,7 @@ from flax import linen as nn
 
 import ggl_jax as gx
 from ggl_jax.adversary.attacks import ATTACKS, make_attack, pixel_refinement, resolve
+from ggl_jax.adversary.estimation import estimate, noise_level
 from ggl_jax.adversary.losses import parse_regularizer
 from ggl_jax.adversary.optimizers import make_optimizer
 from ggl_jax.adversary.search import Stage, run_stages
@@ -44,9 +45,10 @@ def problem_of(model, variables, image, label, spec="none"):
     images, labels = image[None], jnp.asarray([label])
     update = gx.gradient(model, variables, images, labels)
     context = gx.Context(model, variables, images, labels)
-    observed = defense.apply(jax.random.key(1), update, context)
-    estimated = defense.estimate(observed, model.head)
-    return defense, Problem(observed, variables, {}, labels, estimated)
+    observed, _ = defense.apply(jax.random.key(1), update, context)
+    estimated = estimate(defense.view, observed, model.head)
+    noise = noise_level(defense.view, estimated)
+    return defense, Problem(observed, variables, {}, labels, estimated, noise)
 
 
 def psnr(a, b):
@@ -81,7 +83,7 @@ def test_baselines_find_the_image(name, model, variables, tiny_images, tiny_prio
     defense, problem = problem_of(model, variables, tiny_images[0], 1)
     # The tiny prior's images are not smooth. L-BFGS diverges from some starts.
     options = {"restarts": 8, "steps": 150, "learning_rate": 0.05, "regularizer": "none"}
-    attack = make_attack(name, model, tiny_prior, defense=defense, **options)
+    attack = make_attack(name, model, tiny_prior, view=defense.view, **options)
     found = gx.run_search(attack, jax.random.split(jax.random.key(3), 1), [problem], steps=150)
     assert psnr(found.images[0], tiny_images[:1]) > 20
     assert found.labels[0, 0] == 1  # DLG had to find it
@@ -94,7 +96,7 @@ def test_adaptive_attacks_see_the_defense(model, variables, tiny_images, tiny_pr
     losses = {}
     for adaptive in (True, False):
         attack = make_attack(
-            "ig", model, tiny_prior, defense=defense, adaptive=adaptive, distance="squared_l2",
+            "ig", model, tiny_prior, view=defense.view, adaptive=adaptive, distance="squared_l2",
             restarts=1, steps=1, regularizer="none",
         )  # fmt: skip
         key = jax.random.key(0)
@@ -127,9 +129,9 @@ def test_the_best_of_the_pool_start(tiny_model, tiny_variables, tiny_prior, tiny
 def test_refinement_leaves_the_prior_behind(model, variables, tiny_images, tiny_prior):
     defense, problem = problem_of(model, variables, tiny_images[0], 1)
     problem = problem._replace(prior_params=tiny_prior.init(jax.random.key(0)))
-    search = make_attack("ggl", model, tiny_prior, defense=defense, population=8, steps=5)
+    search = make_attack("ggl", model, tiny_prior, view=defense.view, population=8, steps=5)
     refine = pixel_refinement(
-        model, steps=150, learning_rate=0.05, regularizer="none", defense=defense
+        model, steps=150, learning_rate=0.05, regularizer="none", view=defense.view
     )
     stages = [
         Stage(search, 5),
@@ -182,13 +184,13 @@ def test_likelihood_scales_by_the_noise(model, variables, tiny_images, tiny_prio
     losses = []
     for likelihood in (False, True):
         attack = make_attack(
-            "ig", model, tiny_prior, defense=defense, likelihood=likelihood, regularizer="none",
+            "ig", model, tiny_prior, view=defense.view, likelihood=likelihood, regularizer="none",
             **options,
         )  # fmt: skip
         key = jax.random.key(0)
         state = attack.init(key, problem, pixels_of(tiny_images[None, 1:]))
         losses.append(float(attack.step(key, problem, state)[1].losses[0]))
-    sigma = float(problem.estimated["1.noise:0.05"]["sigma"])
+    sigma = float(problem.estimated[1]["sigma"])
     assert losses[1] == pytest.approx(losses[0] / (2 * sigma**2), rel=1e-5)
     # Minus log-likelihood: at any other level of noise it is as if the update told more or less.
     gaussian = parse_regularizer("gaussian")(jnp.full((1, 2, 3), 2.0), tiny_images[None])
@@ -350,9 +352,9 @@ def test_comparisons_need_what_they_change(model, tiny_prior):
     for compare in ("support", "undefended"):
         settings = gx.AttackSettings(attack="ig", compare=compare)
         with pytest.raises(GGLError, match=f"compare: '{compare}'.*--adaptive True"):
-            gx.make_stages(settings, model, tiny_prior, gx.parse("none"))
+            gx.make_stages(settings, model, tiny_prior, gx.parse("none").view)
         settings = dataclasses.replace(settings, adaptive=True)
-        assert gx.make_stages(settings, model, tiny_prior, gx.parse("none"))[1]["adaptive"]
+        assert gx.make_stages(settings, model, tiny_prior, gx.parse("none").view)[1]["adaptive"]
     with pytest.raises(GGLError, match=r"compare: 'likelihood'.*--distance squared_l2"):
         make_attack("ig", model, tiny_prior, likelihood=True)
     with pytest.raises(GGLError, match="local_steps: soteria"):
@@ -375,9 +377,10 @@ def test_soteria_undefended_fits_the_private_image(
     update = gx.gradient(model, variables, images, labels)
     context = gx.Context(model, variables, images, labels)
     for chained in (defense, gx.chain(defense, gx.parse("none"))):
-        observed = chained.apply(jax.random.key(1), update, context)
-        problem = Problem(observed, variables, {}, labels, chained.estimate(observed, model.head))
-        attack = make_attack("gi", model, tiny_prior, defense=chained, adaptive=True, steps=1)
+        observed, _ = chained.apply(jax.random.key(1), update, context)
+        estimated = chained.view.estimate(observed, model.head)
+        problem = Problem(observed, variables, {}, labels, estimated)
+        attack = make_attack("gi", model, tiny_prior, view=chained.view, adaptive=True, steps=1)
         # The defended layer is left out on both sides, so the truth is at distance 0.
         at_truth = attack.distances(problem, images[:, None], labels)
         elsewhere = attack.distances(problem, tiny_images[1:2, None], labels)
@@ -388,7 +391,7 @@ def test_refinement_keeps_the_attacks_distance(model, variables, tiny_images, ti
     _, problem = problem_of(model, variables, tiny_images[0], 1)
     for attack, distance in (("ig", "cosine"), ("gi", "squared_l2")):
         settings = gx.AttackSettings(attack=attack, refine="pixels", refine_steps=2, steps=2)
-        stages, _ = gx.make_stages(settings, model, tiny_prior, gx.parse("none"))
+        stages, _ = gx.make_stages(settings, model, tiny_prior, gx.parse("none").view)
         found = stages[-1].attack.distances(problem, tiny_images[1:, None], problem.labels)
         expected = gx.matching_loss(model, variables, problem.observed, distance=distance)
         # Relative to an update of zero, whose cosine distance is 1.

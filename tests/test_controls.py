@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from ggl_jax.audit import metrics
-from ggl_jax.audit.controls import prior_controls
+from ggl_jax.audit.controls import batch_controls, prior_controls, read_controls, write_controls
 from ggl_jax.errors import GGLError
+from ggl_jax.images import assign
 from ggl_jax.types import Prior
 
 SHAPE = (12, 12, 3)
@@ -232,3 +233,79 @@ def test_nan_is_not_hidden():
 def test_bad_settings(options, shape, match):
     with pytest.raises(GGLError, match=match):
         prior_controls(GREY, jnp.ones(()), np.zeros(shape), 0, jax.random.key(0), **options)
+
+
+# --- batches ------------------------------------------------------------------------------------
+
+
+def spotted_prior():
+    """Three grey squares side by side; class 1 is darker, class 2 the darkest."""
+
+    def apply(params, latents, labels):
+        levels = jax.nn.sigmoid(latents) / (1.0 + labels[:, None])
+        return jnp.broadcast_to(
+            jnp.repeat(levels, 4, axis=1)[:, None, :, None], (len(latents), *SHAPE)
+        )
+
+    normal = jax.random.normal
+    return Prior(
+        lambda key: {}, apply, lambda key, num: normal(key, (num, 3)), 3, SHAPE, "spotted", 3
+    )
+
+
+SPOTTED = spotted_prior()
+
+
+def draw_batch(key, labels):
+    return SPOTTED.apply({}, SPOTTED.sample_latent(key, len(labels)), labels)
+
+
+@pytest.mark.parametrize("size", [1, 4, 8, 16])
+def test_random_samples_gain_nothing_at_any_batch_size(size):
+    """A pure guess, judged as the audit judges (in the private images' order), gains 0."""
+    options = {"num_samples": 60, "num_mean_samples": 60, "ceiling_steps": 1, "ceiling_restarts": 1}
+    labels = jnp.zeros(size, jnp.int32)
+    gains, alone = [], []
+    for number in range(10):
+        keys = jax.random.split(jax.random.key(number), 3)
+        images = draw_batch(keys[0], labels)
+        controls = batch_controls(SPOTTED, {}, images, labels, keys[1], **options)
+        single = prior_controls(SPOTTED, {}, images[0], 0, keys[1], **options).scores
+        guesses = jax.vmap(lambda key: draw_batch(key, labels))(jax.random.split(keys[2], 60))
+        ordered = np.stack([guess[assign(guess, images)] for guess in guesses])
+        found = np.asarray(metrics.psnr(ordered, images))
+        gains.append(np.mean(found - [c.scores["psnr_control_mean"] for c in controls]))
+        alone.append(np.mean(found[:, 0]) - single["psnr_control_mean"])
+    error = np.std(gains, ddof=1) / np.sqrt(len(gains))
+    assert error < 0.25
+    assert abs(np.mean(gains)) < 3.5 * error
+    # Without the help, the order alone would count as a leak.
+    biased = np.mean(alone) > 5 * np.std(alone, ddof=1) / np.sqrt(len(alone))
+    assert biased == (size > 1)
+
+
+def test_classes_of_a_batch_are_put_in_order_too():
+    # The labels are right as multisets; their order is not known.
+    labels = np.asarray([2, 0, 1, 0])
+    images = draw_batch(jax.random.key(0), jnp.asarray([0, 0, 1, 2]))
+    found = batch_controls(SPOTTED, {}, images, labels, jax.random.key(1), **CHEAP)
+    assert [control.label for control in found] == [2, 0, 1, 0]
+    means = np.asarray([control.mean_image.mean() for control in found])
+    # sigmoid of a normal variable has mean 1/2; the two of class 0 share their mean image
+    np.testing.assert_allclose(means, [1 / 2, 1 / 2, 1 / 4, 1 / 6], atol=0.02)
+    np.testing.assert_array_equal(found[0].mean_image, found[1].mean_image)
+    for image, control in zip(images, found, strict=True):
+        for name, picture in control.pictures().items():
+            known = control.scores[f"psnr_{name}"]
+            np.testing.assert_allclose(metrics.psnr(picture, image), known, rtol=1e-4)
+
+
+def test_controls_are_kept_whole(tmp_path, grey):
+    image, controls = grey
+    write_controls(tmp_path / "c.npz", controls[1], image)
+    found, original = read_controls(tmp_path / "c.npz")
+    np.testing.assert_array_equal(original, image)
+    assert found.scores == controls[1].scores
+    assert found.label == 1
+    for name, picture in controls[1].pictures().items():
+        np.testing.assert_array_equal(found.pictures()[name], picture)

@@ -114,7 +114,7 @@ class Problem:
                 self.model,
                 variables,
                 observed,
-                defense=self.defense,
+                view=self.defense.view,
                 estimated=estimated,
                 method=method,
                 **options,
@@ -141,8 +141,8 @@ def problem(name, spec, *, batch=1, fidelity="paper", num=4):
     def observe(variables, images, labels):
         update = gx.gradient(model, variables, images, labels)
         context = gx.Context(model, variables, images, labels)
-        observed = double(defense.apply(jax.random.key(2), update, context))
-        return observed, double(defense.estimate(observed, model.head))
+        observed = double(defense.apply(jax.random.key(2), update, context)[0])
+        return observed, double(defense.view.estimate(observed, model.head))
 
     observed, estimated = observe(variables, images[0], labels[0])
     return Problem(model, variables, observed, defense, estimated, images[1:], labels[1:])
@@ -421,11 +421,11 @@ def memory(depth):
 
     model = gx.types.Model(None, apply, (), (16, 16, 2), 3, "deep")
     params = {f"w{number}": jnp.ones((512, 512)) / 500 for number in range(depth)}
-    estimated = defense.estimate(jax.tree.map(jnp.zeros_like, params), ("w2",))
+    estimated = defense.view.estimate(jax.tree.map(jnp.zeros_like, params), ("w2",))
 
     def losses(params, observed, estimated, images):
         loss = gx.matching_loss(
-            model, {"params": params}, observed, defense=defense, estimated=estimated
+            model, {"params": params}, observed, view=defense.view, estimated=estimated
         )
         return loss(images, jnp.zeros((1,), jnp.int32))
 

@@ -1,21 +1,26 @@
 """Drives an attack's steps: from the host on CPU, in compiled chunks on accelerators."""
 
 import functools
+import gc
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ggl_jax.adversary.resume import Checkpoints, Saved, identity
+from ggl_jax import files
+from ggl_jax.adversary.resume import Checkpoints, Saved
 from ggl_jax.adversary.sharding import Layout
 from ggl_jax.errors import GGLError
 from ggl_jax.types import NONFINITE, OK, STALLED, Attack, Candidates, Problem, PyTree
 
 #: Which parts of a problem differ between the instances of one batch: each client has its own
 #: update and labels, while the global model and the prior are shared.
-_INSTANCE_AXES = Problem(0, None, None, 0, 0, 0)  # type: ignore[arg-type]
+_INSTANCE_AXES: Any = Problem(*cast(Any, [0] * len(Problem._fields)))._replace(
+    variables=None, prior_params=None
+)
 
 
 class SearchResult(NamedTuple):
@@ -90,6 +95,37 @@ def _compiled(attack: Attack, batched: bool):
     )
 
 
+#: Share of a Linux process' memory mappings at which compiled programs are given up.
+MAPPINGS_SHARE = 0.6
+
+
+def release_programs(share: float = MAPPINGS_SHARE) -> bool:
+    """Give up compiled programs before the process runs out of memory mappings.
+
+    XLA's CPU backend maps every compiled function by itself, some thousands for one search, and
+    Linux allows a process 65,530 by default: a run of some twenty different searches would die in
+    LLVM with "Cannot allocate memory". Programs needed again are compiled again, or read from the
+    compilation cache.
+
+    Args:
+        share: of the mappings that the system allows, in [0, 1].
+
+    Returns:
+        Whether programs were given up; False where the system does not count mappings.
+    """
+    try:
+        limit = int(Path("/proc/sys/vm/max_map_count").read_text())
+        with open("/proc/self/maps", "rb") as file:
+            used = sum(1 for _ in file)
+    except (OSError, ValueError):
+        return False
+    if used <= share * limit:
+        return False
+    jax.clear_caches()
+    gc.collect()
+    return True
+
+
 def stack_problems(problems: list[Problem]) -> Problem:
     """Stack the instances' own parts, such as updates and labels, along a new first axis."""
     own = [p._replace(variables=None, prior_params=None) for p in problems]
@@ -148,18 +184,14 @@ def run_search(
     if points is not None:
         points = jnp.stack(layout.pad(list(points))) if batched else points[0]
     name, saved = "", None
+    own = problem._replace(variables=None, prior_params=None)
     if checkpoints is not None:
-        own = problem._replace(variables=None, prior_params=None)
-        name = identity(attack.name, steps, keys, points, own)
+        name = files.digest(attack.name, steps, jax.tree.leaves((keys, points, own)))
         saved = checkpoints.load(name, jax.eval_shape(init, key_start, problem, points))
     key_start, key, points = layout.instances((key_start, key, points))
-    problem = Problem(
-        observed=layout.instances(problem.observed),
+    problem = layout.instances(own)._replace(
         variables=layout.shared(problem.variables),
         prior_params=layout.shared(problem.prior_params),
-        labels=layout.instances(problem.labels),
-        estimated=layout.instances(problem.estimated),
-        statistics=layout.instances(problem.statistics),
     )
     history, statuses, done = [], [], 0
     if saved is None:

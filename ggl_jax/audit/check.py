@@ -1,12 +1,13 @@
 """Whether defenses leak more than they may: for continuous integration."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from ggl_jax.audit.aggregate import Leakage, Mean, leakage
-from ggl_jax.audit.results import Records
-from ggl_jax.errors import GGLError
+from ggl_jax.audit.folder import Records
+from ggl_jax.audit.tables import Leakage, Mean, counted, leakage, scores
+from ggl_jax.client import defenses as client_defenses
+from ggl_jax.errors import GGLError, did_you_mean
 
 
 class Finding(NamedTuple):
@@ -15,10 +16,11 @@ class Finding(NamedTuple):
     Attributes:
         defense: its specification.
         measure: what is bounded, in words.
-        bound: the largest value allowed.
-        worst: the highest upper end of the 95 % interval among the attacks.
+        bound: the furthest value allowed.
+        worst: the end of the 95 % interval nearest to the private image, the worst of the attacks'.
         attack: that attack.
         num_images: images behind it.
+        nearer: "higher" or "lower", the values of an image nearer to the private one.
     """
 
     defense: str
@@ -27,18 +29,23 @@ class Finding(NamedTuple):
     worst: float
     attack: str
     num_images: int
+    nearer: str = "higher"
 
     @property
     def violated(self) -> bool:
         """Whether "leaks no more than the bound" cannot be claimed. NaN cannot."""
+        if self.nearer == "lower":
+            return not self.worst >= self.bound
         return not self.worst <= self.bound
 
     def sentence(self) -> str:
         """The finding in one line."""
+        less = self.nearer == "lower"
         verb = "may leak more than" if self.violated else "leaks no more than"
         return (
-            f"{self.defense} {verb} {self.bound:g} ({self.measure}): upper end of the 95 % "
-            f"interval {self.worst:.3g}, by {self.attack}, {self.num_images} images"
+            f"{self.defense} {verb} {self.bound:g} ({self.measure}): {'lower' if less else 'upper'}"
+            f" end of the 95 % interval {self.worst:.3g}, by {self.attack}, "
+            f"{counted(self.num_images, 'image')}"
         )
 
 
@@ -47,91 +54,129 @@ def check(
     *,
     max_psnr_over_control: float | None = None,
     max_ssim: float | None = None,
+    bounds: Mapping[str, float] | None = None,
     defenses: Sequence[str] = (),
 ) -> list[Finding]:
     """Compare each defense with bounds on its leakage.
 
-    What is compared is the upper end of the 95 % confidence interval (Student's t, two-sided) of
-    the mean over images, under the attack that got furthest: few images or a wide spread count
-    against the defense. It bounds what these attacks found, not what a better one would.
+    What is compared is the end of the 95 % confidence interval (Student's t, two-sided) of the mean
+    over images that is nearer to the private image, under the attack that got furthest: few images
+    or a wide spread count against the defense. It bounds what these attacks found, not what a
+    better one would.
 
     Args:
         records: of a finished sweep or audit.
         max_psnr_over_control: dB above the stronger blind control (the prior's mean image, or its
-            random samples on average).
-        max_ssim: structural similarity, up to 1.
-        defenses: those to check; all if empty.
+            random samples on average); any finite number.
+        max_ssim: structural similarity, 0 to 1.
+        bounds: of other scores, by their names in the results, such as ``{"lpips": 0.3}``: the
+            nearest allowed to the private image (a smallest LPIPS, a largest PSNR).
+        defenses: those to check, in any spelling; all if empty.
 
     Returns:
         One finding for each defense and bound.
 
     Raises:
-        GGLError: no bound; an unknown defense; a defense with cells that failed or are left, with
-            searches that broke down, or with fewer than two images (no interval).
+        GGLError: no bound, or one out of its range; an unknown defense or score; a defense with
+            cells that failed or are left, with searches that broke down, or with fewer than two
+            images (no interval).
     """
-    bounds = {
-        "max_psnr_over_control": ("PSNR over control, dB", max_psnr_over_control, "gain"),
-        "max_ssim": ("SSIM", max_ssim, "ssim"),
-    }
-    given = {name: bound for name, bound in bounds.items() if bound[1] is not None}
+    given: dict[str, float] = dict(bounds or {})
+    if max_psnr_over_control is not None:
+        given["gain"] = max_psnr_over_control
+    if max_ssim is not None:
+        given["ssim"] = max_ssim
     if not given:
-        raise GGLError("check: no bound; give --max-psnr-over-control or --max-ssim")
-    for name, (_, bound, _) in given.items():
-        if bound is None or math.isnan(bound):
-            raise GGLError(f"{name}: got {bound}, allowed: a number")
+        raise GGLError("check: no bound; give --max-psnr-over-control, --max-ssim or --bound")
+    known = scores()
+    options = {"gain": "max_psnr_over_control", "ssim": "max_ssim"}
+    for name, bound in given.items():
+        if name not in known:
+            hint = did_you_mean(name, known, after=" ")
+            raise GGLError(f"bound: {name!r} is no score; {hint}allowed: {', '.join(known)}")
+        low, high = (max(0.0, known[name].limits[0]), known[name].limits[1])
+        if name == "gain":
+            low = -math.inf
+        if not (math.isfinite(bound) and low <= bound <= high):
+            allowed = "finite numbers"
+            if low > -math.inf:
+                allowed = f"{low:g} to {high:g}" if high < math.inf else f"{low:g} or more"
+            raise GGLError(f"{options.get(name, name)}: got {bound}, allowed: {allowed}")
     found: dict[str, list[Leakage]] = {}
     for one in leakage(records.rows):
         found.setdefault(one.defense, []).append(one)
-    planned = list(dict.fromkeys(str(cell["defense"]) for cell in records.cells.values()))
-    if records.kind == "audit":
-        planned = list(dict.fromkeys([*records.config["options"].get("defenses", []), *planned]))
-    chosen = list(defenses) or planned
-    if not chosen:
+    planned = list(dict.fromkeys(canonical(str(c["defense"])) for c in records.cells.values()))
+    if not planned:
         raise GGLError(f"check: {records.folder} holds no results yet")
+    chosen = [canonical(defense) for defense in defenses] or planned
     for defense in chosen:
         if defense not in planned:
             raise GGLError(f"defense: got {defense!r}, allowed: {', '.join(planned)}")
         _check_whole(records, defense, found.get(defense, []))
+        for name in given:
+            if any(name not in one.means for one in found[defense]):
+                raise GGLError(f"check: {name} was not measured for every image of {defense}")
     return [
-        _finding(defense, measure, float(bound or 0.0), field, found[defense])
+        _finding(defense, name, bound, found[defense])
         for defense in chosen
-        for measure, bound, field in given.values()
+        for name, bound in given.items()
     ]
+
+
+def canonical(defense: str) -> str:
+    """A defense's name as the rows have it, however it is spelled: ``"clip:4.0"`` is "clip:4".
+
+    A name that is no specification, such as that of a :class:`Defense` object, stays as it is.
+    """
+    try:
+        return client_defenses.parse(defense).name
+    except GGLError:
+        return defense
 
 
 def _check_whole(records: Records, defense: str, found: Sequence[Leakage]) -> None:
     open_cells = [*records.failures, *records.left]
-    missing = sum(records.cells[cell]["defense"] == defense for cell in open_cells)
-    if records.kind == "audit":
-        images = {row["image"] for row in records.rows}
-        missing = len(images) - sum(one.num_images for one in found) if found else 1
+    missing = [c for c in open_cells if canonical(records.cells[c]["defense"]) == defense]
     if missing or not found:
         raise GGLError(
-            f"check: {max(missing, 1)} cells of {defense} failed or are not run yet, so nothing "
-            "can be claimed; finish them first"
+            f"check: {counted(len(missing), 'cell')} of {defense} failed or not run yet, so "
+            "nothing can be claimed; finish the run first"
         )
-    broken = sum(one.nonfinite for one in found)
+    broken = sum(len(one.broken) for one in found)
     if broken:
         raise GGLError(
-            f"check: {broken} searches under {defense} broke down (NaN), which says nothing about "
-            "the defense; see the status column of the results"
+            f"check: {counted(broken, 'search')} under {defense} broke down (NaN), which says "
+            "nothing about the defense; see the status column of the results"
         )
-    fewest = min(one.num_images for one in found)
-    if fewest < 2:
+    if min(len(one.images) for one in found) < 2:
         raise GGLError(
             f"check: {defense} was audited on one image, which has no interval; use at least 2 "
             "(8 or more for a narrow one)"
         )
 
 
-def _upper(mean: Mean) -> float:
-    # Without a finite interval (an exact copy has an infinite PSNR) the mean itself is compared.
-    return mean.mean if mean.high is None else mean.high
+def _finding(defense: str, name: str, bound: float, found: Sequence[Leakage]) -> Finding:
+    score = scores()[name]
+    lower = score.nearer == "lower"
 
+    def end(mean: Mean) -> float:
+        # Without a finite interval (an exact copy has an infinite PSNR) the mean itself counts.
+        value = mean.low if lower else mean.high
+        return mean.mean if value is None else value
 
-def _finding(defense, measure, bound, field, found: Sequence[Leakage]) -> Finding:
-    uppers = [_upper(getattr(one, field)) for one in found]
-    worst = max(range(len(found)), key=lambda i: math.inf if math.isnan(uppers[i]) else uppers[i])
+    def rank(value: float) -> float:
+        return math.inf if math.isnan(value) else -value if lower else value
+
+    worst = max(found, key=lambda one: rank(end(one.means[name])))
+    measure = "PSNR over control" if name == "gain" else score.heading
+    if score.unit:
+        measure += f", {score.unit}"
     return Finding(
-        defense, measure, bound, uppers[worst], found[worst].variant, found[worst].num_images
+        defense,
+        measure,
+        bound,
+        end(worst.means[name]),
+        worst.variant,
+        len(worst.images),
+        score.nearer,
     )

@@ -4,15 +4,21 @@ A generator returns a plausible face whatever the gradient says, so a score alon
 Leakage is what exceeds the prior-only controls; the ceiling says how much could be seen at all.
 """
 
+import json
+from collections.abc import Sequence
 from functools import partial
-from typing import NamedTuple
+from io import BytesIO
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ggl_jax import files
 from ggl_jax.audit import metrics
 from ggl_jax.errors import GGLError
+from ggl_jax.images import assign
 from ggl_jax.priors.ceiling import fit_latents
 from ggl_jax.priors.decoding import check_labels, decode_each
 from ggl_jax.types import Prior, PyTree
@@ -32,12 +38,14 @@ class Controls(NamedTuple):
             the private image, so it flatters a blind guess.
         mean_image: [h w c] in [0, 1].
         ceiling: [h w c] in [0, 1].
+        label: the class that the prior was asked for.
     """
 
     scores: dict[str, float]
     best_sample: np.ndarray
     mean_image: np.ndarray
     ceiling: np.ndarray
+    label: int
 
     def pictures(self) -> dict[str, np.ndarray]:
         """The images, by the names that their scores have in the results."""
@@ -54,17 +62,15 @@ def _sample(prior: Prior, key, *, num: int):
 
 
 @jax.jit
-def _score_samples(samples, image):
-    """Samples [n h w c] as a reconstruction would be, and their PSNR [n]."""
-    samples = jnp.clip(samples, 0.0, 1.0)
-    return samples, metrics.psnr(samples, image)
+def _psnr(samples, images):
+    return metrics.psnr(samples, images)
 
 
-def prior_controls(
+def batch_controls(
     prior: Prior,
     params: PyTree,
-    image: jax.Array,
-    label: int | jax.Array,
+    images: jax.Array,
+    labels: Sequence[int] | jax.Array,
     key: jax.Array,
     *,
     num_samples: int = 400,
@@ -73,44 +79,49 @@ def prior_controls(
     ceiling_steps: int = 400,
     ceiling_learning_rate: float = 0.1,
     chunk_size: int = 64,
-) -> Controls:
-    """Score the prior alone against a private image.
+) -> list[Controls]:
+    """Score the prior alone against the private images of one update.
 
-    Audit side only. The result depends on no defense and no attack: compute it once per image.
+    Audit side only. The result depends on no defense and no attack but for the labels of a
+    class-conditional prior: compute it once for each batch, and each choice of labels.
 
-    - random samples of the prior with the inferred label: what a plausible guess scores;
-    - the mean image, the average of many samples: the best blind guess in squared error;
-    - the ceiling, the prior fitted to the private image itself (see `fit_latents`; a local search,
-      so a lower bound on what the prior can show).
+    - random samples of the prior: what a plausible guess scores. An update does not tell the order
+      of its images, so a reconstructed batch is put in order by the private images; each random
+      batch gets the same help (`ggl_jax.images.assign`), and then gains nothing on average;
+    - the mean image, the average of many samples: the best blind guess in squared error. Those of
+      several classes are put in order, too;
+    - the ceiling, the prior fitted to each private image itself (see `fit_latents`; a local
+      search, so a lower bound on what the prior can show).
 
     Args:
         prior: the prior that the attack uses.
         params: its parameters.
-        image: private image [h w c], float32 in [0, 1].
-        label: its inferred label; unconditional priors ignore it.
+        images: private images [b h w c], float32 in [0, 1], b >= 1.
+        labels: int [b], the labels that the attack used; unconditional priors ignore them.
         key: typed key.
-        num_samples: random samples scored, at least 1.
+        num_samples: random batches scored, at least 1.
         num_mean_samples: samples averaged into the mean image, at least 1; the scored ones are
             the first of them. By default 8 * num_samples, at most 2,048.
         ceiling_restarts: starting points of the ceiling's fit, at least 1: the nearest of
             16 * num_samples random samples, at most 4,096.
         ceiling_steps: Adam updates of the ceiling's fit, at least 1.
         ceiling_learning_rate: of the ceiling's fit, above 0.
-        chunk_size: samples drawn at a time, at least 1; of a large generator, fewer are decoded
-            at a time.
+        chunk_size: samples drawn at a time, at least 1 (rounded up to whole batches); of a large
+            generator, fewer are decoded at a time.
 
     Returns:
-        `Controls`. With NaN in the image all PSNR are NaN.
+        `Controls` of each image. With NaN in a single image all PSNR are NaN.
 
     Raises:
-        GGLError: an image of another shape than the prior's, a label that it does not know, or a
+        GGLError: images of another shape than the prior's, a label that it does not know, or a
             setting out of its range.
     """
-    check_labels(prior, label)
-    image = jnp.asarray(image, jnp.float32)
-    if image.shape != tuple(prior.image_shape):
+    images = jnp.asarray(images, jnp.float32)
+    classes = np.broadcast_to(np.asarray(labels, np.int32), images.shape[:1])
+    check_labels(prior, classes)
+    if images.shape[1:] != tuple(prior.image_shape):
         raise GGLError(
-            f"controls: image of shape {list(image.shape)}; prior {prior.name} needs "
+            f"controls: image of shape {list(images.shape[1:])}; prior {prior.name} needs "
             f"{list(prior.image_shape)}"
         )
     if num_mean_samples is None:
@@ -123,53 +134,113 @@ def prior_controls(
         if value < 1:
             raise GGLError(f"controls: {name}={value} must be at least 1")
 
+    size = len(images)
+    # Places of one class share their mean image.
+    alike = np.full((size, size), True) if prior.num_classes is None else (
+        classes[:, None] == classes
+    )  # fmt: skip
+    mean_rounds = -(-num_mean_samples // alike.sum(axis=1).min())
+    num = size * max(num_samples, mean_rounds)
+    chunk = size * -(-chunk_size // size)
     sample_key, fit_key = jax.random.split(key)
-    psnrs = np.empty(num_samples, np.float32)
-    best, best_sample = -np.inf, None
-    total = np.zeros(image.shape, np.float64)
-    num = max(num_samples, num_mean_samples)
-    for first in range(0, num, chunk_size):
-        latents = _sample(prior, jax.random.fold_in(sample_key, first), num=chunk_size)
-
-        def score(samples, start, first=first):
-            samples, found = _score_samples(samples, image)
-            return first + start, np.asarray(samples), np.asarray(found)
-
-        for start, samples, found in decode_each(
-            prior, params, latents[: num - first], label, score
-        ):
-            averaged = samples[: max(0, num_mean_samples - start)]
-            total += averaged.sum(axis=0, dtype=np.float64)
-            found = found[: max(0, num_samples - start)]
-            psnrs[start : start + len(found)] = found
-            if best_sample is None or found.max(initial=-np.inf) > best:
-                best, best_sample = found.max(), samples[found.argmax()]
-    mean_image = (total / num_mean_samples).astype(np.float32)
+    psnrs = np.empty((num_samples, size), np.float32)
+    best: list[np.ndarray | None] = [None] * size
+    totals = np.zeros(images.shape, np.float64)
+    for first in range(0, num, chunk):
+        latents = _sample(prior, jax.random.fold_in(sample_key, first), num=chunk)[: num - first]
+        places = jnp.asarray(np.resize(classes, len(latents)))
+        drawn = np.concatenate(
+            decode_each(
+                prior, params, latents, jnp.asarray(places), lambda x, _: np.clip(x, 0.0, 1.0)
+            )
+        ).reshape(-1, *images.shape)
+        done = first // size
+        totals += drawn[: max(0, mean_rounds - done)].sum(axis=0, dtype=np.float64)
+        drawn = drawn[: max(0, num_samples - done)]
+        if not len(drawn):
+            continue
+        ordered = np.stack([_in_order(batch, images) for batch in drawn])
+        found = np.asarray(_psnr(ordered, images))
+        for place in range(size):
+            highest = found[:, place].argmax()
+            known = psnrs[:done, place].max(initial=-np.inf)
+            if best[place] is None or found[highest, place] > known:
+                best[place] = ordered[highest, place]
+        psnrs[done : done + len(found)] = found
+    means = np.tensordot(alike / alike.sum(axis=1, keepdims=True), totals / mean_rounds, 1)
+    means = means.astype(np.float32)
+    if not alike.all():
+        means = _in_order(means, images)
     _, fitted, _ = fit_latents(
         prior,
         params,
-        image[None],
+        images,
         fit_key,
         restarts=ceiling_restarts,
         steps=ceiling_steps,
         learning_rate=ceiling_learning_rate,
         num_candidates=max(ceiling_restarts, min(4096, 16 * num_samples)),
-        labels=jnp.reshape(label, (1,)),
+        labels=jnp.asarray(classes),
     )
-    ceiling = np.clip(fitted[0], 0.0, 1.0)
+    ceilings = np.clip(fitted, 0.0, 1.0)
     # no interpolation: a PSNR may be infinite
-    low, high = np.percentile(psnrs, [2.5, 97.5], method="nearest")
+    low, high = np.percentile(psnrs, [2.5, 97.5], axis=0, method="nearest")
     scores = {
-        "psnr_control_mean": psnrs.mean(),
-        "psnr_control_best": psnrs.max(),
+        "psnr_control_mean": psnrs.mean(axis=0),
+        "psnr_control_best": psnrs.max(axis=0),
         "psnr_control_low": low,
         "psnr_control_high": high,
-        "psnr_mean_image": metrics.psnr(jnp.asarray(mean_image), image),
-        "ssim_mean_image": metrics.ssim(jnp.asarray(mean_image), image),
-        "psnr_ceiling": metrics.psnr(jnp.asarray(ceiling), image),
-        "ssim_ceiling": metrics.ssim(jnp.asarray(ceiling), image),
+        "psnr_mean_image": metrics.psnr(jnp.asarray(means), images),
+        "ssim_mean_image": metrics.ssim(jnp.asarray(means), images),
+        "psnr_ceiling": metrics.psnr(jnp.asarray(ceilings), images),
+        "ssim_ceiling": metrics.ssim(jnp.asarray(ceilings), images),
     }
-    assert best_sample is not None
-    return Controls(
-        {name: float(value) for name, value in scores.items()}, best_sample, mean_image, ceiling
-    )
+    controls = []
+    for place, sample in enumerate(best):
+        assert sample is not None
+        own = {name: float(values[place]) for name, values in scores.items()}
+        controls.append(Controls(own, sample, means[place], ceilings[place], int(classes[place])))
+    return controls
+
+
+def _in_order(batch: np.ndarray, images: jax.Array) -> np.ndarray:
+    """A batch [b h w c] in the order of the private images, as the audit orders an attack's."""
+    return batch if len(batch) == 1 else batch[assign(jnp.asarray(batch), images)]
+
+
+def prior_controls(
+    prior: Prior,
+    params: PyTree,
+    image: jax.Array,
+    label: int | jax.Array,
+    key: jax.Array,
+    **options,
+) -> Controls:
+    """:func:`batch_controls` of a single image [h w c] with its label."""
+    image = jnp.asarray(image, jnp.float32)
+    return batch_controls(prior, params, image[None], jnp.reshape(label, (1,)), key, **options)[0]
+
+
+def write_controls(path: Path, controls: Controls, original: np.ndarray) -> None:
+    """Keep an image's controls, and the private image [h w c], in one ``.npz`` file.
+
+    Raises:
+        StorageError: the disk is full or not writable.
+    """
+    content: dict[str, Any] = controls._asdict() | {"original": original}
+    content["scores"] = np.asarray(json.dumps(controls.scores))
+    stream = BytesIO()
+    np.savez_compressed(stream, **content)
+    files.write_bytes(path, stream.getvalue())
+
+
+def read_controls(path: Path) -> tuple[Controls, np.ndarray]:
+    """What :func:`write_controls` kept.
+
+    Raises:
+        OSError, ValueError, KeyError: the file is missing or damaged.
+    """
+    with np.load(path, allow_pickle=False) as stored:
+        best, mean, ceiling = (stored[name] for name in ("best_sample", "mean_image", "ceiling"))
+        scores, label = json.loads(str(stored["scores"])), int(stored["label"])
+        return Controls(scores, best, mean, ceiling, label), stored["original"]

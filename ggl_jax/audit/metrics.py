@@ -9,7 +9,7 @@ image gives NaN. The paper computes its errors on [-1, 1] images with peak 1: `m
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -201,18 +201,62 @@ def identification_ranks(
 # --- registry ---------------------------------------------------------------------------------
 
 
-Metric = Callable[[jax.Array, jax.Array, Model, PyTree], jax.Array]
+class Metric(NamedTuple):
+    """A score, and how reports show it; a plain function in METRICS is shown by its name.
 
-#: name -> metric(reconstruction[... h w c], original[... h w c], model, variables) -> scores[...].
+    Attributes:
+        function: ``(reconstruction[... h w c], original[... h w c], model, variables) ->
+            scores[...]``.
+        legend: what it is, for readers of a report.
+        heading: of its column; "" for its name in METRICS.
+        unit: "dB", "%" or "".
+        decimals: that are shown.
+        nearer: "higher" or "lower", the values of an image that is nearer to the private one.
+        limits: of its values; intervals are cut there.
+        shown: whether reports show it; False for one that another implies.
+    """
+
+    function: Callable[..., Any]
+    legend: str = ""
+    heading: str = ""
+    unit: str = ""
+    decimals: int = 3
+    nearer: Literal["higher", "lower"] = "higher"
+    limits: tuple[float, float] = (-math.inf, math.inf)
+    shown: bool = True
+
+    def __call__(self, reconstruction, original, model: Model, variables: PyTree):
+        return self.function(reconstruction, original, model, variables)
+
+
+_ERRORS = (0.0, math.inf)
+
 #: A new metric is one function and one line here; its name is its column in the results.
-METRICS: dict[str, Metric] = {
-    "psnr": lambda x, y, model, variables: psnr(x, y),
-    "ssim": lambda x, y, model, variables: ssim(x, y),
-    "mse_i": lambda x, y, model, variables: mse_i(x, y),
-    "mse_r": lambda x, y, model, variables: mse_r(x, y, model, variables),
-    "mse": lambda x, y, model, variables: mse(x, y),
-    "psnr_paper": lambda x, y, model, variables: psnr_paper(x, y),
-}
+METRICS: dict[str, Metric | Callable[..., Any]] = {
+    "psnr": Metric(
+        lambda x, y, model, variables: psnr(x, y),
+        "likeness of pixels, peak 1 on the [0, 1] scale", "PSNR", "dB", 1, "higher", _ERRORS,
+    ),
+    "ssim": Metric(
+        lambda x, y, model, variables: ssim(x, y),
+        "structural similarity, 1 for identical images", "SSIM", "", 2, "higher", (-1.0, 1.0),
+    ),
+    "mse_i": Metric(
+        lambda x, y, model, variables: mse_i(x, y),
+        "squared error of the pixels on [-1, 1], as in the paper", "MSE-I", "", 3, "lower", _ERRORS,
+    ),
+    "mse_r": Metric(
+        mse_r, "squared error of the federated model's features", "MSE-R", "", 3, "lower", _ERRORS,
+    ),
+    "mse": Metric(
+        lambda x, y, model, variables: mse(x, y),
+        "squared error of the pixels", "MSE", "", 3, "lower", _ERRORS, shown=False,
+    ),
+    "psnr_paper": Metric(
+        lambda x, y, model, variables: psnr_paper(x, y),
+        "PSNR on the paper's scale, 6.02 dB lower", "PSNR (paper)", "dB", 1, shown=False,
+    ),
+}  # fmt: skip
 
 
 class Perceptual(NamedTuple):

@@ -5,7 +5,6 @@ defense), beside an audit's or sweep's results or alone.
 """
 
 import dataclasses
-import hashlib
 import json
 import math
 import time
@@ -17,10 +16,12 @@ import jax
 import numpy as np
 
 from ggl_jax import files
-from ggl_jax.audit import privacy, results
-from ggl_jax.audit.runner import MODEL_STREAM, Progress, check_images, jsonable
+from ggl_jax.audit import folder as folders
+from ggl_jax.audit import privacy, training
+from ggl_jax.audit.cells import MODEL_STREAM, check_images
+from ggl_jax.audit.judge import jsonable
+from ggl_jax.audit.run import Progress
 from ggl_jax.client import defenses as client_defenses
-from ggl_jax.client import training
 from ggl_jax.errors import GGLError
 from ggl_jax.types import Defense, Model, PyTree
 
@@ -32,10 +33,10 @@ CONFIG, ROWS = "utility.json", "utility.jsonl"
 
 @dataclasses.dataclass(frozen=True)
 class UtilitySettings:
-    """How the federated model is trained; see :func:`ggl_jax.client.training.federated`.
+    """How the federated model is trained; see :func:`ggl_jax.audit.training.federated`.
 
     ``test_images`` are held out of training; None takes a fifth of the images, at most 1,000.
-    Epsilon is that at ``delta``.
+    Epsilon is that at ``delta``. ``seed`` is that of everything random.
     """
 
     rounds: int = 100
@@ -47,6 +48,7 @@ class UtilitySettings:
     local_learning_rate: float = 0.01
     test_images: int | None = None
     delta: float = 1e-5
+    seed: int = 0
 
     def __post_init__(self):
         for name in ("rounds", "clients", "batch_size"):
@@ -128,8 +130,6 @@ def measure(
     settings: UtilitySettings | None = None,
     fidelities: Sequence[str] = ("paper",),
     variables: PyTree | None = None,
-    seed: int = 0,
-    options: Mapping[str, Any] | None = None,
     about: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> Utility:
@@ -146,10 +146,9 @@ def measure(
         out: folder; what an earlier call finished there is kept and not repeated.
         settings: of the training.
         fidelities: of the defenses that are given as specifications: each is measured in each.
-        variables: the model's first weights; None for those of an audit with this seed.
-        seed: of everything random.
-        options: what ``utility.json`` shall say was asked for; by default settings, model and seed.
-        about: more entries for ``utility.json``, such as the command.
+        variables: the model's first weights; None for those of an audit with the settings' seed.
+        about: more entries for ``utility.json``, such as the command; ``"options"`` is what was
+            asked for, by default the settings and the model.
         progress: called as it goes on.
 
     Returns:
@@ -169,7 +168,7 @@ def measure(
     privacy.check_delta(settings.delta)
     images, labels = np.asarray(images, np.float32), np.asarray(labels)
     _check_data(model, images, labels)
-    train_at, test_at = split(len(images), settings.test_images, settings.clients, seed)
+    train_at, test_at = split(len(images), settings.test_images, settings.clients, settings.seed)
     if train_at.shape[1] < settings.batch_size:
         raise GGLError(
             f"batch_size: {settings.batch_size} is more than the {train_at.shape[1]} training "
@@ -177,21 +176,12 @@ def measure(
         )
     todo = _named(defenses, fidelities)
     for defense, _ in todo:
-        if settings.local_steps > 1 and client_defenses.replaces_update(defense):
-            raise GGLError(
-                f"local_steps: {defense.name} recomputes a single gradient step, so it cannot "
-                f"defend {settings.local_steps} local steps; use 1, or fidelity 'code'"
-            )
+        client_defenses.check_local_steps(defense, settings.local_steps)
         _training(model, defense, settings)  # refuses unusable settings before any work is done
-    if options is None:
-        options = {**dataclasses.asdict(settings), "model": model.name, "seed": seed}
-    digest = hashlib.sha256(images.tobytes() + labels.astype(np.int64).tobytes())
-    for leaf in jax.tree.leaves(variables):
-        digest.update(np.asarray(leaf).tobytes())
     config = {
-        **(about or {}),
-        "options": json.loads(json.dumps(options)),
-        "inputs": {"data": digest.hexdigest()},
+        "options": {**dataclasses.asdict(settings), "model": model.name},
+        **json.loads(json.dumps(about or {})),
+        "inputs": {"data": files.digest(images, labels, jax.tree.leaves(variables))[:12]},
         "model": model.name,
         "rounds": settings.rounds,
         "clients": settings.clients,
@@ -202,19 +192,15 @@ def measure(
         "majority": majority_accuracy(labels[train_at], labels[test_at]),
         "test_indices": test_at.tolist(),
     }
-    folder = Path(out)
-    if folder.exists() and not folder.is_dir():
-        raise GGLError(f"out: {folder} is a file; choose another folder")
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = results.Lock(folder, name="lock-utility")
-    journal = None
-    interrupted = False
-    try:
-        _prepare(folder, config)
-        journal = results.Journal(folder, name=ROWS)
-        known = Utility(config, results.read_journal(folder / ROWS))
+    folder, interrupted = Path(out), False
+    with folders.lock(folder, "lock-utility"):
+        if (folder / ROWS).exists() and not (folder / CONFIG).exists():
+            raise GGLError(f"out: {folder} has {ROWS} without {CONFIG}; move it away")
+        files.claim(folder, config, name=CONFIG, guest=True)
+        rows = _read_rows(folder)
+        known = Utility(config, rows)
         todo = [(d, f) for d, f in todo if known.row_of(d.name, f) is None]
-        key = jax.random.key(seed)
+        key = jax.random.key(settings.seed)
         if variables is None:
             variables = jax.jit(model.init)(jax.random.fold_in(key, MODEL_STREAM))
         data = (images[train_at], labels[train_at], images[test_at], labels[test_at])
@@ -230,14 +216,20 @@ def measure(
                 stream = jax.random.fold_in(key, TRAINING_STREAM)
                 row |= _train(stream, model, defense, variables, data, settings, report)
                 row |= _privacy(defense, variables, settings)
-                journal.append([jsonable(row)])
+                rows.append(jsonable(row))
+                files.write_text(folder / ROWS, "".join(json.dumps(r) + "\n" for r in rows))
         except KeyboardInterrupt:
             interrupted = True
-    finally:
-        if journal is not None:
-            journal.close()
-        lock.release()
-    return Utility(config, results.read_journal(folder / ROWS), interrupted)
+    return Utility(config, rows, interrupted)
+
+
+def _read_rows(folder: Path) -> list[dict[str, Any]]:
+    path = folder / ROWS
+    try:
+        lines = path.read_text().splitlines() if path.exists() else []
+        return [json.loads(line) for line in lines]
+    except ValueError:
+        raise GGLError(f"out: {path} is damaged; move it away") from None
 
 
 def read(folder: str | Path) -> Utility | None:
@@ -251,8 +243,8 @@ def read(folder: str | Path) -> Utility | None:
     folder = Path(folder)
     if not (folder / ROWS).exists():
         return None
-    config = results.read_json(folder / CONFIG, f"{folder} is damaged")
-    rows = results.read_journal(folder / ROWS)
+    config = files.read_json(folder / CONFIG, f"{folder} is damaged")
+    rows = _read_rows(folder)
     for row in rows:
         if row["epsilon_note"] == _MISSING:
             row.update(_epsilons(row["bound"], row["sigma"], row["rounds"], row["delta"]))
@@ -285,27 +277,6 @@ def _check_data(model: Model, images: np.ndarray, labels: np.ndarray) -> None:
         raise GGLError(
             f"labels: got {labels.min()} to {labels.max()}, allowed: 0 to {model.num_classes - 1}; "
             "raise the model's number of classes"
-        )
-
-
-def _prepare(folder: Path, config: dict[str, Any]) -> None:
-    """Write ``utility.json``, or refuse a folder where it says something else."""
-    path = folder / CONFIG
-    if not path.exists():
-        if (folder / ROWS).exists():
-            raise GGLError(f"out: {folder} has {ROWS} without {CONFIG}; move it away")
-        files.write_json(path, config)
-        return
-    old = results.read_json(path, f"out: {folder} is damaged")
-    changed = results.differences(
-        {"": old.get("options", {}), "inputs": old.get("inputs", {})},
-        {"": config["options"], "inputs": config["inputs"]},
-    )
-    if changed:
-        listed = "; ".join(line.removeprefix(".") for line in changed)
-        raise GGLError(
-            f"out: {folder} holds utilities measured with another configuration: {listed}; choose "
-            f"another folder, or move {CONFIG} and {ROWS} away"
         )
 
 

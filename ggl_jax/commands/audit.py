@@ -2,7 +2,6 @@
 
 import argparse
 import dataclasses
-import datetime
 import json
 import shlex
 from pathlib import Path
@@ -12,12 +11,10 @@ from ggl_jax import files
 from ggl_jax.commands import _devices
 from ggl_jax.commands._shared import (
     AuditBar,
-    check_config,
     check_ranges,
     console,
     environment,
     fields_of,
-    fingerprint,
     load_inputs,
 )
 from ggl_jax.errors import GGLError
@@ -266,27 +263,29 @@ def read_config(path: Path) -> AuditCommand:
 
 def _options(command: AuditCommand) -> dict:
     """The options that determine the results, as they go into ``config.json``."""
+    from ggl_jax.client.defenses import parse
+
     options = dataclasses.asdict(command)
     for name in ("out", "config", "shard"):
         options.pop(name)
-    options["defenses"] = list(command.defenses)
+    # By the names that they have in the results, however they were spelled.
+    options["defenses"] = [
+        parse(spec, fidelity=command.fidelity, compare=command.compare).name
+        for spec in command.defenses
+    ]
     return options
 
 
 def run(command: AuditCommand, argv: list[str]) -> int:
     """``ggl-jax audit``."""
-    import numpy as np
-
+    from ggl_jax.adversary.reconstruct import search_for
     from ggl_jax.adversary.strategy import AttackSettings, unused_options
-    from ggl_jax.audit import figure, report
-    from ggl_jax.audit.runner import (
-        AuditInterrupted,
-        ClientSettings,
-        audit,
-        build_programs,
-        check_batches,
-    )
+    from ggl_jax.audit import folder as folders
+    from ggl_jax.audit import report
+    from ggl_jax.audit.cells import image_batches
+    from ggl_jax.audit.run import AuditInterrupted, audit
     from ggl_jax.client.defenses import parse
+    from ggl_jax.client.share import ClientSettings
 
     # Cheap checks first: a typing error should cost no work, and leave no folder behind.
     if not command.defenses:
@@ -307,20 +306,13 @@ def run(command: AuditCommand, argv: list[str]) -> int:
         num_classes=command.num_classes,
         batch_norm=command.batch_norm,
     )
-    check_batches(len(dataset.images), command.batch_size)
+    image_batches(len(dataset.images), command.batch_size)
     for defense in parsed:
-        build_programs(model, prior, defense, client, settings)  # for its errors
+        search_for(model, prior, defense.view, client, settings)  # for its errors
     options = _options(command)
-    inputs = {
-        "images": fingerprint(dataset.images.tobytes(), np.asarray(dataset.labels).tobytes()),
-        "prior": card["sha256"],
-    }
-    out = command.out or Path(f"ggl-audit-{fingerprint(options, inputs)[:8]}")
+    content = files.digest(options, dataset.images, dataset.labels, card["sha256"])
+    out = command.out or Path(f"ggl-audit-{content[:8]}")
     shown_command = "ggl-jax " + shlex.join(argv)
-    env = environment()
-    check_config(
-        out, {"command": shown_command, "options": options, "inputs": inputs, "environment": env}
-    )
     num = len(dataset.images)
     for line in unused_options(settings):
         console.print(f"Note: {line}", markup=False, soft_wrap=True)
@@ -340,7 +332,7 @@ def run(command: AuditCommand, argv: list[str]) -> int:
                 model=model,
                 prior=prior,
                 prior_params=prior_params,
-                defenses=parsed,
+                defenses=list(options["defenses"]),
                 names=dataset.names,
                 instance_ids=dataset.indices,
                 others=_others(command, dataset, prior.image_shape[0]),
@@ -353,30 +345,22 @@ def run(command: AuditCommand, argv: list[str]) -> int:
                 out=out,
                 mesh=_devices.mesh(command.shard),
                 progress=bar,
+                about={"command": shown_command, "options": options, "environment": environment()},
             )
         except AuditInterrupted as stop:
             result, interrupted = stop.result, True
     if result.rows:
-        summaries = report.summarize(result.rows)
-        title = f"{model.name}, prior {card['name']}, {command.attack}, seed {command.seed}"
-        figure.draw(result, out / "figure.png", title=title)
-        date = datetime.date.today().isoformat()
-        where = f"{date}; {env['device']}; {env['cpu']}; jax {env['jax']}; {num} images"
-        files.write_text(
-            out / "summary.md",
-            report.markdown(summaries, command=shown_command, environment=where),
-        )
-        for table in report.terminal_tables(summaries):
-            console.print(table)
-        console.print(report.LEGEND, style="dim")
-        console.print()
-        for sentence in report.in_words(summaries):
-            console.print(sentence, markup=False)
+        found = report.make(folders.read(out))
+        path = report.write(found, out)
+        console.print(report.terminal(found))
         console.print(
-            f"\nPictures: {out}/figure.png; all numbers: {out}/results.jsonl",
+            f"\nWith pictures: {path} (and {path.with_suffix('.md')}); all numbers: "
+            f"{out}/results.jsonl",
             markup=False,
             soft_wrap=True,
         )
+    for which, reason in result.failures.items():
+        console.print(f"failed: {which}: {reason}", markup=False, soft_wrap=True)
     if interrupted:
         console.print(
             f"Interrupted. {len(result.rows)} finished results are kept in {out}/; the same "
@@ -384,7 +368,7 @@ def run(command: AuditCommand, argv: list[str]) -> int:
             markup=False,
         )
         return 130
-    return 0
+    return 1 if result.failures else 0
 
 
 def _others(command: AuditCommand, dataset, size: int):

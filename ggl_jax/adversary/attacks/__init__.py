@@ -17,7 +17,7 @@ from ggl_jax.adversary.attacks.refinement import pixel_refinement
 from ggl_jax.adversary.attacks.search_attack import BOUNDS, STARTS, search_attack
 from ggl_jax.adversary.optimizers import make_optimizer, optimizer_options
 from ggl_jax.errors import GGLError, did_you_mean
-from ggl_jax.types import Attack, Defense, Model, Prior
+from ggl_jax.types import Attack, Model, Prior, View
 
 __all__ = [
     "ATTACKS",
@@ -139,7 +139,7 @@ def resolve(name: str, **settings) -> dict[str, Any]:
 
 
 def make_attack(
-    name: str, model: Model, prior: Prior, *, defense: Defense | None = None, **settings
+    name: str, model: Model, prior: Prior, *, view: View | None = None, **settings
 ) -> Attack:
     """Build an attack by name: as published, unless settings say otherwise.
 
@@ -147,7 +147,7 @@ def make_attack(
         name: a key of :data:`ATTACKS`.
         model: the federated model.
         prior: the generator; attacks on pixels do without it.
-        defense: what the client did; used only where the attack is adaptive.
+        view: the server's side of the client's defense; used where the attack is adaptive.
         **settings: ``optimizer`` and its options, ``steps``, ``adaptive``, and the options of
             :func:`search_attack`. None means "as published". Those of an optimiser other than the
             chosen one are left out; :func:`ggl_jax.adversary.strategy.unused_options` tells which.
@@ -159,7 +159,7 @@ def make_attack(
     optimizer, adaptive = resolved.pop("optimizer"), resolved.pop("adaptive")
     build = ATTACKS[name].build
     takes = {*inspect.signature(search_attack).parameters, *inspect.signature(build).parameters}
-    takes -= {"name", "model", "prior", "optimizer", "defense", "options"}
+    takes -= {"name", "model", "prior", "optimizer", "view", "options"}
     searches_take = optimizer_options()
     for option in resolved:
         if option not in takes and option not in searches_take:
@@ -167,4 +167,4 @@ def make_attack(
             raise GGLError(f"{option}: neither {name} nor an optimizer has such an option{hint}")
     search = make_optimizer(optimizer, **{k: v for k, v in resolved.items() if k in searches_take})
     options = {k: v for k, v in resolved.items() if k in takes}
-    return build(model, prior, search, defense=defense if adaptive else None, **options)
+    return build(model, prior, search, view=view if adaptive else None, **options)

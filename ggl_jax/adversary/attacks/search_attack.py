@@ -3,7 +3,6 @@
 import jax
 import jax.numpy as jnp
 
-from ggl_jax.adversary.estimation import noise_variance
 from ggl_jax.adversary.losses import (
     batch_norm_distance,
     parse_regularizer,
@@ -15,7 +14,7 @@ from ggl_jax.adversary.optimizers import BestState, best_so_far
 from ggl_jax.adversary.sharding import over_population
 from ggl_jax.errors import GGLError
 from ggl_jax.priors.decoding import decode
-from ggl_jax.types import Attack, Candidates, Defense, Model, Optimizer, Prior
+from ggl_jax.types import Attack, Candidates, Model, Optimizer, Prior, View
 
 STARTS = ("zeros", "prior", "uniform", "normal")
 BOUNDS = ("none", "tanh")
@@ -27,7 +26,7 @@ def search_attack(
     prior: Prior,
     optimizer: Optimizer,
     *,
-    defense: Defense | None = None,
+    view: View | None = None,
     batch_size: int = 1,
     restarts: int = 1,
     pool: int = 0,
@@ -57,7 +56,7 @@ def search_attack(
         model: the federated model.
         prior: the generator G; :func:`ggl_jax.priors.pixels` for a search over images themselves.
         optimizer: the search; the attack remembers each restart's candidate of lowest loss.
-        defense: how a candidate's gradient is transformed before comparison (with the parameters
+        view: how a candidate's gradient is transformed before comparison (with the parameters
             in ``problem.estimated``); None for a non-adaptive attack.
         batch_size: images per observed update, at least 1; a candidate is then a batch, and its
             latents are concatenated.
@@ -169,15 +168,15 @@ def search_attack(
 
     def distance_of(problem):
         variables, observed = problem.variables, problem.observed
-        if defense is not None and defense.observe is not None:
-            observed = defense.observe(problem.estimated, observed)
-        if defense is not None and defense.rewire is not None:
-            variables = defense.rewire(problem.estimated, variables, model.head)
+        if view is not None and view.observe is not None:
+            observed = view.observe(problem.estimated, observed)
+        if view is not None and view.rewire is not None:
+            variables = view.rewire(problem.estimated, variables, model.head)
         distance_to = matching_loss(
             model,
             variables,
             observed,
-            defense=defense,
+            view=view,
             estimated=problem.estimated,
             distance=distance,
             method=method,
@@ -190,7 +189,7 @@ def search_attack(
         )
         if not (likelihood or relative):
             return distance_to
-        variance = noise_variance(problem.estimated)
+        variance = jnp.square(problem.noise)
         scale = 1.0 / energy(observed, variance) if relative else 1.0
         if likelihood:
             noisy = 0.5 / jnp.where(variance > 0, variance, 1.0)

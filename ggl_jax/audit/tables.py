@@ -1,0 +1,432 @@
+"""Means, intervals and the verdict over images, by defense and attack: what reports and checks say.
+
+A table here is Markdown; :mod:`ggl_jax.audit.report` puts them together.
+"""
+
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ggl_jax.audit.metrics import METRICS, Metric, confidence_interval
+from ggl_jax.types import NONFINITE, STATUS_MESSAGES
+
+#: A reconstruction counts as leaking beyond the prior when it is nearer to the private image than
+#: the stronger blind guess by more than this, dB. Below it the two cannot be told apart by eye.
+MARGIN = 1.0
+
+#: Axes that are averaged over or shown in columns of their own.
+_OWN = ("defense", "seed", "image", "evaluations")
+
+Row = Mapping[str, Any]
+
+
+class Mean(NamedTuple):
+    """A mean over images with its 95 % interval (Student's t); None where there is none.
+
+    Intervals end where the score's own range does.
+    """
+
+    mean: float
+    low: float | None
+    high: float | None
+
+
+class Leakage(NamedTuple):
+    """One defense under one attack.
+
+    Attributes:
+        defense: its specification.
+        variant: the attack's values on the axes that vary, in words.
+        rows: its results, one for each image and seed.
+        means: by the names in :func:`scores`; those that every row has. Seeds of one image are
+            averaged first, so that images are the independent units.
+    """
+
+    defense: str
+    variant: str
+    rows: list[dict[str, Any]]
+    means: dict[str, Mean]
+
+    @property
+    def images(self) -> list[str]:
+        """Names of its images."""
+        return list(dict.fromkeys(row["image"] for row in self.rows))
+
+    @property
+    def broken(self) -> list[dict[str, Any]]:
+        """Results of searches whose loss became NaN or infinite."""
+        return [row for row in self.rows if row["status"] == STATUS_MESSAGES[NONFINITE]]
+
+    @property
+    def stalled(self) -> list[dict[str, Any]]:
+        """Results of searches that stopped making progress."""
+        broken = STATUS_MESSAGES[NONFINITE]
+        return [row for row in self.rows if not row["ok"] and row["status"] != broken]
+
+    @property
+    def leaked(self) -> bool:
+        """The verdict: nearer than the blind guess by more than :data:`MARGIN`, and with certainty.
+
+        An exact copy (infinite PSNR, which has no interval) leaked; NaN shows nothing.
+        """
+        gain = self.means["gain"]
+        return gain.mean > MARGIN and (gain.low is None or gain.low > 0)
+
+    @property
+    def lpips(self) -> str:
+        """The network behind LPIPS, "" where results of several are mixed."""
+        known = {row.get("lpips_backbone", "") for row in self.rows}
+        return known.pop() if len(known) == 1 else ""
+
+
+# --- scores -------------------------------------------------------------------------------------
+
+
+def _entry(name: str) -> Callable[[Row], float | None]:
+    """A column of the results; an infinite PSNR is null there, since JSON has no infinity."""
+
+    def read(row: Row) -> float | None:
+        value = row.get(name)
+        if value is None and name.startswith("psnr") and name in row:
+            # NaN is null, too, but then the squared error is.
+            own = name in ("psnr", "psnr_paper")
+            return math.nan if own and row.get("mse", 0.0) is None else math.inf
+        return None if value is None else float(value)
+
+    return read
+
+
+def _control(row: Row) -> float:
+    return max(_entry(n)(row) or 0.0 for n in ("psnr_mean_image", "psnr_control_mean"))
+
+
+def _gain(row: Row) -> float:
+    return (_entry("psnr")(row) or 0.0) - _control(row)
+
+
+def _nearest(name: str) -> Callable[[Row], float | None]:
+    return lambda row: 100.0 * (row[name] == 1) if "suspects" in row else None
+
+
+_LEVELS = (0.0, math.inf)
+_SHARE = (0.0, 100.0)
+
+#: Scores besides METRICS, read off a row of the results.
+DERIVED: dict[str, Metric] = {
+    "control": Metric(
+        _control, "the stronger of two guesses made without the update, the prior's mean image and "
+        "its random samples on average", "Guess", "dB", 1, "higher", _LEVELS,
+    ),
+    "gain": Metric(
+        _gain, "PSNR above that guess; with an interval above zero it shows a leak, and no gain is "
+        "no proof of safety", "Gain", "dB", 1,
+    ),
+    "best": Metric(
+        _entry("psnr_control_best"), "the best of many random samples, picked with the private "
+        "image in hand", "Best", "dB", 1, "higher", _LEVELS,
+    ),
+    "ceiling": Metric(
+        _entry("psnr_ceiling"), "the nearest image that the prior was found to make", "Ceiling",
+        "dB", 1, "higher", _LEVELS,
+    ),
+    "lpips": Metric(
+        _entry("lpips"), "perceptual distance by the network in brackets", "LPIPS", "", 3, "lower",
+        _LEVELS,
+    ),
+    "label": Metric(
+        lambda row: 100.0 * row["label_accuracy"], "share of the class labels that were read off "
+        "the update (of a batch, in any order)", "Labels right", "%", 0, "higher", _SHARE,
+    ),
+    "identified_pixels": Metric(
+        _nearest("rank_pixels"), "how often the private image is nearer to its reconstruction than "
+        "every other suspect is, by pixels", "Identified by pixels", "%", 0, "higher", _SHARE,
+    ),
+    "identified_features": Metric(
+        _nearest("rank_features"), "the same by the model's features", "Identified by features",
+        "%", 0, "higher", _SHARE,
+    ),
+}  # fmt: skip
+
+
+def scores() -> dict[str, Metric]:
+    """Every score by name, its ``function`` reading it off a row; None where it is not measured."""
+    measured = {
+        name: (metric if isinstance(metric, Metric) else Metric(metric))
+        for name, metric in METRICS.items()
+    }
+    return {
+        name: metric._replace(function=_entry(name), heading=metric.heading or name)
+        for name, metric in measured.items()
+    } | DERIVED
+
+
+def mean_over_images(
+    rows: Iterable[Row],
+    value: Callable[[Row], float],
+    limits: tuple[float, float] = (-math.inf, math.inf),
+) -> Mean:
+    """A mean over images, the rows of one image averaged first; its interval within ``limits``."""
+    by_image: dict[str, list[float]] = {}
+    for row in rows:
+        by_image.setdefault(row["image"], []).append(value(row))
+    # sum, not fsum: that refuses infinities of both signs
+    means = [sum(own) / len(own) for own in by_image.values()]
+    low, high = confidence_interval(means)
+    if math.isnan(low):
+        return Mean(sum(means) / len(means), None, None)
+    return Mean(sum(means) / len(means), max(low, limits[0]), min(high, limits[1]))
+
+
+def variant_names(rows: Sequence[Row]) -> list[str]:
+    """Names of the axes, besides defense, image and seed, on which the rows differ."""
+    values: dict[str, set[str]] = {}
+    for row in rows:
+        for name, value in _axes(row).items():
+            values.setdefault(name, set()).add(str(value))
+    return [name for name, seen in values.items() if len(seen) > 1 and name not in _OWN]
+
+
+def _axes(row: Row) -> Row:
+    return row.get("axes") or {"attack": row["attack"], "optimizer": row["optimizer"]}
+
+
+def variant_of(row: Row, names: Sequence[str]) -> str:
+    """A row's attack in words."""
+    if not names:
+        return f"{row['attack']} by {row['optimizer']}"
+    plain = ("attack", "optimizer")
+    return ", ".join(
+        str(_axes(row).get(name, "-")) if name in plain else f"{name} {_axes(row).get(name, '-')}"
+        for name in names
+    )
+
+
+def leakage(rows: Sequence[dict[str, Any]]) -> list[Leakage]:
+    """One :class:`Leakage` for each defense and attack, in the order of the rows."""
+    names = variant_names(rows)
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault((row["defense"], variant_of(row, names)), []).append(row)
+    found = []
+    for (defense, variant), part in groups.items():
+        means = {
+            name: mean_over_images(part, score.function, score.limits)
+            for name, score in scores().items()
+            if all(score.function(row) is not None for row in part)
+        }
+        found.append(Leakage(defense, variant, part, means))
+    return found
+
+
+def strongest(groups: Sequence[Leakage]) -> list[Leakage]:
+    """For each defense, the attack of the highest mean PSNR: the one an adversary would choose."""
+    best: dict[str, Leakage] = {}
+    for group in groups:
+        known = best.get(group.defense)
+        if known is None or not group.means["psnr"].mean <= known.means["psnr"].mean:
+            best[group.defense] = group
+    return list(best.values())
+
+
+def family_of(defense: str) -> tuple[str, float | None]:
+    """A defense's kind and its first parameter: ``"clip:4+noise:0.1"`` -> ("clip+noise:0.1", 4.0).
+
+    Only the first stage's first value is taken out, so that the defenses of one family differ in
+    it alone. None where it is not a number.
+    """
+    found = re.match(r"([a-z_]+):([0-9.eE+-]+?)(?=$|,|\+(?![0-9]))", defense)
+    if found is None:
+        return defense, None
+    try:
+        value = float(found.group(2))
+    except ValueError:
+        return defense, None
+    return found.group(1) + defense[found.end() :], value
+
+
+def parameters(rows: Sequence[Row]) -> list[tuple[str, str, float, float, float]]:
+    """Defense, parameter, its mean true value, its mean estimate, largest relative error."""
+    found: dict[tuple[str, str], list[tuple[float, float]]] = {}
+    for row in rows:
+        for name, true in row["defense_true"].items():
+            estimated = row["defense_estimated"].get(name)
+            if true is not None and estimated is not None:
+                found.setdefault((row["defense"], name), []).append((true, estimated))
+    table = []
+    for (defense, name), pairs in found.items():
+        true, estimated = (np.asarray(values) for values in zip(*pairs, strict=True))
+        error = np.abs(estimated - true) / np.maximum(np.abs(true), 1e-30)
+        table.append((defense, name, true.mean(), estimated.mean(), float(error.max())))
+    return table
+
+
+# --- words --------------------------------------------------------------------------------------
+
+
+def escape(text: object) -> str:
+    """Text of a user as Markdown that shows it as it is, on one line."""
+    line = " ".join(str(text).split())
+    return re.sub(r"[\\`*\[\]<>|&~]|(?<!\w)_|_(?!\w)", r"\\\g<0>", line)
+
+
+def counted(number: int, noun: str) -> str:
+    """E.g. ``"1 image"``, ``"1,000 images"``, ``"2 searches"``."""
+    plural = "es" if noun.endswith("ch") else "s"
+    return f"{number:,} {noun}{'' if number == 1 else plural}"
+
+
+def spoken(defense: str) -> str:
+    """A defense's name in a sentence: "leaked under none" would say the opposite."""
+    return "no defense" if defense == "none" else defense
+
+
+def number_text(value: float | None, decimals: int = 1, sign: bool = False) -> str:
+    """E.g. ``"+1.5"``; "–" for none and NaN, "exact" for the PSNR of identical images."""
+    if value is None or math.isnan(value):
+        return "–"
+    if math.isinf(value):
+        return "exact"
+    return f"{value:{'+' if sign else ''}.{decimals}f}"
+
+
+def mean_text(mean: Mean, decimals: int = 1, sign: bool = False) -> str:
+    """E.g. ``"14.0 [12.1, 15.9]"``, with a no-break space inside the interval."""
+    text = number_text(mean.mean, decimals, sign)
+    if mean.low is None or mean.high is None:
+        return text
+    low, high = (number_text(end, decimals, sign) for end in (mean.low, mean.high))
+    return f"{text} [{low},\N{NO-BREAK SPACE}{high}]"
+
+
+def score_text(group: Leakage, name: str, interval: bool = True) -> str:
+    """A score of :func:`scores` as a table shows it."""
+    mean = group.means.get(name)
+    if mean is None:
+        return "–"
+    if name == "gain" and math.isfinite(mean.mean):
+        # The difference of PSNR and guess as they are printed.
+        psnr, guess = (round(group.means[other].mean, 1) for other in ("psnr", "control"))
+        mean = mean._replace(mean=psnr - guess + 0.0)
+    if not interval:
+        mean = Mean(mean.mean, None, None)
+    unit = " %" if scores()[name].unit == "%" else ""
+    return mean_text(mean, scores()[name].decimals, sign=name == "gain") + unit
+
+
+class Column(NamedTuple):
+    """A table's column: its heading, an item's text (Markdown), whether that is words."""
+
+    heading: str
+    text: Callable[[Any], str]
+    words: bool = False
+
+
+def table(columns: Sequence[Column], items: Iterable[Any]) -> str:
+    """A Markdown table, numbers to the right."""
+
+    def line(cells):
+        return "| " + " | ".join(cells) + " |"
+
+    rule = "|" + "|".join(":---" if column.words else "---:" for column in columns) + "|"
+    rows = [line([column.text(item) for column in columns]) for item in items]
+    return "\n".join([line([column.heading for column in columns]), rule, *rows])
+
+
+def score_table(groups: Sequence[Leakage], shown: Mapping[str, bool], *more: Column) -> str:
+    """A table of scores by defense and attack, and what its columns mean.
+
+    Args:
+        groups: its rows.
+        shown: names of :func:`scores`, those that were measured; whether with an interval.
+        *more: columns at the end.
+    """
+    known = scores()
+    names = [name for name in shown if any(name in group.means for group in groups)]
+    networks = ", ".join(dict.fromkeys(group.lpips for group in groups if group.lpips))
+    heading = {name: known[name].heading for name in names}
+    if "lpips" in heading and networks:
+        heading["lpips"] = f"LPIPS ({networks})"
+    columns = [Column("Defense", lambda g: escape(g.defense), True)]
+    if len({group.variant for group in groups}) > 1:
+        columns.append(Column("Attack", lambda g: escape(g.variant), True))
+
+    def column(name: str) -> Column:
+        return Column(escape(heading[name]), lambda g: score_text(g, name, shown[name]))
+
+    columns += map(column, names)
+    told = [_legend(known[name], heading[name]) for name in names]
+    text = table([*columns, *more], groups)
+    return f"{text}\n\n{' '.join(told)}" if told else text
+
+
+def _legend(score: Metric, heading: str) -> str:
+    unit = f" ({score.unit})" if score.unit else ""
+    lower = ", lower is nearer" if score.nearer == "lower" else ""
+    return f"**{escape(heading)}**{unit}: {score.legend or 'no description'}{lower}."
+
+
+def sentences(groups: Sequence[Leakage]) -> list[str]:
+    """What was found, in words, for readers who never saw the paper; Markdown."""
+    rows = [row for group in groups for row in group.rows]
+    images = list(dict.fromkeys(row["image"] for row in rows))
+    chosen = strongest(groups)
+    scope = "this image" if len(images) == 1 else f"these {len(images):,} images"
+    guess, ceiling = (number_text(chosen[0].means[name].mean) for name in ("control", "ceiling"))
+    text = [
+        f"Without any update, the best blind guess is {guess} dB from {scope}; the prior could "
+        f"reach {ceiling} dB."
+    ]
+    by = "" if len(chosen) == len(groups) else "By the strongest attack, "
+
+    def listed(some: Sequence[Leakage]) -> str:
+        def one(group: Leakage) -> str:
+            psnr, gain = (score_text(group, name, False) for name in ("psnr", "gain"))
+            return f"{escape(spoken(group.defense))} ({psnr} dB, gain {gain})"
+
+        return "; ".join(map(one, some))
+
+    leaking = [group for group in chosen if group.leaked]
+    silent = [group for group in chosen if not group.leaked]
+    if leaking:
+        who = f"{by}{'t' if by else 'T'}he {'image' if len(images) == 1 else 'images'}"
+        text.append(f"**{who} leaked beyond the blind guess** under {listed(leaking)}.")
+    if silent:
+        text.append(
+            f"**{by}{'no' if by else 'No'} leak beyond the blind guess was shown** under "
+            f"{listed(silent)}. That is no proof of safety: a longer search or a better prior may "
+            "find more."
+        )
+    told = [group for group in chosen if group.means["label"].mean == 100.0]
+    if told:
+        which = ", ".join(escape(spoken(group.defense)) for group in told)
+        every = "every defense" if len(told) == len(chosen) and len(told) > 1 else which
+        text.append(f"The class labels were read off the update exactly under {every}.")
+    if len(images) == 1:
+        text.append("One image gives no interval; audit more.")
+    notes = dict.fromkeys(
+        f"LPIPS ({row['lpips_backbone']}) was not measured: {row['lpips_note']}."
+        for row in rows if row.get("lpips_note")
+    )  # fmt: skip
+    return text + [escape(line) for line in (*notes, *troubles(groups))]
+
+
+def troubles(groups: Sequence[Leakage]) -> list[str]:
+    """A plain sentence for each defense and attack with searches that broke down or stalled."""
+    text = []
+    for group in groups:
+        for rows, what in (
+            (group.broken, "broke down (NaN), which says nothing about the defense"),
+            (group.stalled, "stopped making progress, so a longer or other search may find more"),
+        ):
+            if rows:
+                names = list(dict.fromkeys(row["image"] for row in rows))
+                more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+                text.append(
+                    f"{len(rows)} of {counted(len(group.rows), 'search')} "
+                    f"by {group.variant} under {spoken(group.defense)} {what}: "
+                    f"{', '.join(names[:5])}{more}."
+                )
+    return text
