@@ -31,11 +31,12 @@ def problem_of(model, variables, prior, params, defense, seed: int) -> gx.Proble
 
     def share(variables):
         update = gx.gradient(model, variables, image, label)
-        return defense.apply(key, update, gx.Context(model, variables, image, label))
+        return defense.apply(key, update, gx.Context(model, variables, image, label))[0]
 
     observed = jax.jit(share)(variables)
-    estimated = estimation.estimate(defense, observed, model.head)
-    return gx.Problem(observed, variables, params, label, estimated)
+    estimated = estimation.estimate(defense.view, observed, model.head)
+    noise = estimation.noise_level(defense.view, estimated)
+    return gx.Problem(observed, variables, params, label, estimated, noise)
 
 
 def main(argv=None) -> None:
@@ -63,7 +64,7 @@ def main(argv=None) -> None:
             problem_of(model, variables, prior, params, defense, seed)
             for seed in range(options.instances)
         ]
-        attack = gx.ggl(model, prior, gx.cma_es(population=options.population), defense=defense)
+        attack = gx.ggl(model, prior, gx.cma_es(population=options.population), view=defense.view)
         keys = jax.random.split(jax.random.key(1), options.instances)
         began = time.perf_counter()
         jax.block_until_ready(gx.run_search(attack, keys, problems, steps=options.steps).losses)

@@ -54,7 +54,7 @@ def measure(devices: int, population: int, repetitions: int, spec: str) -> dict:
         ticks.append(time.perf_counter())
 
     gx.run_search(
-        gx.ggl(model, prior, search, defense=defense),
+        gx.ggl(model, prior, search, view=defense.view),
         jax.random.split(jax.random.key(1), 1),
         [problem],
         steps=WARM_UP + repetitions,

@@ -91,8 +91,8 @@ def make_problem(folder: str, size: int, population: int, settings: list[str]) -
         # Soteria in the code's form: a mask on the plain gradient, which all contestants can copy.
         defense = gx.parse(spec, fidelity="code" if spec.startswith("soteria") else "paper")
         context = gx.Context(model, variables, jnp.asarray(images[0]), label)
-        observed = defense.apply(jax.random.key(1), update, context)
-        estimated = defense.estimate(observed, model.head)
+        observed, _ = defense.apply(jax.random.key(1), update, context)
+        estimated = defense.view.estimate(observed, model.head)
         np.savez(f"{folder}/observed{number}.npz", **flat(observed))
         np.savez(f"{folder}/estimated{number}.npz", **flat(estimated))
     program = trace(model, variables, jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32))
@@ -211,7 +211,7 @@ class JaxWorker:
             def one(images):
                 label = jnp.zeros((1,), jnp.int32)
                 update = self.gx.gradient(self.model, variables, images, label)
-                update = defense.simulate(estimated, update)
+                update = defense.view.simulate(estimated, update)
                 squares = jax.tree.map(lambda g, y: jnp.sum((y - g) ** 2), update, observed)
                 return sum(jax.tree.leaves(squares))
 
@@ -231,7 +231,7 @@ class JaxWorker:
 
         def losses(variables, observed, estimated, images):
             loss = self.gx.matching_loss(
-                self.model, variables, observed, defense=defense, estimated=estimated
+                self.model, variables, observed, view=defense.view, estimated=estimated
             )
             return loss(images, self.jnp.zeros((1,), self.jnp.int32))
 

@@ -59,6 +59,7 @@ from ggl_jax.types import (
     Context,
     Defense,
     Factored,
+    Facts,
     Info,
     Model,
     Optimizer,
@@ -66,6 +67,7 @@ from ggl_jax.types import (
     Problem,
     Public,
     Shared,
+    View,
 )
 
 __version__ = "0.1.0"
@@ -86,6 +88,7 @@ __all__ = [
     "Context",
     "Defense",
     "Factored",
+    "Facts",
     "GGLError",
     "Info",
     "Model",
@@ -97,6 +100,7 @@ __all__ = [
     "RunResult",
     "Shared",
     "Stage",
+    "View",
     "adam",
     "audit",
     "best_so_far",

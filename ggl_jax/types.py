@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 PyTree = Any
 Path = tuple[str, ...]
@@ -132,38 +133,84 @@ class Factored(NamedTuple):
     scale: Callable | None = None
 
 
-class Defense(NamedTuple):
-    """A privacy defense, seen from both sides.
+class View(NamedTuple):
+    """What a server makes of one kind of defense. It is made without the defense's parameters.
+
+    All that the adversary is ever given of a defense: what it knows of the parameters it has
+    estimated from the observed update.
 
     Attributes:
-        name: its specification, e.g. ``"clip:4"``.
-        apply: client side, ``apply(key, update, context) -> update``.
-        record: client side, ``record(key, update, context) -> dict``: the parameters that were
-            really used (and, for Soteria, the mask), which the audit shows beside the estimate.
-            Same arguments as ``apply``.
-        estimate: adversary, ``estimate(update, head, noise=0.0) -> dict`` of arrays, from the
-            observed update alone. ``noise`` is the standard deviation of noise that a later stage
-            of a chain was found to add.
-        simulate: adversary, ``simulate(estimated, update) -> update``: what is done to a
-            candidate's own gradient before it is compared.
-        factor: ``factor(estimated) -> Factored``, or None where the simulation has no such form
-            (top-k sparsification).
+        name: the kind, e.g. ``"clip"`` or ``"clip+noise"``; without parameters.
+        estimate: ``estimate(update, head, noise=0.0)`` -> a pytree of arrays (a dict; of a chain a
+            tuple of them), from the observed update alone. ``noise`` is the standard deviation of
+            noise that a later stage of a chain was found to add.
+        simulate: ``simulate(estimated, update) -> update``: what is done to a candidate's own
+            gradient before it is compared.
+        factor: ``factor(estimated) -> Factored``; None, or returning None, where the simulation has
+            no such form (top-k sparsification).
         rewire: ``rewire(estimated, variables, head) -> variables`` at which candidates' gradients
             are taken, for a defense that changes the forward pass (Soteria on the representation);
             None where they are the shared ones.
         observe: ``observe(estimated, update) -> update``: the part of the observed update that
             candidates are compared with, where the simulation leaves something out that the client
             shared (Soteria's layer); None where all of it is compared.
+        adds_noise: whether the shared update holds noise that no candidate can explain. The mean
+            of several reconstructions then says more than the best by loss.
+        noise_std: ``noise_std(estimated)``, the standard deviation of that noise on every entry;
+            None where it is not estimated.
+    """
+
+    name: str
+    estimate: Callable
+    simulate: Callable
+    factor: Callable | None = None
+    rewire: Callable | None = None
+    observe: Callable | None = None
+    adds_noise: bool = False
+    noise_std: Callable | None = None
+
+
+class Facts(NamedTuple):
+    """What is known of a client's part of a defense: for an accountant of differential privacy.
+
+    The defaults are what holds of any function: nothing.
+
+    Attributes:
+        gaussian: standard deviation of independent Gaussian noise that is added to every entry;
+            None for none.
+        l2_bound: ``l2_bound(num_tensors)`` -> largest l2 norm of the result; None for no bound.
+        shrinks: the result's norm is at most the update's.
+        processes: the result depends on the private data through the update alone.
+        replaces_update: the gradient is computed anew from the images (Soteria, paper's form). Such
+            a defense ignores the update that it is given: it cannot follow another one, and defends
+            one gradient step rather than the sum of several local ones.
+        stages: of a chain, in the order in which they are applied; empty for any other.
+    """
+
+    gaussian: float | None = None
+    l2_bound: Callable | None = None
+    shrinks: bool = False
+    processes: bool = False
+    replaces_update: bool = False
+    stages: tuple = ()
+
+
+class Defense(NamedTuple):
+    """A privacy defense: what the client does, and what crosses to the adversary of it.
+
+    Attributes:
+        name: its specification, e.g. ``"clip:4"``.
+        apply: client side, ``apply(key, update, context) -> (update, record)``. The record, a dict
+            (of a chain a tuple of them), holds the parameters that were really used (and, for
+            Soteria, the mask), which the audit shows beside the estimate.
+        view: what the server knows and does.
+        facts: what the audit may rely on.
     """
 
     name: str
     apply: Callable
-    record: Callable
-    estimate: Callable
-    simulate: Callable
-    factor: Callable | None
-    rewire: Callable | None = None
-    observe: Callable | None = None
+    view: View
+    facts: Facts = Facts()
 
 
 class Info(NamedTuple):
@@ -209,6 +256,7 @@ class Problem(NamedTuple):
         prior_params: the generator's parameters.
         labels: [b], the inferred labels.
         estimated: the defense's estimated parameters.
+        noise: estimated standard deviation of noise on every entry of ``observed``; 0 for none.
         statistics: what ``model.statistics`` gives for the private batch, where the client shared
             it; None where it did not.
     """
@@ -218,6 +266,7 @@ class Problem(NamedTuple):
     prior_params: PyTree
     labels: jax.Array
     estimated: PyTree
+    noise: jax.Array | np.float32 = np.float32(0)
     statistics: PyTree | None = None
 
 

@@ -10,6 +10,7 @@ from flax import linen as nn
 
 import ggl_jax as gx
 from ggl_jax.adversary.attacks import ATTACKS, make_attack, pixel_refinement, resolve
+from ggl_jax.adversary.estimation import estimate, noise_level
 from ggl_jax.adversary.losses import parse_regularizer
 from ggl_jax.adversary.optimizers import make_optimizer
 from ggl_jax.adversary.search import Stage, run_stages
@@ -44,9 +45,10 @@ def problem_of(model, variables, image, label, spec="none"):
     images, labels = image[None], jnp.asarray([label])
     update = gx.gradient(model, variables, images, labels)
     context = gx.Context(model, variables, images, labels)
-    observed = defense.apply(jax.random.key(1), update, context)
-    estimated = defense.estimate(observed, model.head)
-    return defense, Problem(observed, variables, {}, labels, estimated)
+    observed, _ = defense.apply(jax.random.key(1), update, context)
+    estimated = estimate(defense.view, observed, model.head)
+    noise = noise_level(defense.view, estimated)
+    return defense, Problem(observed, variables, {}, labels, estimated, noise)
 
 
 def psnr(a, b):
@@ -64,6 +66,13 @@ def test_published_settings():
     assert other["adaptive"]
     assert "box" not in other
     assert "start" not in other
+    # The published code of GGL: D1 over the number of tensors but for Adam, which starts at noise.
+    assert resolve("ggl", fidelity="code")["distance"] == "mean_squared_l2"
+    adam = resolve("ggl", fidelity="code", optimizer="adam")
+    assert (adam["distance"], adam["start"]) == ("squared_l2", "normal")
+    assert resolve("ggl", optimizer="adam").get("start") is None
+    assert resolve("dlg", fidelity="code")["distance"] == "squared_l2"
+    assert resolve("ggl", fidelity="code", population=50)["population"] == 50
     with pytest.raises(GGLError, match="did you mean 'idlg'"):
         resolve("idgl")
 
@@ -73,7 +82,7 @@ def test_baselines_find_the_image(name, model, variables, tiny_images, tiny_prio
     defense, problem = problem_of(model, variables, tiny_images[0], 1)
     # The tiny prior's images are not smooth.
     options = {"restarts": 2, "steps": 150, "learning_rate": 0.05, "regularizer": "none"}
-    attack = make_attack(name, model, tiny_prior, defense=defense, **options)
+    attack = make_attack(name, model, tiny_prior, view=defense.view, **options)
     found = gx.run_search(attack, jax.random.split(jax.random.key(3), 1), [problem], steps=150)
     assert psnr(found.images[0], tiny_images[:1]) > 20
     assert found.labels[0, 0] == 1  # DLG had to find it
@@ -86,7 +95,7 @@ def test_adaptive_attacks_see_the_defense(model, variables, tiny_images, tiny_pr
     losses = {}
     for adaptive in (True, False):
         attack = make_attack(
-            "ig", model, tiny_prior, defense=defense, adaptive=adaptive, distance="squared_l2",
+            "ig", model, tiny_prior, view=defense.view, adaptive=adaptive, distance="squared_l2",
             restarts=1, steps=1, regularizer="none",
         )  # fmt: skip
         key = jax.random.key(0)
@@ -119,9 +128,9 @@ def test_the_best_of_the_pool_start(tiny_model, tiny_variables, tiny_prior, tiny
 def test_refinement_leaves_the_prior_behind(model, variables, tiny_images, tiny_prior):
     defense, problem = problem_of(model, variables, tiny_images[0], 1)
     problem = problem._replace(prior_params=tiny_prior.init(jax.random.key(0)))
-    search = make_attack("ggl", model, tiny_prior, defense=defense, population=8, steps=5)
+    search = make_attack("ggl", model, tiny_prior, view=defense.view, population=8, steps=5)
     refine = pixel_refinement(
-        model, steps=150, learning_rate=0.05, regularizer="none", defense=defense
+        model, steps=150, learning_rate=0.05, regularizer="none", view=defense.view
     )
     stages = [
         Stage(search, 5),
@@ -144,12 +153,15 @@ def test_regularizers_by_hand():
         found = parse_regularizer("kld", fidelity=fidelity)(latents, nothing)
         np.testing.assert_allclose(found, [expected], rtol=1e-6)
     np.testing.assert_allclose(parse_regularizer("norm:0.5")(latents, nothing), [0.5 * 8.0**2])
+    code = parse_regularizer("norm:0.5", fidelity="code")
+    np.testing.assert_allclose(code(latents, nothing), [0.5 * 9.0**2])
+    assert not jax.grad(lambda z: code(z, nothing)[0])(latents).any()
     # [-1, 1]: vertical differences 0.4 and 0.4, horizontal 0.8 and 0.8.
     image = jnp.asarray([[0.5, 0.9], [0.7, 1.1]])[None, None, ..., None] - 0.1
     zeros = jnp.zeros((1, 1, 1))
     np.testing.assert_allclose(parse_regularizer("total_variation")(zeros, image), [1.2], rtol=1e-6)
     np.testing.assert_allclose(
-        parse_regularizer("l2")(zeros, image), [0.2**2 + 0.6**2 + 0.2**2 + 1.0], rtol=1e-5
+        parse_regularizer("l2")(zeros, image), [(0.2**2 + 0.6**2 + 0.2**2 + 1.0) / 4], rtol=1e-5
     )
     both = parse_regularizer("total_variation:2+l2:0")(zeros, image)
     np.testing.assert_allclose(both, [2.4], rtol=1e-6)
@@ -158,8 +170,8 @@ def test_regularizers_by_hand():
 def test_group_consistency():
     group = parse_regularizer("group:2")
     images = jnp.stack([jnp.full((1, 2, 2, 1), value) for value in (0.25, 0.75)])
-    # Means at 0.5: 4 pixels, 0.25 in [0, 1] is 0.5 in [-1, 1].
-    np.testing.assert_allclose(group(jnp.zeros((2, 1, 1)), images), 2 * 4 * 0.25)
+    # Means at 0.5: 0.25 in [0, 1] is 0.5 in [-1, 1].
+    np.testing.assert_allclose(group(jnp.zeros((2, 1, 1)), images), 2 * 0.25)
     assert float(group(jnp.zeros((1, 1, 1)), images[:1])[0]) == 0.0
     pull = jax.grad(lambda x: jnp.sum(group(jnp.zeros((2, 1, 1)), x)))(images)
     assert bool(jnp.all(pull[0] < 0) and jnp.all(pull[1] > 0))
@@ -171,13 +183,13 @@ def test_likelihood_scales_by_the_noise(model, variables, tiny_images, tiny_prio
     losses = []
     for likelihood in (False, True):
         attack = make_attack(
-            "ig", model, tiny_prior, defense=defense, likelihood=likelihood, regularizer="none",
+            "ig", model, tiny_prior, view=defense.view, likelihood=likelihood, regularizer="none",
             **options,
         )  # fmt: skip
         key = jax.random.key(0)
         state = attack.init(key, problem, pixels_of(tiny_images[None, 1:]))
         losses.append(float(attack.step(key, problem, state)[1].losses[0]))
-    sigma = float(problem.estimated["1.noise:0.05"]["sigma"])
+    sigma = float(problem.estimated[1]["sigma"])
     assert losses[1] == pytest.approx(losses[0] / (2 * sigma**2), rel=1e-5)
     # Minus log-likelihood: at any other level of noise it is as if the update told more or less.
     gaussian = parse_regularizer("gaussian")(jnp.full((1, 2, 3), 2.0), tiny_images[None])
@@ -339,9 +351,9 @@ def test_comparisons_need_what_they_change(model, tiny_prior):
     for compare in ("support", "undefended"):
         settings = gx.AttackSettings(attack="ig", compare=compare)
         with pytest.raises(GGLError, match=f"compare: '{compare}'.*--adaptive True"):
-            gx.make_stages(settings, model, tiny_prior, gx.parse("none"))
+            gx.make_stages(settings, model, tiny_prior, gx.parse("none").view)
         settings = dataclasses.replace(settings, adaptive=True)
-        assert gx.make_stages(settings, model, tiny_prior, gx.parse("none"))[1]["adaptive"]
+        assert gx.make_stages(settings, model, tiny_prior, gx.parse("none").view)[1]["adaptive"]
     with pytest.raises(GGLError, match=r"compare: 'likelihood'.*--distance squared_l2"):
         make_attack("ig", model, tiny_prior, likelihood=True)
     with pytest.raises(GGLError, match="local_steps: soteria"):
@@ -364,9 +376,10 @@ def test_soteria_undefended_fits_the_private_image(
     update = gx.gradient(model, variables, images, labels)
     context = gx.Context(model, variables, images, labels)
     for chained in (defense, gx.chain(defense, gx.parse("none"))):
-        observed = chained.apply(jax.random.key(1), update, context)
-        problem = Problem(observed, variables, {}, labels, chained.estimate(observed, model.head))
-        attack = make_attack("gi", model, tiny_prior, defense=chained, adaptive=True, steps=1)
+        observed, _ = chained.apply(jax.random.key(1), update, context)
+        estimated = chained.view.estimate(observed, model.head)
+        problem = Problem(observed, variables, {}, labels, estimated)
+        attack = make_attack("gi", model, tiny_prior, view=chained.view, adaptive=True, steps=1)
         # The defended layer is left out on both sides, so the truth is at distance 0.
         at_truth = attack.distances(problem, images[:, None], labels)
         elsewhere = attack.distances(problem, tiny_images[1:2, None], labels)
@@ -377,7 +390,7 @@ def test_refinement_keeps_the_attacks_distance(model, variables, tiny_images, ti
     _, problem = problem_of(model, variables, tiny_images[0], 1)
     for attack, distance in (("ig", "cosine"), ("gi", "squared_l2")):
         settings = gx.AttackSettings(attack=attack, refine="pixels", refine_steps=2, steps=2)
-        stages, _ = gx.make_stages(settings, model, tiny_prior, gx.parse("none"))
+        stages, _ = gx.make_stages(settings, model, tiny_prior, gx.parse("none").view)
         found = stages[-1].attack.distances(problem, tiny_images[1:, None], problem.labels)
         expected = gx.matching_loss(model, variables, problem.observed, distance=distance)
         # Relative to an update of zero, whose cosine distance is 1.

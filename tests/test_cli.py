@@ -94,8 +94,11 @@ def test_audit_writes_everything(audit, tmp_path, capsys):
         assert set(row) >= FIELDS
         assert Image.open(out / row["reconstruction"]).size == (32, 32)
         assert row["evaluations"] == 16
-    assert Image.open(out / "figure.png").width > 300
-    assert "| clip:4+noise:0.1 |" in (out / "summary.md").read_text()
+    text = (out / "report.md").read_text()
+    assert "| clip:4+noise:0.1 |" in text
+    assert "private, controls, reconstructions" in (out / "figures" / "image-0.svg").read_text()
+    assert "figures/image-0.svg" in text
+    assert "none" in (out / "report.html").read_text()
     shown = capsys.readouterr().out
     assert "blind guess" in shown
     assert "No leak" in shown or "leaked" in shown

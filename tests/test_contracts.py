@@ -46,21 +46,21 @@ def test_defense_contract(spec, fidelity, shared):
     head = context.model.head
     key = jax.random.key(0)
 
-    eager = defense.apply(key, update, context)
+    eager, record = defense.apply(key, update, context)
     share = jax.jit(
         lambda key, update, images: defense.apply(key, update, context._replace(images=images))
     )
-    close(share(key, update, context.images), eager)
+    close(share(key, update, context.images), (eager, record))
     share(jax.random.key(1), update, context.images)
     assert share._cache_size() == 1
 
-    estimate = jax.jit(lambda observed: defense.estimate(observed, head))
-    estimated = defense.estimate(eager, head)
+    estimate = jax.jit(lambda observed: defense.view.estimate(observed, head))
+    estimated = defense.view.estimate(eager, head)
     close(estimate(eager), estimated)
     one = lambda tree: jax.tree.map(lambda x: x[None], tree)  # noqa: E731
-    close(jax.vmap(lambda o: defense.estimate(o, head))(one(eager)), one(estimated))
+    close(jax.vmap(lambda o: defense.view.estimate(o, head))(one(eager)), one(estimated))
 
-    simulated = defense.simulate(estimated, update)
-    close(jax.jit(defense.simulate)(estimated, update), simulated)
-    close(jax.vmap(defense.simulate)(one(estimated), one(update)), one(simulated))
+    simulated = defense.view.simulate(estimated, update)
+    close(jax.jit(defense.view.simulate)(estimated, update), simulated)
+    close(jax.vmap(defense.view.simulate)(one(estimated), one(update)), one(simulated))
     assert jax.tree.structure(simulated) == jax.tree.structure(update)

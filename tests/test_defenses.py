@@ -13,6 +13,9 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from ggl_jax import selection, trees
+from ggl_jax.adversary.estimation import noise_level
+from ggl_jax.adversary.strategy import AttackSettings, combines, make_stages
+from ggl_jax.audit import privacy
 from ggl_jax.client import defenses
 from ggl_jax.client.defenses import (
     chain,
@@ -24,11 +27,13 @@ from ggl_jax.client.defenses import (
     soteria,
     sparsify,
 )
+from ggl_jax.client.defenses.noise import noise_view
 from ggl_jax.client.defenses.soteria import jacobian_norms, pruned_gradient, pruned_variables
 from ggl_jax.client.gradients import gradient
 from ggl_jax.client.models import from_flax
 from ggl_jax.errors import GGLError
-from ggl_jax.types import Context
+from ggl_jax.priors.pixels import pixels
+from ggl_jax.types import Context, Facts
 
 FIDELITIES = ["paper", "code"]
 SPECS = ["none", "noise:0.1", "clip:0.5", "sparsify:0.8", "soteria:0.7", "clip:0.5+noise:0.1"]
@@ -67,9 +72,9 @@ def observe(client):
 
         @jax.jit
         def both_sides(key, update):
-            observed = defense.apply(key, update, context)
-            estimated = defense.estimate(observed, context.model.head)
-            return observed, estimated, defense.record(key, update, context)
+            observed, record = defense.apply(key, update, context)
+            estimated = defense.view.estimate(observed, context.model.head)
+            return observed, estimated, record
 
         return defense, *both_sides(jax.random.key(4), update)
 
@@ -110,7 +115,7 @@ def test_matches_torch(golden, name, fidelity):
     value = float(golden["bound"] if name == "clip" else golden["rate"])
     # 0.8 is stored in float32; the layer counts must come out of the decimal number.
     defense = parse(f"{name}:{round(value, 6)}", fidelity)
-    actual = jax.jit(lambda g: defense.apply(None, g, None))(group(golden, "gradient"))
+    actual = jax.jit(lambda g: defense.apply(None, g, None)[0])(group(golden, "gradient"))
     assert_trees(actual, group(golden, f"{name}_{fidelity}"), rtol=2e-6)
 
 
@@ -120,8 +125,9 @@ def test_noise_has_torchs_distribution(golden, fidelity, sigma):
         [v.ravel() for v in jax.tree.leaves(group(golden, f"noise_{fidelity}"))]
     )
     defense = noise(fidelity=fidelity)
-    assert defense.record(None, None, None)["sigma"] == np.float32(sigma)
-    actual = defense.apply(jax.random.key(1), {"w": jnp.zeros(20_000)}, None)["w"]
+    actual, record = defense.apply(jax.random.key(1), {"w": jnp.zeros(20_000)}, None)
+    actual = actual["w"]
+    assert record["sigma"] == np.float32(sigma)
     assert stats.ks_2samp(expected, actual).pvalue > 1e-3
     assert stats.ks_2samp(expected, 1.5 * actual).pvalue < 1e-3
 
@@ -151,7 +157,7 @@ def test_soteria_matches_torch(golden, golden_context, fidelity):
     def run(variables):
         plain = gradient(c.model, variables, c.images, c.labels)
         context = c._replace(variables=variables)
-        return plain, defense.apply(None, plain, context), defense.record(None, plain, context)
+        return plain, *defense.apply(None, plain, context)
 
     plain, defended, record = run(c.variables)
     assert_trees(plain, group(golden, "soteria_plain"), rtol=1e-4)
@@ -174,7 +180,7 @@ def tensors(size):
 
 @functools.cache
 def compiled(spec, fidelity):
-    return jax.jit(lambda g: parse(spec, fidelity).apply(None, g, None))
+    return jax.jit(lambda g: parse(spec, fidelity).apply(None, g, None)[0])
 
 
 def norm(x):
@@ -220,7 +226,7 @@ def test_sparsify_code_is_numpys_percentile(rate, g):
 def test_sparsify_never_empties_a_tensor_and_meets_its_count_among_equals():
     tensors = {"one": jnp.ones(1), "tied": jnp.ones(10), "silent": jnp.zeros(10)}
     for fidelity in FIDELITIES:
-        after = sparsify(rate=0.9, fidelity=fidelity).apply(None, tensors, None)
+        after = sparsify(rate=0.9, fidelity=fidelity).apply(None, tensors, None)[0]
         np.testing.assert_array_equal(after["one"], [1])
         assert float(jnp.sum(after["tied"])) == 1
         assert not jnp.any(after["silent"])
@@ -239,7 +245,7 @@ def test_defaults_are_the_papers_and_the_codes():
 def test_noise_has_its_sigma_and_no_other(sigma):
     """A chi-square test at 5 standard errors, which would reject 0.9 and 1.1 times sigma."""
     before = {"a": jnp.full((300, 100), 3.0), "b": jnp.zeros(10_000)}
-    after = noise(sigma=sigma).apply(jax.random.key(2), before, None)
+    after = noise(sigma=sigma).apply(jax.random.key(2), before, None)[0]
     drawn = np.concatenate([np.ravel(after[k] - before[k]) for k in before]).astype(np.float64)
     accepts = lambda s: abs(np.mean(drawn**2) / s**2 - 1) < 5 * np.sqrt(2 / drawn.size)  # noqa: E731
     assert accepts(sigma)
@@ -252,9 +258,9 @@ def test_noise_has_its_sigma_and_no_other(sigma):
 
 def test_noise_depends_on_the_key_only():
     defense, zeros = noise(sigma=1), {"w": jnp.zeros(8)}
-    first = defense.apply(jax.random.key(0), zeros, None)["w"]
-    np.testing.assert_array_equal(first, defense.apply(jax.random.key(0), zeros, None)["w"])
-    assert not np.any(first == defense.apply(jax.random.key(1), zeros, None)["w"])
+    first = defense.apply(jax.random.key(0), zeros, None)[0]["w"]
+    np.testing.assert_array_equal(first, defense.apply(jax.random.key(0), zeros, None)[0]["w"])
+    assert not np.any(first == defense.apply(jax.random.key(1), zeros, None)[0]["w"])
 
 
 @pytest.mark.parametrize("spec", ["none", "noise:0", "sparsify:0", "soteria:0"])
@@ -270,7 +276,7 @@ def test_soteria_acts_on_each_image(tiny_model, tiny_variables, tiny_images):
 
     @jax.jit
     def defended(images, labels):
-        return defense.apply(None, None, Context(tiny_model, tiny_variables, images, labels))
+        return defense.apply(None, None, Context(tiny_model, tiny_variables, images, labels))[0]
 
     singles = [defended(tiny_images[i : i + 1], labels[i : i + 1]) for i in range(2)]
     mean = jax.tree.map(lambda a, b: (a + b) / 2, *singles)
@@ -282,9 +288,9 @@ def test_soteria_is_simulated_exactly_at_pruned_variables(client, observe):
     defense, observed, estimated, _ = observe("soteria:0.7")
     variables = pruned_variables(context.variables, context.model.head, estimated)
     own = gradient(context.model, variables, context.images, context.labels)
-    assert_trees(defense.simulate(estimated, own), observed)
+    assert_trees(defense.view.simulate(estimated, own), observed)
     # The plain gradient with the mask is an approximation only.
-    approximate = defense.simulate(estimated, plain)
+    approximate = defense.view.simulate(estimated, plain)
     assert jnp.abs(approximate["Dense_0"]["bias"] - observed["Dense_0"]["bias"]).max() > 1e-3
 
 
@@ -301,7 +307,7 @@ def test_soteria_prunes_features_that_do_not_move_first():
     model = from_flax(Constant(), image_shape=(2, 2, 1))
     variables = model.init(jax.random.key(0))
     context = Context(model, variables, jnp.full((1, 2, 2, 1), 0.7), jnp.array([0]))
-    observed = soteria(rate=0.2).apply(None, None, context)
+    observed = soteria(rate=0.2).apply(None, None, context)[0]
     assert jnp.all(observed["fc"]["kernel"][3] == 0)
     assert jnp.all(jnp.any(observed["fc"]["kernel"][:3] != 0, axis=1))
 
@@ -337,9 +343,7 @@ def test_vmap_of_one_is_the_single_call(client, observe, spec, fidelity):
     """The client's side; test_contracts.py has the adversary's, and jit against eager."""
     context, update = client
     defense, observed, _, record = observe(spec, fidelity)
-    both = jax.jit(
-        jax.vmap(lambda k, u: (defense.apply(k, u, context), defense.record(k, u, context)))
-    )
+    both = jax.jit(jax.vmap(lambda k, u: defense.apply(k, u, context)))
     one = both(jax.random.key(4)[None], jax.tree.map(lambda x: x[None], update))
     assert_trees(jax.tree.map(lambda x: x[0], one), (observed, record), rtol=2e-4)
 
@@ -352,10 +356,10 @@ def test_factored_form_is_the_simulation(update, observe, spec, fidelity):
             parse(spec, fidelity)
         return
     defense, _, estimated, _ = observe(spec, fidelity)
-    if defense.factor is None:
+    factored = None if defense.view.factor is None else defense.view.factor(estimated)
+    if factored is None:
         assert "sparsify" in spec or spec == "clip:0.4+soteria:0.5"
         return
-    factored = defense.factor(estimated)
     # A candidate's gradient, not the client's own.
     candidate = jax.tree.map(lambda g: 1.7 * g + 0.01 * jnp.sin(1e3 * g), update)
     result = candidate
@@ -363,14 +367,14 @@ def test_factored_form_is_the_simulation(update, observe, spec, fidelity):
         result = jax.tree.map(jnp.multiply, factored.mask, result)
     if factored.scale is not None:
         result = jax.tree.map(jnp.multiply, factored.scale(trees.sq_norms(result)), result)
-    assert_trees(defense.simulate(estimated, candidate), result)
+    assert_trees(defense.view.simulate(estimated, candidate), result)
 
 
 @pytest.mark.parametrize("fidelity", FIDELITIES)
 @pytest.mark.parametrize("spec", ["none", "clip:0.5", "sparsify:0.8", "soteria:0.7"])
 def test_simulation_at_the_true_image_gives_the_observation(update, observe, spec, fidelity):
     defense, observed, estimated, _ = observe(spec, fidelity)
-    simulated = jax.jit(defense.simulate)(estimated, update)
+    simulated = jax.jit(defense.view.simulate)(estimated, update)
     if (spec, fidelity) == ("soteria:0.7", "paper"):
         kernels = [trees.head_parts(t, ("Dense_0",))[0] for t in (simulated, observed)]
         np.testing.assert_array_equal(kernels[0] == 0, kernels[1] == 0)
@@ -386,7 +390,7 @@ def test_simulation_has_finite_derivatives(update, observe, spec, fidelity):
     @jax.jit
     @jax.grad
     def slope(g):
-        difference = jax.tree.map(jnp.subtract, defense.simulate(estimated, g), observed)
+        difference = jax.tree.map(jnp.subtract, defense.view.simulate(estimated, g), observed)
         return trees.total(trees.sq_norms(difference))
 
     for candidate in (update, jax.tree.map(jnp.zeros_like, update)):
@@ -414,7 +418,7 @@ def test_order_of_a_chain_matters(client):
     norms = [
         max(
             float(jnp.sqrt(s))
-            for s in jax.tree.leaves(trees.sq_norms(d.apply(key, update, context)))
+            for s in jax.tree.leaves(trees.sq_norms(d.apply(key, update, context)[0]))
         )
         for d in (parse(f"clip:{bound}+noise:0.1"), parse(f"noise:0.1+clip:{bound}"))
     ]
@@ -433,37 +437,77 @@ def test_chains_nest(client):
     context, update = client
     inner = chain(clip(bound=0.5), noise(sigma=0.0))
     outer = chain(inner, clip(bound=0.1))
-    observed = outer.apply(jax.random.key(0), update, context)
-    assert_trees(observed, clip(bound=0.1).apply(None, update, None))
-    record = defenses.summary(outer.record(jax.random.key(0), update, context))
+    observed, record = outer.apply(jax.random.key(0), update, context)
+    assert_trees(observed, clip(bound=0.1).apply(None, update, None)[0])
+    record = defenses.summary(record)
     assert sorted(v for k, v in record.items() if k.endswith("bound")) == pytest.approx([0.1, 0.5])
     assert record["sigma"] == 0
 
 
 def test_summary_separates_equal_names(client):
     context, update = client
-    record = parse("clip:4+clip:2+noise:0.1").record(jax.random.key(0), update, context)
-    assert defenses.summary(record) == pytest.approx(
-        {"0.clip:4.bound": 4, "1.clip:2.bound": 2, "sigma": 0.1}
-    )
+    _, record = parse("clip:4+clip:2+noise:0.1").apply(jax.random.key(0), update, context)
+    assert defenses.summary(record) == pytest.approx({"0.bound": 4, "1.bound": 2, "sigma": 0.1})
+
+
+def test_own_noise_counts_as_noise(client):
+    """A user's Laplace noise: combined, not refined in pixels, and known to other estimators."""
+    context, update = client
+
+    def laplace(key, g):
+        leaves, treedef = jax.tree.flatten(g)
+        keys = jax.random.split(key, len(leaves))
+        drawn = [x + jax.random.laplace(k, x.shape) for k, x in zip(keys, leaves, strict=True)]
+            x + 0.1 * jax.random.laplace(k, x.shape) for k, x in zip(keys, leaves, strict=True)
+        ]
+        return jax.tree.unflatten(treedef, drawn)
+
+    def estimate(update, head, noise=0.0):
+        return {"scale": noise_view().estimate(update, head, noise)["sigma"] / jnp.sqrt(2.0)}
+
+    named = functools.partial(from_function, laplace, name="laplace:0.1", estimate=estimate)
+    plain = named()
+    own = named(noise_std=lambda found: jnp.sqrt(2.0) * found["scale"])
+    settings = AttackSettings(combine="auto", refine="auto")
+    assert not combines(settings, plain.view)
+    for defense in (own, named(adds_noise=True), named(facts=Facts(gaussian=0.1)), noise()):
+        assert combines(settings, defense.view)
+        assert combines(settings, chain(none(), defense).view)
+        prior = pixels(context.model.image_shape)
+        stages, _ = make_stages(settings, context.model, prior, defense.view)
+        assert [stage.attack.name for stage in stages] == ["ggl"]
+    assert own.view.name == "laplace"
+    # A parameter that happens to be called sigma is none.
+    blur = from_function(lambda key, g: g, name="blur", estimate=lambda *_, **__: {"sigma": 3.0})
+    assert float(noise_level(blur.view, blur.view.estimate(update, None))) == 0
+    # Both levels of a chain add in variance.
+    both = chain(noise(sigma=0.3), own).view
+    level = noise_level(both, ({"sigma": jnp.float32(0.3)}, {"scale": jnp.float32(0.2)}))
+    assert float(level) == pytest.approx(float(np.hypot(0.3, 0.2 * np.sqrt(2))), rel=1e-6)
+    # The accountant takes a user's word, and nothing without it.
+    gaussian = Facts(gaussian=0.3, processes=True)
+    assert privacy.mechanism(chain(clip(bound=2), named(facts=gaussian)), 4)[:2] == (4.0, 0.3)
+    bounded = Facts(l2_bound=lambda num_tensors: 2.0 * num_tensors)
+    assert privacy.mechanism(chain(named(facts=bounded), noise(sigma=0.3)), 4)[:2] == (8.0, 0.3)
+    assert privacy.mechanism(chain(clip(bound=2), named()), 4).sigma == 0
 
 
 def test_from_function(client):
     context, update = client
     halve = from_function(lambda key, g: jax.tree.map(lambda x: x / 2, g), name="halve")
-    assert_trees(halve.apply(None, update, context), jax.tree.map(lambda x: x / 2, update))
-    assert halve.estimate(update, context.model.head) == {}
-    assert_trees(halve.simulate({}, update), update)
-    assert halve.factor({}).mask is None
+    assert_trees(halve.apply(None, update, context)[0], jax.tree.map(lambda x: x / 2, update))
+    assert halve.view.estimate(update, context.model.head) == {}
+    assert_trees(halve.view.simulate({}, update), update)
+    assert halve.view.factor({}).mask is None
 
     def by_label(key, g, context):
         return jax.tree.map(lambda x: x * context.labels[0], g)
 
     adaptive = from_function(by_label, name="by_label", simulate=lambda estimated, g: g)
-    assert_trees(adaptive.apply(None, update, context), update)
-    assert adaptive.factor is None
+    assert_trees(adaptive.apply(None, update, context)[0], update)
+    assert adaptive.view.factor is None
     chained = chain(halve, clip(bound=1))
-    assert chained.factor is not None
+    assert chained.view.factor is not None
 
     with pytest.raises(GGLError, match="fn takes 1 arguments"):
         from_function(lambda g: g, name="short")
@@ -494,10 +538,10 @@ def test_parse(spec, name):
 
 def test_parse_passes_the_fidelity_on(update):
     assert parse("noise", "code").name == "noise:0.01"
-    layerwise, whole = (parse("clip:0.1", f).apply(None, update, None) for f in FIDELITIES)
+    layerwise, whole = (parse("clip:0.1", f).apply(None, update, None)[0] for f in FIDELITIES)
     assert float(trees.total(trees.sq_norms(layerwise))) > 2 * 0.01
     assert float(trees.total(trees.sq_norms(whole))) == pytest.approx(0.01, rel=1e-4)
-    assert_trees(parse("clip:0.1,fidelity=code").apply(None, update, None), whole)
+    assert_trees(parse("clip:0.1,fidelity=code").apply(None, update, None)[0], whole)
 
 
 @pytest.mark.parametrize(
@@ -587,24 +631,24 @@ def test_selection_among_equals(copies):
 def test_support_compares_what_was_shared(client):
     context, update = client
     defense = parse("sparsify:0.5", compare="support")
-    observed = defense.apply(None, update, context)
-    estimated = defense.estimate(observed, context.model.head)
+    observed, _ = defense.apply(None, update, context)
+    estimated = defense.view.estimate(observed, context.model.head)
     other = jax.tree.map(lambda g: g + 1.0, update)
-    simulated = defense.simulate(estimated, other)
+    simulated = defense.view.simulate(estimated, other)
     assert_trees(simulated, jax.tree.map(lambda g, y: jnp.where(y != 0, g, 0), other, observed))
-    assert_trees(defense.simulate(estimated, update), observed)
-    mask = defense.factor(estimated).mask
+    assert_trees(defense.view.simulate(estimated, update), observed)
+    mask = defense.view.factor(estimated).mask
     assert_trees(simulated, jax.tree.map(jnp.multiply, mask, other))
     # Under noise no entry is zero: candidates then select their own.
     noisy = parse("sparsify:0.5+noise:0.1", compare="support")
-    assert "layer_counts" in noisy.estimate(observed, context.model.head)["0.sparsify:0.5"]
+    assert "layer_counts" in noisy.view.estimate(observed, context.model.head)[0]
 
 
 def test_undefended_leaves_the_last_kernel_out(client):
     context, update = client
     defense = parse("soteria:0.5", fidelity="code", compare="undefended")
-    estimated = defense.estimate(defense.apply(None, update, context), context.model.head)
-    simulated = defense.simulate(estimated, update)
+    estimated = defense.view.estimate(defense.apply(None, update, context)[0], context.model.head)
+    simulated = defense.view.simulate(estimated, update)
     head = "/".join((*context.model.head, "kernel"))
     for name, before, after in zip(
         trees.names(update), jax.tree.leaves(update), jax.tree.leaves(simulated), strict=True

@@ -66,7 +66,7 @@ def test_one_image_under_every_defense(setting, infer, spec, fidelity):
     @jax.jit
     def share(key, image, label):
         update = gradient(model, variables, image, label)
-        return defense.apply(key, update, Context(model, variables, image, label))
+        return defense.apply(key, update, Context(model, variables, image, label))[0]
 
     for label in (0, 4, 9):
         observed = share(jax.random.key(label), images[label % 8][None], jnp.array([label]))
@@ -89,7 +89,7 @@ def test_repeats_are_counted_under_defenses(setting, infer, spec):
     _, _, images, knowledge, share = setting
     labels = [5, 2, 5, 5]
     defense = parse(spec)
-    apply = jax.jit(lambda key, update: defense.apply(key, update, None))
+    apply = jax.jit(lambda key, update: defense.apply(key, update, None)[0])
     observed = apply(jax.random.key(0), share(images[:4], jnp.array(labels)))
     assert infer(observed, 4, knowledge) == sorted(labels)
 
@@ -98,7 +98,7 @@ def test_global_clipping_scales_the_counts(setting, infer):
     """The scale is read from the classes that do not occur."""
     _, _, images, knowledge, share = setting
     update = share(images[:4], jnp.array([5, 2, 5, 5]))
-    small = parse("clip:0.3", "code").apply(None, update, None)
+    small = parse("clip:0.3", "code").apply(None, update, None)[0]
     assert infer(small, 4, knowledge) == [2, 5, 5, 5]
 
 

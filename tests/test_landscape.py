@@ -95,7 +95,7 @@ def test_values_against_each_latents_own_gradient(setting, tiny_images, center, 
             latent = jnp.tanh(center.point + u * first + v * second)[None]
             image = prior.apply(problem.prior_params, latent, problem.labels)
             update = gradient(model, problem.variables, image, problem.labels)
-            update = defense.simulate(problem.estimated, update)
+            update = defense.view.simulate(problem.estimated, update)
             pairs = zip(jax.tree.leaves(update), jax.tree.leaves(problem.observed), strict=True)
             loss = sum(float(jnp.sum((a - b) ** 2)) for a, b in pairs)
             np.testing.assert_allclose(found.losses[row, column], loss, rtol=1e-3)

@@ -70,10 +70,9 @@ def test_the_first_steps_by_hand():
     # f = z^2 in two dimensions with gradient 2 z: |g|_1 = 10, so the first step is g / 10.
     points, _, _ = run(lbfgs(), lambda z: jnp.sum(z**2, 1), jnp.asarray([[3.0, 2.0]]), 3)
     np.testing.assert_allclose(points[:, 0], [[3, 2], [2.4, 1.6], [0, 0]], atol=1e-5)
-    # A gradient shorter than 1 is taken whole; the learning rate scales every step.
-    slow = lbfgs(learning_rate=0.5)
-    points, _, _ = run(slow, lambda z: 0.1 * jnp.sum(z**2, 1), jnp.asarray([[2.0]]), 3)
-    np.testing.assert_allclose(points[:, 0, 0], [2.0, 1.8, 0.9], rtol=1e-5)
+    # A gradient shorter than 1 is taken whole.
+    points, _, _ = run(lbfgs(), lambda z: 0.1 * jnp.sum(z**2, 1), jnp.asarray([[2.0]]), 3)
+    np.testing.assert_allclose(points[:, 0, 0], [2.0, 1.6, 0.0], atol=1e-5)
 
 
 def test_a_move_of_negative_curvature_is_forgotten():
@@ -139,10 +138,6 @@ def test_stalls_where_torch_stays(flat):
     assert not points.any()
 
 
-@pytest.mark.parametrize(
-    ("options", "word"),
-    [({"memory_size": 0}, "memory_size"), ({"learning_rate": 0.0}, "learning_rate")],
-)
-def test_bad_options_are_named(options, word):
-    with pytest.raises(GGLError, match=word):
-        lbfgs(**options)
+def test_bad_options_are_named():
+    with pytest.raises(GGLError, match="memory_size"):
+        lbfgs(memory_size=0)

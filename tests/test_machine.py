@@ -51,9 +51,9 @@ def test_where_there_is_no_flock(tmp_path):
     done = python(
         "import sys; sys.modules['fcntl'] = None\n"
         "import ggl_jax\n"
-        "from ggl_jax.audit.results import Lock\n"
+        "from ggl_jax.audit.folder import lock\n"
         "from pathlib import Path\n"
-        f"try: Lock(Path({str(tmp_path)!r}))\n"
+        f"try: lock(Path({str(tmp_path)!r})).__enter__()\n"
         "except ggl_jax.GGLError as error: print(error)"
     )
     assert "Linux and macOS" in done.stdout, done.stderr

@@ -114,7 +114,7 @@ class Problem:
                 self.model,
                 variables,
                 observed,
-                defense=self.defense,
+                view=self.defense.view,
                 estimated=estimated,
                 method=method,
                 **options,
@@ -141,8 +141,8 @@ def problem(name, spec, *, batch=1, fidelity="paper", num=4):
     def observe(variables, images, labels):
         update = gx.gradient(model, variables, images, labels)
         context = gx.Context(model, variables, images, labels)
-        observed = double(defense.apply(jax.random.key(2), update, context))
-        return observed, double(defense.estimate(observed, model.head))
+        observed = double(defense.apply(jax.random.key(2), update, context)[0])
+        return observed, double(defense.view.estimate(observed, model.head))
 
     observed, estimated = observe(variables, images[0], labels[0])
     return Problem(model, variables, observed, defense, estimated, images[1:], labels[1:])
@@ -331,11 +331,11 @@ def test_near_the_private_image_in_float32(distance):
     assert abs(expanded[1] / truth[1] - 1) > 1e-3  # or the switch would be needless
 
 
-def test_code_fidelity_divides_by_the_number_of_tensors():
+def test_the_codes_distance_is_a_mean_over_tensors():
     with jax.enable_x64(True):
         parts = problem("wide", "none")
-        paper, _ = parts.losses("auto", fidelity="paper")
-        code, _ = parts.losses("auto", fidelity="code")
+        paper, _ = parts.losses("auto", distance="squared_l2")
+        code, _ = parts.losses("auto", distance="mean_squared_l2")
         np.testing.assert_allclose(paper, code * len(jax.tree.leaves(parts.observed)), rtol=1e-10)
 
 
@@ -421,11 +421,11 @@ def memory(depth):
 
     model = gx.types.Model(None, apply, (), (16, 16, 2), 3, "deep")
     params = {f"w{number}": jnp.ones((512, 512)) / 500 for number in range(depth)}
-    estimated = defense.estimate(jax.tree.map(jnp.zeros_like, params), ("w2",))
+    estimated = defense.view.estimate(jax.tree.map(jnp.zeros_like, params), ("w2",))
 
     def losses(params, observed, estimated, images):
         loss = gx.matching_loss(
-            model, {"params": params}, observed, defense=defense, estimated=estimated
+            model, {"params": params}, observed, view=defense.view, estimated=estimated
         )
         return loss(images, jnp.zeros((1,), jnp.int32))
 
@@ -549,7 +549,6 @@ def test_memory_bounds_what_is_computed_at_once(tiny_model, tiny_variables, tiny
         ({"local_steps": 0}, "local_steps"),
         ({"memory": 0.0}, "memory"),
         ({"exact_below": -1.0}, "exact_below"),
-        ({"fidelity": "exact"}, "fidelity"),
     ],
 )
 def test_bad_options_are_named(tiny_model, tiny_variables, options, word):

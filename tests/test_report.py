@@ -7,15 +7,17 @@ import os
 import re
 import shutil
 import subprocess
+import xml.etree.ElementTree
 
 import numpy as np
 import pytest
+import rich.console
 import scipy.stats
 from PIL import Image
 
 import ggl_jax as gx
 from ggl_jax.audit import folder as folders
-from ggl_jax.audit import html_report
+from ggl_jax.audit import metrics, report
 from ggl_jax.audit.check import check
 from ggl_jax.audit.tables import family_of, leakage, sentences
 from ggl_jax.cli import run
@@ -69,6 +71,10 @@ def make_sweep(folder, rows, *, failed=(), left=(), pictures=True):
     for cell in failed:
         folders.fail(folder, cell, "ValueError: <b>no</b>")
     return folders.read(folder)
+
+
+def write(records):
+    return report.write(report.make(records), records.folder)
 
 
 def grid_rows(defenses, attacks, images, seeds=1):
@@ -271,7 +277,7 @@ def test_what_was_asked_for_and_is_not_there_yet_is_no_pass(tmp_path, capsys):
     for row in rows:
         row["axes"] = {"defense": "none", "seed": 0, "image": row["image"]}
     records = make_sweep(tmp_path / "a", rows)
-    assert html_report.write(records).is_file()
+    assert write(records).is_file()
     assert not check(records, max_psnr_over_control=2, defenses=["none"])[0].violated
     assert len(make_sweep(tmp_path / "b", rows, left=["2"]).left) == 1
     assert check_command(tmp_path / "b", "--max-psnr-over-control", "5") == 2
@@ -312,28 +318,34 @@ def test_status_says_what_is_left_and_how_long(tmp_path, capsys):
 class Page(html.parser.HTMLParser):
     """Checks that tags match and nothing outside is referred to; collects what is in the page."""
 
-    void = frozenset(("meta", "img", "br", "path", "use", "line", "rect", "circle", "link"))
+    void = frozenset(("meta", "img", "br", "path", "use", "line", "rect", "circle", "link", "hr"))
 
     def __init__(self, text):
         super().__init__()
-        self.open, self.images, self.figures, self.ids, self.tables = [], [], [], [], 0
-        self.text = []
+        self.open, self.images, self.tables, self.text = [], [], 0, []
         self.feed(text)
         self.close()
         assert not self.open
+
+    @property
+    def said(self):
+        return "".join(self.text)
+
+    def figure(self, start):
+        """The SVG text of the one picture whose description starts so."""
+        (found,) = (image for image in self.images if image["alt"].startswith(start))
+        return base64.b64decode(found["src"].partition("base64,")[2]).decode()
 
     def handle_starttag(self, tag, attributes):
         values = dict(attributes)
         for name in ("src", "href", "xlink:href", "data", "action"):
             link = values.get(name, "#")
             assert link.startswith(("data:", "#")), link
-        assert tag not in ("script", "link", "iframe", "object")
+        assert tag not in ("script", "link", "iframe", "object", "b")
         if tag == "img":
+            assert values["alt"]
             self.images.append(values)
-        if tag == "svg":
-            self.figures.append(values)
         self.tables += tag == "table"
-        self.ids += [values["id"]] if "id" in values else []
         if tag not in self.void:
             self.open.append(tag)
 
@@ -350,49 +362,160 @@ class Page(html.parser.HTMLParser):
         self.text.append(data)
 
 
+def rendered(report_, width=80):
+    """What an 80-column terminal shows."""
+    console = rich.console.Console(width=width, file=io.StringIO(), color_system=None)
+    console.print(report.terminal(report_))
+    return console.file.getvalue()
+
+
 def test_the_page_needs_nothing_else_and_says_what_was_found(tmp_path):
     rows = grid_rows(["none", "noise:0.1", "noise:0.2"], ["ggl", "ig"], 3)
     records = make_sweep(tmp_path / "s", rows, failed=["f"], left=["l"])
-    path = html_report.write(records)
+    path = write(records)
     text = path.read_text()
     page = Page(text)
-    assert all(image["alt"] for image in page.images)
-    assert len(page.images) == 18
+    # By defense, by noise's parameter, three images, losses under three defenses.
+    assert len(page.images) == 1 + 1 + 3 + 3
     for image in page.images:
-        content = base64.b64decode(image["src"].removeprefix("data:image/png;base64,"))
-        Image.open(io.BytesIO(content)).verify()
-    # By defense, by noise's parameter, and the losses.
-    assert len(page.figures) == 3
-    assert all(figure["aria-label"] and figure["role"] == "img" for figure in page.figures)
-    assert len(page.ids) == len(set(page.ids))
+        svg = base64.b64decode(image["src"].removeprefix("data:image/svg+xml;base64,")).decode()
+        root = xml.etree.ElementTree.fromstring(svg)
+        assert float(root.get("width").removesuffix("pt")) <= 72 * report.figures.WIDTH + 1
+        assert "prefers-color-scheme" in svg
+        assert not re.search(r"@import|(href|src)=\"(?!#|data:)|url\((?!#|data:)", svg)
     assert "prefers-color-scheme" in text
-    assert not re.search(r"@import|url\((?!#|data:)", text)
-    said = "".join(page.text)
-    assert "1 cells failed, 1 are not run yet" in said
-    assert "ValueError: <b>no</b>" in said  # escaped: else the parser saw a tag
+    assert "default-src 'none'" in text
+    assert "1 cell failed, 1 not run yet" in page.said
+    assert "ValueError: <b>no</b>" in page.said  # escaped: else the parser saw a tag
     means = {g.defense + g.variant: g.means["psnr"].mean for g in leakage(records.rows)}
-    assert f"{means['noise:0.2ig']:.1f} [" in said
-    assert "0.102" in said  # the estimated sigma
-    assert "sweep <g>.toml" in said
+    assert f"{means['noise:0.2ig']:.1f}" in page.said
+    assert "0.102" in page.said  # the estimated sigma
+    assert "sweep <g>.toml" in page.said
+    # The file has the same words and figures.
     markdown = path.with_suffix(".md").read_text()
-    assert markdown.count("\n| ") == 1 + 6 + 1 + 2
-    assert f"{means['noneggl']:.1f} [" in markdown
+    for line in markdown.splitlines():
+        if line.startswith("!["):
+            assert (path.parent / line.rpartition("(")[2].rstrip(")")).is_file()
+    assert f"| noise:0.2 | ig | {means['noise:0.2ig']:.1f} |" in markdown
+
+
+def test_the_three_views_say_the_same(tmp_path):
+    rows = [make_row(f"{d}{i}", f"{i}", d, psnr) for d, psnr in (("none", 15), ("clip:4", 11))
+            for i in range(3)]  # fmt: skip
+    records = make_sweep(tmp_path / "s", rows)
+    path = write(records)
+    views = (
+        Page(path.read_text()).said,
+        path.with_suffix(".md").read_text(),
+        rendered(report.make(records)),
+    )
+    for view in views:
+        words = " ".join(view.replace("**", "").split())
+        assert "The images leaked beyond the blind guess under no defense (15.0 dB" in words
+        assert "No leak beyond the blind guess was shown under clip:4 (11.0 dB" in words
+        assert "6 cells on 3 images." in words
+        assert "under none" not in words
+
+
+@pytest.mark.parametrize("name", ["<b>|x`*_y_", "a & b ~~c~~ [d](e)", "\\|"])
+def test_names_are_shown_as_they_are(tmp_path, name):
+    rows = [make_row(f"{i}", f"{name}{i}", f"{name}:1", 12.0 + i, attack=a)
+            for i in range(3) for a in ("ggl", name)]  # fmt: skip
+    for number, row in enumerate(rows):
+        row["cell"], row["reconstruction"] = f"c{number}", f"reconstructions/{number}.png"
+    records = make_sweep(tmp_path / "s", rows)
+    report_ = report.make(records)
+    shown = " ".join(name.split())
+    page = Page(report.page(report_))
+    assert page.said.count(f"{shown}:1") >= 5
+    assert f"{shown}:1" in rendered(report_, width=200)
+    assert any(f"{shown}0" in image["alt"] for image in page.images)
+
+
+def test_users_metrics_are_in_every_view(tmp_path, monkeypatch):
+    worst = metrics.Metric(lambda x, y, *_: 0.0, "the worst pixel", "Worst", "", 2, "lower")
+    monkeypatch.setitem(metrics.METRICS, "worst", worst)
+    monkeypatch.setitem(metrics.METRICS, "plain", lambda x, y, *_: 0.0)
+    rows = [make_row(f"{i}", f"{i}", "mine", 12.0, worst=0.25, plain=7.0) for i in range(3)]
+    records = make_sweep(tmp_path / "s", rows)
+    report_ = report.make(records)
+    for view in (Page(report.page(report_)).said, report_.text(), rendered(report_, width=120)):
+        for word in ("mine", "Worst", "0.25 [0.25", "the worst pixel", "lower is nearer", "plain"):
+            assert word in view, word
+    assert check(records, bounds={"worst": 0.3})[0].violated
+    assert not check(records, bounds={"plain": 7.5})[0].violated
+
+
+def test_lpips_names_its_network(tmp_path):
+    rows = [make_row(f"{i}", f"{i}", "none", 12.0, lpips=0.3, lpips_backbone="alex")
+            for i in range(2)]  # fmt: skip
+    assert "LPIPS (alex)" in report.make(make_sweep(tmp_path / "a", rows)).text()
+    note = {"lpips_backbone": "vgg", "lpips_note": "its weights are not installed"}
+    rows = [make_row(f"{i}", f"{i}", "none", 12.0, **note) for i in range(2)]
+    text = report.make(make_sweep(tmp_path / "b", rows)).text()
+    assert "LPIPS (vgg) was not measured: its weights are not installed." in text
+    assert "**LPIPS" not in text
+
+
+def test_a_gain_is_the_difference_that_is_printed(tmp_path):
+    rows = [make_row(f"{i}", f"{i}", "none", 14.04, psnr_mean_image=10.86) for i in range(2)]
+    text = report.make(make_sweep(tmp_path / "s", rows)).text()
+    assert "| none | 14.0 | 10.9 | +3.1 [" in text
+    assert "+3.2" not in text.split("[")[0]
+
+
+def test_a_terminal_of_80_columns_shows_intervals_whole(tmp_path):
+    names = ["none", "noise:0.1", "clip:4", "sparsify:0.9", "soteria:0.8", "clip:4+noise:0.1"]
+    rows = [make_row(f"{d}{i}", f"{i}", d, 12.0 + i) for d in names for i in range(3)]
+    shown = rendered(report.make(make_sweep(tmp_path / "s", rows)))
+    (line,) = re.findall(r"clip:4\+noise:0.1 .*yes|clip:4\+noise:0.1 .*not shown", shown)
+    assert re.search(r"\+2\.0 \[-0\.5,\s\+4\.5\]", line)
+
+
+def test_one_image(tmp_path):
+    text = report.make(make_sweep(tmp_path / "s", [make_row("a", "face", "none", 15.0)])).text()
+    assert "1 cell on 1 image." in text
+    assert "One image gives no interval" in text
+    assert "Identified) was not tested" in text
+    assert "| none | 15.0 | 11.0 | +4.0 | 12.0 | 22.0 | **yes** |" in text
+
+
+def test_refinement_has_a_curve_of_its_own(tmp_path):
+    # Its loss is another one, and may start higher.
+    row = make_row("a", "a", "none", 12.0, stages=[["ggl", 3], ["refine", 2]],
+                   loss_curve=[[1, 2, 3, 4, 5], [3.0, 2.0, 1.0, 9.0, 8.0]])  # fmt: skip
+    assert report.figures.stages(row) == {
+        "search": ([1, 2, 3], [3.0, 2.0, 1.0]), "refinement": ([4, 5], [9.0, 8.0])
+    }  # fmt: skip
+    records = make_sweep(tmp_path / "s", [row])
+    drawn = Page(report.page(report.make(records))).figure("Lowest")
+    assert "step of the search" in drawn
+    assert "step of the refinement" in drawn
+    plain = make_row("b", "b", "none", 12.0, stages=[["ggl", 3]])
+    assert list(report.figures.stages(plain)) == ["search"]
+    assert report.figures.stages(make_row("c", "c", "none", 12.0, loss_curve=[[], []])) == {}
+
+
+def test_loss_axes_have_plain_numbers(tmp_path):
+    row = make_row("a", "a", "noise:1", 12.0, loss_curve=[[1, 2, 3], [57.18, 57.16, 57.15]])
+    svg = Page(report.page(report.make(make_sweep(tmp_path / "s", [row])))).figure("Lowest")
+    ticks = re.findall(r">(57\.\d+)</text>", svg)
+    assert len(ticks) >= 3
+    assert "e+" not in svg.split("</style>")[-1]
 
 
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="needs chromium")
 def test_the_page_in_a_browser(tmp_path):
     records = make_sweep(tmp_path / "s", grid_rows(["none", "noise:0.1"], ["ggl"], 3))
-    page = html_report.write(records)
-    for scheme, dark in (("light", False), ("dark", True)):
-        shot = tmp_path / f"{scheme}.png"
+    page = write(records)
+    for width, dark in ((400, False), (1200, True)):
+        shot = tmp_path / f"{width}.png"
         browser = [
             "chromium",
-            "--headless",
-            "--no-sandbox",
-            "--disable-gpu",
-            f"--user-data-dir={tmp_path / scheme}",
+            *("--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking"),
+            f"--user-data-dir={tmp_path / str(width)}",
             *(["--blink-settings=preferredColorScheme=0"] if dark else []),
-            "--window-size=900,1200",
+            f"--window-size={width},1200",
             "--enable-logging=stderr",
             f"--screenshot={shot}",
             page.as_uri(),
@@ -413,9 +536,10 @@ def test_a_thousand_cells_stay_readable(tmp_path, monkeypatch):
     defenses = ["none", *(f"noise:{s}" for s in (0.01, 0.03, 0.1, 0.3))]
     rows = grid_rows(defenses, ["ggl", "dlg", "ig", "gi"], 25, seeds=2)
     assert len(rows) == 1000
-    page = Page(html_report.page(make_sweep(tmp_path / "s", rows)))
-    assert len("".join(page.text)) < 60_000
-    assert len(page.images) == 5 * 4 * html_report.MAX_SHEET_IMAGES
+    page = Page(report.page(report.make(make_sweep(tmp_path / "s", rows))))
+    assert len(page.said) < 60_000
+    # overview, by noise's parameter, a curve for each defense
+    assert len(page.images) == report.MAX_IMAGES + 2 + 5
 
 
 def test_an_empty_folder_and_others_are_refused(tmp_path, capsys):
@@ -424,6 +548,9 @@ def test_an_empty_folder_and_others_are_refused(tmp_path, capsys):
     assert "no finished cell" in capsys.readouterr().err
     assert run(["report", str(tmp_path)]) == 2
     assert run(["report", str(tmp_path / "s"), "--compare"]) == 2
+    capsys.readouterr()
+    assert run(["report", str(tmp_path / "s"), f"{tmp_path}/./s", "--compare"]) == 2
+    assert "given twice" in capsys.readouterr().err
 
 
 def test_comparison_is_paired_by_image(tmp_path):
@@ -432,7 +559,7 @@ def test_comparison_is_paired_by_image(tmp_path):
     b = [make_row(f"b{i}", f"{i}", "none", 13.0 + 5 * i + d) for i, d in enumerate((-0.1, 0, 0.1))]
     b.append(make_row("b9", "9", "none", 90.0))  # not in both
     first, second = (make_sweep(tmp_path / n, rows) for n, rows in (("a", a), ("b", b)))
-    ((defense, _, images, in_a, in_b, difference),) = html_report.compare(first, second)
+    ((defense, _, images, in_a, in_b, difference),) = report.compare(first, second)
     assert (defense, images) == ("none", 3)
     assert in_a.mean == pytest.approx(6.0)
     assert in_b.mean == pytest.approx(7.0)
@@ -442,4 +569,4 @@ def test_comparison_is_paired_by_image(tmp_path):
     folders = [str(tmp_path / "a"), str(tmp_path / "b")]
     assert run(["report", *folders, "--compare", "--out", str(path)]) == 0
     page = Page((path / "comparison.html").read_text())
-    assert "+1.0 [+0.8, +1.2]" in "".join(page.text)
+    assert "+1.0 [+0.8,\N{NO-BREAK SPACE}+1.2]" in page.said

@@ -41,19 +41,19 @@ def setting(classes, fidelity, rate=0.9):
     @jax.jit
     def share(image):
         update = gx.gradient(model, variables, image, labels)
-        return defense.apply(None, update, gx.Context(model, variables, image, labels))
+        return defense.apply(None, update, gx.Context(model, variables, image, labels))[0]
 
     observed = share(image)
-    estimated = defense.estimate(observed, model.head)
+    estimated = defense.view.estimate(observed, model.head)
 
     def make(method, estimated=estimated):
         return gx.matching_loss(
-            model, variables, observed, defense=defense, estimated=estimated, method=method
+            model, variables, observed, view=defense.view, estimated=estimated, method=method
         )
 
     def eager(images, labels):
         update = gx.gradient(model, variables, images[0], labels)
-        difference = jax.tree.map(jnp.subtract, defense.simulate(estimated, update), observed)
+        difference = jax.tree.map(jnp.subtract, defense.view.simulate(estimated, update), observed)
         return trees.total(trees.sq_norms(difference))[None]
 
     programs = {
@@ -100,13 +100,13 @@ def test_the_loss_of_a_resnet_is_zero_at_the_truth(fidelity):
     labels = jnp.array([0])
     defense = gx.parse("sparsify:0.9", fidelity)
     update = jax.jit(gx.gradient, static_argnums=0)(model, variables, image, labels)
-    observed = jax.jit(lambda g: defense.apply(None, g, None))(update)
-    estimated = jax.jit(defense.estimate, static_argnums=1)(observed, model.head)
+    observed, _ = jax.jit(lambda g: defense.apply(None, g, None))(update)
+    estimated = jax.jit(defense.view.estimate, static_argnums=1)(observed, model.head)
 
     @functools.partial(jax.jit, static_argnums=0)
     def loss(method, observed, estimated, images):
         made = gx.matching_loss(
-            model, variables, observed, defense=defense, estimated=estimated, method=method
+            model, variables, observed, view=defense.view, estimated=estimated, method=method
         )
         return made(images, labels)
 

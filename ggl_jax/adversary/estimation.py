@@ -1,6 +1,6 @@
 """What the server finds out about the client's defense, and how close that comes to the truth.
 
-The estimators themselves belong to the defenses (``Defense.estimate``); they see the observed
+The estimators themselves belong to the defenses (``View.estimate``); they see the observed
 update and nothing else. :func:`compare` is for the audit, which knows both sides.
 """
 
@@ -9,85 +9,71 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 
+from ggl_jax.client.defenses import merged
 from ggl_jax.trees import check_finite, head_parts, names
-from ggl_jax.types import Defense, Path, PyTree
+from ggl_jax.types import Path, PyTree, View
 
-__all__ = ["check_finite", "compare", "estimate", "noise_variance"]
+__all__ = ["check_finite", "compare", "estimate", "noise_level"]
 
 
-def estimate(defense: Defense, update: PyTree, head: Path) -> dict:
+def estimate(view: View, update: PyTree, head: Path) -> PyTree:
     """Estimate a defense's parameters from the observed update alone.
 
     The adversary knows which kind of defense is in use (the paper's threat model), not its
     parameters.
 
     Args:
-        defense: the defense; its own hyper-parameters are not looked at.
+        view: the server's side of the defense, which has no parameters of the client's.
         update: the observed update, a pytree like ``variables["params"]``.
         head: ``Model.head``.
 
     Returns:
-        The defense's dict of arrays, ready for ``defense.simulate`` and ``defense.factor``.
+        A dict of arrays, or a tuple of them for a chain, ready for ``view.simulate``.
 
     Raises:
         GGLError: the update holds NaN or infinity, or has no such layer. For use inside compiled
-            programs call ``defense.estimate``.
+            programs call ``view.estimate``.
 
     Reference: paper (estimated clipping bound, sparsification rate, Soteria mask).
     """
     head_parts(update, head)
     check_finite(update)
-    return jax.jit(defense.estimate, static_argnums=1)(update, tuple(head))
+    return jax.jit(view.estimate, static_argnums=1)(update, tuple(head))
 
 
-def compare(record: Mapping, estimated: Mapping) -> dict[str, float]:
+def noise_level(view: View, estimated: PyTree) -> jax.Array:
+    """Estimated standard deviation of noise on every entry of the update; 0 for none."""
+    level = 0.0 if view.noise_std is None else view.noise_std(estimated)
+    return jnp.asarray(level, jnp.float32)
+
+
+def compare(record: Mapping | tuple, estimated: Mapping | tuple) -> dict[str, float]:
     """Errors of the estimated parameters, for reports.
 
     Args:
-        record: what the client used, from ``defense.record``.
-        estimated: from ``defense.estimate``.
+        record: what the client used, from ``defense.apply``.
+        estimated: from :func:`estimate`.
 
     Returns:
         For every scalar in both: ``"<name>_error"``, ``|estimated - true| / |true|`` (the absolute
         error where the true value is 0). For every mask: ``"mask_agreement"``, the share of its
         entries that are equal. Stages of a chain are merged; where two share a name, their keys
-        carry the stage.
+        carry the stage's number.
     """
+    if isinstance(record, tuple):
+        return merged([compare(*own) for own in zip(record, estimated, strict=True)])
     result: dict[str, float] = {}
-    stages = {}
     for key, true in record.items():
         if key not in estimated:
             continue
         found = estimated[key]
         if key == "mask":
             result["mask_agreement"] = _agreement(true, found)
-        elif isinstance(true, Mapping):
-            stages[key] = compare(true, found)
         elif jnp.ndim(true) == 0:
             true, found = float(true), float(found)
             error = abs(found - true)
             result[f"{key}_error"] = error / abs(true) if true else error
-    everything = [k for own in stages.values() for k in own]
-    for stage, own in stages.items():
-        for key, value in own.items():
-            result[f"{stage}.{key}" if everything.count(key) > 1 else key] = value
     return result
-
-
-def noise_variance(estimated: Mapping) -> jax.Array:
-    """Variance of the noise on every entry that a defense's estimate speaks of; 0 for none.
-
-    Args:
-        estimated: from :func:`estimate`, of one defense or of a chain (its stages add up; what a
-            later stage does to an earlier one's noise is not considered).
-    """
-    total = jnp.zeros((), jnp.float32)
-    for key, value in estimated.items():
-        if key == "sigma":
-            total += jnp.square(value)
-        elif isinstance(value, Mapping):
-            total += noise_variance(value)
-    return total
 
 
 def _agreement(true: PyTree, found: PyTree) -> float:

@@ -95,12 +95,10 @@ def _weighted_sum(tree, weights):
     return sum(jax.tree.leaves(tree))
 
 
-def squared_l2(*, fidelity: str = "paper", weights: PyTree | None = None) -> Distance:
+def squared_l2(*, weights: PyTree | None = None) -> Distance:
     """Squared l2 distance (the paper's D1): sum over every entry of (y - g)^2.
 
     Args:
-        fidelity: "paper" for the plain sum; "code" divides it by the number of tensors in the
-            update (62 for ResNet-18 at 32x32), as the published code does.
         weights: a factor for each tensor, a pytree with the update's structure and scalar leaves;
             None for 1.
 
@@ -110,14 +108,12 @@ def squared_l2(*, fidelity: str = "paper", weights: PyTree | None = None) -> Dis
     Reference:
         Paper, section 3 (gradient matching loss).
     """
-    _check_fidelity(fidelity)
 
-    def reduce(squares):
-        total = _weighted_sum(squares, weights)
-        return total / len(jax.tree.leaves(squares)) if fidelity == "code" else total
+    def from_squares(squares):
+        return _weighted_sum(squares, weights)
 
     def from_statistics(statistics):
-        return reduce(
+        return from_squares(
             jax.tree.map(
                 lambda inner, candidate, observed: observed - 2.0 * inner + candidate,
                 statistics.inner,
@@ -126,14 +122,30 @@ def squared_l2(*, fidelity: str = "paper", weights: PyTree | None = None) -> Dis
             )
         )
 
-    return Distance(from_statistics, None, reduce, "squared_l2")
+    return Distance(from_statistics, None, from_squares, "squared_l2")
 
 
-def cosine(*, fidelity: str = "paper", weights: PyTree | None = None) -> Distance:
+def mean_squared_l2() -> Distance:
+    """:func:`squared_l2` over the number of tensors in the update (62 for ResNet-18 at 32x32).
+
+    The published code's D1 for CMA-ES and TuRBO, beside which its weight of the KLD stands; its
+    Adam takes the plain sum.
+    """
+    total = squared_l2()
+
+    def from_statistics(statistics):
+        return total.from_statistics(statistics) / len(jax.tree.leaves(statistics.inner))
+
+    def from_squares(squares):
+        return total.from_squares(squares) / len(jax.tree.leaves(squares))
+
+    return Distance(from_statistics, None, from_squares, "mean_squared_l2")
+
+
+def cosine(*, weights: PyTree | None = None) -> Distance:
     """Cosine distance (the paper's D2): 1 - <y, g> / (|y| |g|) over the whole update, in [0, 2].
 
     Args:
-        fidelity: accepted for symmetry; the paper and the published code agree.
         weights: a factor >= 0 for each tensor in every inner product; None for 1.
 
     Returns:
@@ -145,7 +157,6 @@ def cosine(*, fidelity: str = "paper", weights: PyTree | None = None) -> Distanc
     Reference:
         Geiping et al. (2020), "Inverting Gradients"; the paper's D2.
     """
-    _check_fidelity(fidelity)
 
     def from_statistics(statistics):
         inner, candidate, observed = (_weighted_sum(tree, weights) for tree in statistics)
@@ -169,21 +180,21 @@ def _inverse_norm(square):
     return jax.lax.rsqrt(jnp.maximum(square, _TINY))
 
 
-#: Distance factories by name; each takes ``fidelity`` and ``weights``.
-DISTANCES = {"squared_l2": squared_l2, "cosine": cosine}
+#: Distance factories by name.
+DISTANCES = {"squared_l2": squared_l2, "mean_squared_l2": mean_squared_l2, "cosine": cosine}
 
 
-def resolve_distance(distance: str | Distance, *, fidelity: str = "paper") -> Distance:
+def resolve_distance(distance: str | Distance) -> Distance:
     """A :class:`Distance` from its name (or itself).
 
     Raises:
-        GGLError: for an unknown name or fidelity.
+        GGLError: for an unknown name.
     """
     if isinstance(distance, Distance):
         return distance
     if distance not in DISTANCES:
         raise GGLError(f"distance: got {distance!r}, allowed: {', '.join(DISTANCES)}")
-    return DISTANCES[distance](fidelity=fidelity)
+    return DISTANCES[distance]()
 
 
 def kld(latents: jax.Array, images: jax.Array, *, fidelity: str = "paper") -> jax.Array:
@@ -220,13 +231,16 @@ def norm(latents: jax.Array, images: jax.Array, *, fidelity: str = "paper") -> j
     Args:
         latents: [n b z].
         images: unused.
-        fidelity: the paper and the published code agree.
+        fidelity: "code" takes 1 for k (the published code reads ``ndim``, which is 1, where the
+            length is meant) and no derivative, since it scores finished searches only.
 
     Returns:
         [n], summed over the b latents of a candidate.
     """
-    del images, fidelity
-    return jnp.sum((jnp.sum(latents**2, axis=-1) - latents.shape[-1]) ** 2, axis=-1)
+    del images
+    count = latents.shape[-1] if fidelity == "paper" else 1
+    terms = jnp.sum((jnp.sum(latents**2, axis=-1) - count) ** 2, axis=-1)
+    return terms if fidelity == "paper" else jax.lax.stop_gradient(terms)
 
 
 def gaussian(latents: jax.Array, images: jax.Array, *, fidelity: str = "paper") -> jax.Array:
@@ -275,7 +289,10 @@ def total_variation(latents: jax.Array, images: jax.Array, *, fidelity: str = "p
 
 
 def l2(latents: jax.Array, images: jax.Array, *, fidelity: str = "paper") -> jax.Array:
-    """Squared l2 norm of the images in the networks' [-1, 1] range (0 for mid-grey).
+    """Mean square of the images' entries in the networks' [-1, 1] range (0 for mid-grey).
+
+    A mean, as :func:`total_variation` and :func:`group_consistency` are, so that weights compare
+    and mean the same for images of any size.
 
     Args:
         latents: unused.
@@ -283,19 +300,19 @@ def l2(latents: jax.Array, images: jax.Array, *, fidelity: str = "paper") -> jax
         fidelity: accepted for symmetry.
 
     Returns:
-        [n], summed over a candidate's images.
+        [n].
 
     Reference:
-        Yin et al. (2021), "See through Gradients" (GradInversion).
+        Yin et al. (2021), "See through Gradients" (GradInversion), who take norms, not squares.
     """
     del latents, fidelity
-    return jnp.sum(to_signed(images) ** 2, axis=(1, 2, 3, 4))
+    return jnp.mean(to_signed(images) ** 2, axis=(1, 2, 3, 4))
 
 
 def group_consistency(
     latents: jax.Array, images: jax.Array, *, fidelity: str = "paper"
 ) -> jax.Array:
-    """Squared l2 distance, in [-1, 1], to the mean image of the candidates of one step.
+    """Mean squared difference, in [-1, 1], from the mean image of the candidates of one step.
 
     With an optimiser that evaluates every restart once a step (Adam), these are the restarts: they
     are drawn together. 0 for a single restart. The mean is held constant in derivatives.
@@ -315,7 +332,7 @@ def group_consistency(
     del latents, fidelity
     images = to_signed(images)
     mean = jax.lax.stop_gradient(jnp.mean(images, axis=0, keepdims=True))
-    return jnp.sum((images - mean) ** 2, axis=(1, 2, 3, 4))
+    return jnp.mean((images - mean) ** 2, axis=(1, 2, 3, 4))
 
 
 def batch_norm_distance(found: PyTree, target: PyTree) -> jax.Array:

@@ -16,7 +16,7 @@ from ggl_jax.adversary.resume import Checkpoints
 from ggl_jax.adversary.search import Stage, run_stages
 from ggl_jax.adversary.strategy import AttackSettings, combines, make_stages, result_images
 from ggl_jax.client.share import ClientSettings
-from ggl_jax.types import Attack, Defense, Model, Prior, Problem, Public, PyTree, Shared
+from ggl_jax.types import Attack, Model, Prior, Problem, Public, PyTree, Shared, View
 
 
 class Reconstruction(NamedTuple):
@@ -32,8 +32,9 @@ class Reconstruction(NamedTuple):
         history: [steps] lowest loss so far.
         status: one of ``ggl_jax.types.OK``, ``NONFINITE``, ``STALLED``.
         seconds: wall-clock time of the search, shared evenly by those of its batch.
-        search: the attack's settings as resolved, and whether the result is the restarts' mean
-            ("combined") and was refined in pixels ("refined").
+        search: the attack's settings as resolved, whether the result is the restarts' mean
+            ("combined") and was refined in pixels ("refined"), and the names and steps of its
+            "stages".
         point: [p], the result in the space that the search's last stage searched.
         attack: of that stage.
         problem: what it worked on.
@@ -83,7 +84,7 @@ class Search(NamedTuple):
 def search_for(
     model: Model,
     prior: Prior,
-    defense: Defense,
+    view: View,
     client: ClientSettings,
     settings: AttackSettings,
     instances: int = 1,
@@ -98,7 +99,7 @@ def search_for(
         settings,
         model,
         prior,
-        defense,
+        view,
         batch_size=client.batch_size,
         local_steps=client.local_steps,
         local_learning_rate=client.local_learning_rate,
@@ -108,8 +109,9 @@ def search_for(
         stages,
         {
             **resolved,
-            "combined": combines(settings, defense),
+            "combined": combines(settings, view),
             "refined": stages[-1].attack.name == "refine",
+            "stages": [(stage.attack.name, stage.steps) for stage in stages],
         },
     )
 
@@ -127,7 +129,7 @@ def reconstruct(
     public: Public,
     shared: Sequence[Shared],
     *,
-    defense: Defense,
+    view: View,
     client: ClientSettings | None = None,
     settings: AttackSettings | None = None,
     expected: Mapping[str, jax.Array] | None = None,
@@ -144,7 +146,7 @@ def reconstruct(
         keys: [i] typed keys, one for each update.
         public: what the server has.
         shared: ``i`` updates of clients that did the same.
-        defense: the kind of defense that the server takes the clients to use.
+        view: of the kind of defense that the server takes the clients to use.
         client: how many images and local steps are behind an update.
         settings: the search.
         expected: of :func:`expectations`, for batches of images; None draws them by the first key.
@@ -179,16 +181,22 @@ def reconstruct(
             # Only the labels of several images need them; one image's is read off directly.
             **(expected or {} if client.batch_size > 1 else {}),
         )
-        estimated = estimation.estimate(defense, one.update, public.model.head)
+        estimated = estimation.estimate(view, one.update, public.model.head)
         problems.append(
             Problem(
-                one.update, public.variables, public.prior_params, labels, estimated, one.statistics
+                one.update,
+                public.variables,
+                public.prior_params,
+                labels,
+                estimated,
+                estimation.noise_level(view, estimated),
+                one.statistics,
             )
         )
     report("compiling the search")
     began = time.perf_counter()
     per_device = -(-len(problems) // (1 if mesh is None else mesh.size))
-    search = search_for(public.model, public.prior, defense, client, settings, per_device)
+    search = search_for(public.model, public.prior, view, client, settings, per_device)
     steps = sum(stage.steps for stage in search.stages)
     outcome = run_stages(
         search.stages,
@@ -198,7 +206,7 @@ def reconstruct(
         checkpoints=checkpoints,
         callback=lambda done, losses: report("search", done / steps, float(jnp.mean(losses))),
     )
-    images = result_images(settings, defense, search.stages, outcome)
+    images = result_images(settings, view, search.stages, outcome)
     seconds = (time.perf_counter() - began) / len(problems)
     return [
         Reconstruction(

@@ -4,20 +4,23 @@ import functools
 import gc
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ggl_jax.adversary.resume import Checkpoints, Saved, identity
+from ggl_jax import files
+from ggl_jax.adversary.resume import Checkpoints, Saved
 from ggl_jax.adversary.sharding import Layout
 from ggl_jax.errors import GGLError
 from ggl_jax.types import NONFINITE, OK, STALLED, Attack, Candidates, Problem, PyTree
 
 #: Which parts of a problem differ between the instances of one batch: each client has its own
 #: update and labels, while the global model and the prior are shared.
-_INSTANCE_AXES = Problem(0, None, None, 0, 0, 0)  # type: ignore[arg-type]
+_INSTANCE_AXES: Any = Problem(*cast(Any, [0] * len(Problem._fields)))._replace(
+    variables=None, prior_params=None
+)
 
 
 class SearchResult(NamedTuple):
@@ -181,18 +184,14 @@ def run_search(
     if points is not None:
         points = jnp.stack(layout.pad(list(points))) if batched else points[0]
     name, saved = "", None
+    own = problem._replace(variables=None, prior_params=None)
     if checkpoints is not None:
-        own = problem._replace(variables=None, prior_params=None)
-        name = identity(attack.name, steps, keys, points, own)
+        name = files.digest(attack.name, steps, jax.tree.leaves((keys, points, own)))
         saved = checkpoints.load(name, jax.eval_shape(init, key_start, problem, points))
     key_start, key, points = layout.instances((key_start, key, points))
-    problem = Problem(
-        observed=layout.instances(problem.observed),
+    problem = layout.instances(own)._replace(
         variables=layout.shared(problem.variables),
         prior_params=layout.shared(problem.prior_params),
-        labels=layout.instances(problem.labels),
-        estimated=layout.instances(problem.estimated),
-        statistics=layout.instances(problem.statistics),
     )
     history, statuses, done = [], [], 0
     if saved is None:

@@ -11,11 +11,10 @@ import numpy as np
 from ggl_jax.adversary.attacks import make_attack, pixel_refinement, resolve
 from ggl_jax.adversary.optimizers import optimizer_options
 from ggl_jax.adversary.search import SearchResult, Stage
-from ggl_jax.client.defenses import replaces_update
 from ggl_jax.errors import GGLError
 from ggl_jax.images import assign
 from ggl_jax.priors.pixels import pixels_of
-from ggl_jax.types import Candidates, Defense, Model, Prior
+from ggl_jax.types import Candidates, Model, Prior, View
 
 #: Whether pixels are refined after the search: never, always, or wherever no noise was added.
 REFINEMENTS = ("none", "pixels", "auto")
@@ -68,7 +67,7 @@ _NOT_THE_ATTACKS = (
 )
 
 
-def combines(settings: AttackSettings, defense: Defense) -> bool:
+def combines(settings: AttackSettings, view: View) -> bool:
     """Whether the result is the mean image of the restarts.
 
     Under noise a loss tells the restarts' likenesses apart no longer: the best by loss is one of
@@ -77,18 +76,14 @@ def combines(settings: AttackSettings, defense: Defense) -> bool:
     """
     if settings.combine not in COMBINATIONS:
         raise GGLError(f"combine: got {settings.combine!r}, allowed: {', '.join(COMBINATIONS)}")
-    return settings.combine == "mean" or (settings.combine == "auto" and _adds_noise(defense))
-
-
-def _adds_noise(defense: Defense) -> bool:
-    return any(stage.partition(":")[0] == "noise" for stage in defense.name.split("+"))
+    return settings.combine == "mean" or (settings.combine == "auto" and view.adds_noise)
 
 
 def make_stages(
     settings: AttackSettings,
     model: Model,
     prior: Prior,
-    defense: Defense,
+    view: View,
     *,
     batch_size: int = 1,
     local_steps: int = 1,
@@ -106,7 +101,7 @@ def make_stages(
         settings: see there.
         model: the federated model.
         prior: the generator.
-        defense: what the client did.
+        view: the server's side of the client's defense.
         batch_size: images per observed update.
         local_steps: SGD steps in the client's update.
         local_learning_rate: their step size.
@@ -124,10 +119,10 @@ def make_stages(
     for name in ("final_steps", "refine_steps"):
         if getattr(settings, name) < 1:
             raise GGLError(f"{name}: got {getattr(settings, name)}, allowed: at least 1")
-    if local_steps > 1 and replaces_update(defense):
+    if local_steps > 1 and view.rewire is not None:
         raise GGLError(
-            f"local_steps: {defense.name} recomputes a single gradient step, so it cannot "
-            f"defend {local_steps} local steps; use 1, or --fidelity code"
+            f"local_steps: {view.name} recomputes a single gradient step, so candidates cannot be "
+            f"compared with {local_steps} local steps; use 1, or --fidelity code"
         )
     given = {
         field.name: getattr(settings, field.name)
@@ -152,9 +147,9 @@ def make_stages(
         raise GGLError(
             f"finalists: got {settings.finalists}, allowed: 0 to the number of restarts, {restarts}"
         )
-    attack = make_attack(settings.attack, model, prior, defense=defense, **given)
+    attack = make_attack(settings.attack, model, prior, view=view, **given)
     stages = [Stage(attack, resolved["steps"])]
-    mean = combines(settings, defense)
+    mean = combines(settings, view)
     # Reduced precision is for the early search; near the optimum differences are small.
     last_precision = None if settings.precision is None else "float32"
     if settings.finalists and not mean:
@@ -167,15 +162,15 @@ def make_stages(
             "pool": 0,
             "precision": last_precision,
         }
-        last = make_attack(settings.attack, model, prior, defense=defense, **(given | by_adam))
+        last = make_attack(settings.attack, model, prior, view=view, **(given | by_adam))
         stages.append(Stage(last, settings.final_steps, _best_points(settings.finalists)))
-    if settings.refine == "pixels" or (settings.refine == "auto" and not _adds_noise(defense)):
+    if settings.refine == "pixels" or (settings.refine == "auto" and not view.adds_noise):
         # Not the likelihood: it scales the distance, and the penalty is sized for a relative one.
         shared = ("distance", "fidelity", "method", "chunk_size", "memory", "instances")
         refinement = pixel_refinement(
             model,
             steps=settings.refine_steps,
-            defense=defense if resolved["adaptive"] else None,
+            view=view if resolved["adaptive"] else None,
             precision=last_precision,
             batch_size=batch_size,
             local_steps=local_steps,
@@ -225,18 +220,18 @@ def _in_one_order(images: np.ndarray, labels: np.ndarray) -> np.ndarray:
 
 
 def result_images(
-    settings: AttackSettings, defense: Defense, stages: Sequence[Stage], outcome: SearchResult
+    settings: AttackSettings, view: View, stages: Sequence[Stage], outcome: SearchResult
 ) -> np.ndarray:
     """What the adversary ends up with, [i b h w c] in [0, 1]: the best restart, or their mean.
 
     Args:
         settings: the search.
-        defense: what the client did.
+        view: the server's side of the client's defense.
         stages: from :func:`make_stages`.
         outcome: from :func:`ggl_jax.adversary.search.run_stages`.
     """
     refined = stages[-1].attack.name == "refine"  # starts from the mean by itself
-    mean = combines(settings, defense) and not refined
+    mean = combines(settings, view) and not refined
     images = mean_image(outcome.candidates) if mean else outcome.images
     return np.clip(np.asarray(images), 0.0, 1.0)
 

@@ -1,5 +1,6 @@
 """What a run is made of: its inputs, checked once, and its cells, named by what they compute."""
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
@@ -100,6 +101,7 @@ class Inputs:
             "model": identity.model_digest(self.model),
             "prior": _short(identity.prior_digest(self.prior), jax.tree.leaves(self.prior_params)),
             "variables": "" if self.variables is None else _short(jax.tree.leaves(self.variables)),
+            "metrics": sorted(metrics.METRICS),
             "suspects": "" if self.others is None else _short(self.others),
         }
 
@@ -203,7 +205,7 @@ class Cells:
         self.inputs, self.told_apart = inputs, told_apart
         self.defenses: dict[str, str] = {}
         self._parsed: dict[tuple[str, str, str], Defense] = {}
-        self._evaluations: dict[tuple, int] = {}
+        self._searches: dict[tuple, tuple[int, str]] = {}
 
     def defense(self, given: Defense | str, settings: AttackSettings) -> Defense:
         """A defense as it is given, or by its specification.
@@ -220,8 +222,8 @@ class Cells:
             defense, found = self._parsed[spec], ""
         else:
             defense, found = given, str(id(given))
-            if self.told_apart:
-                found = identity.defense_digest(given, self.inputs.model)
+        if self.told_apart and (defense is given or identity.names_own(given)):
+            found = identity.defense_digest(defense, self.inputs.model)
         if self.defenses.setdefault(defense.name, found) != found:
             raise GGLError(
                 f"defenses: {defense.name!r} names two defenses; give each a name of its own"
@@ -241,16 +243,26 @@ class Cells:
         inputs = self.inputs
         names = [inputs.names[i] for i in batch]
         program = (settings, client, defense)
-        if program not in self._evaluations:
-            try:
+        searched = {k: v for k, v in dataclasses.asdict(settings).items() if k not in SPEED}
+        if program not in self._searches:
+            self._searches[program] = 0, ""
+            with contextlib.suppress(GGLError):  # its cells will fail and say why
                 search = search_for(
-                    inputs.model, inputs.prior, defense, client, settings, settings.instances or 1
+                    inputs.model,
+                    inputs.prior,
+                    defense.view,
+                    client,
+                    settings,
+                    settings.instances or 1,
                 )
-                self._evaluations[program] = search.evaluations
-            except GGLError:
-                self._evaluations[program] = 0
-        parts: list[Any] = [dataclasses.asdict(settings), dataclasses.asdict(client)]
-        parts[0] = {name: value for name, value in parts[0].items() if name not in SPEED}
+                own = ""
+                if self.told_apart and identity.names_own(*searched.values()):
+                    own = identity.search_digest(
+                        search, inputs.model, inputs.prior_params, defense.view, client.batch_size
+                    )
+                self._searches[program] = search.evaluations, own
+        evaluations, own = self._searches[program]
+        parts: list[Any] = [searched, own, dataclasses.asdict(client)]
         parts += [defense.name, self.defenses[defense.name], seed, names]
         if self.told_apart:
             known = dict(inputs.digests)
@@ -266,7 +278,7 @@ class Cells:
             defense,
             seed,
             batch,
-            self._evaluations[program],
+            evaluations,
             self.defenses[defense.name],
         )
 

@@ -148,7 +148,7 @@ def batch_controls(
     totals = np.zeros(images.shape, np.float64)
     for first in range(0, num, chunk):
         latents = _sample(prior, jax.random.fold_in(sample_key, first), num=chunk)[: num - first]
-        places = np.resize(classes, len(latents))
+        places = jnp.asarray(np.resize(classes, len(latents)))
         drawn = np.concatenate(
             decode_each(
                 prior, params, latents, jnp.asarray(places), lambda x, _: np.clip(x, 0.0, 1.0)

@@ -3,8 +3,8 @@
 ``config.json`` says what was asked for, ``plan.json`` has every cell's values by its id.
 ``cells/ID.json`` has a finished cell's rows, or why it failed; what it refers to is on disk before
 it is: the images ``cells/ID.npy`` (float32 [b h w c]), their pictures ``cells/ID-0.png`` and so on,
-and each image's controls in ``controls/``. ``results.jsonl`` is an export of all rows, written at
-the end of each run and never read.
+and each image's controls in ``controls/`` (or where its row says). ``results.jsonl`` is an export
+of all rows, written at the end of each run and never read.
 """
 
 import contextlib
@@ -115,8 +115,7 @@ def prepare(
             )
         done = records.finished - set(cells)
         before = {cell: values for cell, values in records.cells.items() if cell in done}
-    for name in ("cells", "controls"):
-        (folder / name).mkdir(exist_ok=True)
+    (folder / "cells").mkdir(exist_ok=True)
     files.write_json(folder / "plan.json", {"cells": {**before, **cells}})
 
 

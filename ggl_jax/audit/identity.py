@@ -10,10 +10,18 @@ import jax.extend
 import jax.numpy as jnp
 import numpy as np
 
+from ggl_jax.adversary.attacks import ATTACKS
+from ggl_jax.adversary.losses import DISTANCES, REGULARIZERS
+from ggl_jax.adversary.optimizers import OPTIMIZERS
+from ggl_jax.adversary.reconstruct import Search
+from ggl_jax.client.defenses import DEFENSES
 from ggl_jax.client.gradients import local_update
 from ggl_jax.errors import GGLError
 from ggl_jax.files import digest
-from ggl_jax.types import Context, Defense, Model, Prior
+from ggl_jax.types import Context, Defense, Model, Prior, Problem, PyTree, View
+
+_REGISTRIES: tuple[Any, ...] = (ATTACKS, DEFENSES, DISTANCES, OPTIMIZERS, REGULARIZERS)
+_SHIPPED = [dict(registry) for registry in _REGISTRIES]
 
 #: Digits of a digest that are kept: 48 bits.
 _DIGITS = 12
@@ -110,7 +118,7 @@ def defense_digest(defense: Defense, model: Model) -> str:
 
     def apply(key, update, variables, images, labels):
         context = Context(model, variables, images, labels)
-        return defense.apply(key, update, context), defense.record(key, update, context)
+        return defense.apply(key, update, context)
 
     parts = [traced(what, apply, key, update, variables, image, label)[0]]
 
@@ -119,10 +127,41 @@ def defense_digest(defense: Defense, model: Model) -> str:
         parts.append(found)
         return shapes
 
-    estimated = add(functools.partial(defense.estimate, head=model.head), update)
-    add(defense.simulate, estimated, update)
-    if defense.observe is not None:
-        add(defense.observe, estimated, update)
-    if defense.rewire is not None:
-        add(lambda e, v: defense.rewire(e, v, model.head), estimated, variables)
-    return digest(parts)[:_DIGITS]
+    view = defense.view
+    estimated = add(functools.partial(view.estimate, head=model.head), update)
+    add(view.simulate, estimated, update)
+    if view.observe is not None:
+        add(view.observe, estimated, update)
+    if view.noise_std is not None:
+        add(view.noise_std, estimated)
+    rewire = view.rewire
+    if rewire is not None:
+        add(lambda e, v: rewire(e, v, model.head), estimated, variables)
+    return digest(parts, view.adds_noise)[:_DIGITS]
+
+
+def names_own(*specifications: Any) -> bool:
+    """Whether a specification names a part that the user put into a registry."""
+    own = {
+        name
+        for registry, shipped in zip(_REGISTRIES, _SHIPPED, strict=True)
+        for name, part in registry.items()
+        if shipped.get(name) is not part
+    }
+    return any(
+        not own.isdisjoint(re.split(r"\W+", one)) for one in specifications if isinstance(one, str)
+    )
+
+
+def search_digest(
+    search: Search, model: Model, prior_params: PyTree, view: View, batch_size: int
+) -> str:
+    """A digest of a step of a search, with the attack, optimiser and penalties that are in it."""
+    key, variables, _, _ = _shapes(model)
+    update, attack = variables["params"], search.stages[0].attack
+    estimated = jax.eval_shape(functools.partial(view.estimate, head=model.head), update)
+    params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), prior_params)
+    labels: Any = jax.ShapeDtypeStruct((batch_size,), jnp.int32)
+    problem = Problem(update, variables, params, labels, estimated)
+    state = jax.eval_shape(attack.init, key, problem)
+    return traced(f"attack {attack.name}", attack.step, key, problem, state)[0]

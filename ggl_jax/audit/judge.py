@@ -48,7 +48,7 @@ def judge(
     *,
     public: Public,
     controls: Sequence[Controls] = (),
-    record: Mapping[str, Any] | None = None,
+    record: Mapping[str, Any] | tuple | None = None,
     others: np.ndarray | None = None,
     perceptual: metrics.Perceptual | None = None,
 ) -> list[dict[str, Any]]:
@@ -79,6 +79,7 @@ def judge(
         "optimizer": found.search["optimizer"],
         "combined": found.search["combined"],
         "refined": found.search["refined"],
+        "stages": found.search["stages"],
         "evaluations": found.evaluations,
         "search_seconds": found.seconds,
         "status": STATUS_MESSAGES[found.status],

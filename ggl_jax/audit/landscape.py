@@ -102,7 +102,7 @@ def find_center(
     sent, _ = share(stream, public, image[None], np.asarray([label]), defense=defense)
     stream = jax.random.fold_in(instance, STREAM_SEARCH)[None]
     return reconstruct(
-        stream, public, [sent], defense=defense, settings=settings, progress=progress
+        stream, public, [sent], view=defense.view, settings=settings, progress=progress
     )[0]
 
 

@@ -8,9 +8,9 @@ all of these updates; the audit's leakage is what one attack did learn from one 
 import math
 from typing import NamedTuple
 
-from ggl_jax.client.defenses import _traits, stages_of
+from ggl_jax.client.defenses import stages_of
 from ggl_jax.errors import GGLError
-from ggl_jax.types import Defense
+from ggl_jax.types import Defense, Facts
 
 #: Two neighbouring inputs differ in a client's contribution: "add_remove": the update is there, or
 #: is zero (its l2 sensitivity is the norm's bound); "replace": it is another one (twice that).
@@ -53,32 +53,28 @@ def mechanism(defense: Defense, num_tensors: int) -> Mechanism:
         A :class:`Mechanism`. Without a finite epsilon are: no Gaussian noise at all; noise without
         a clip before it, whose sensitivity is unbounded; Soteria after the noise, whose mask comes
         from the private image; a stage of your own between the clip and the noise or after it, of
-        which nothing is known (noise of your own included).
+        which its :class:`ggl_jax.types.Facts` say nothing.
     """
-    bound, sigma, last = math.inf, 0.0, None
+    bound, sigma, last = math.inf, 0.0, Facts()
     unknown, noise_seen = "", False
-
-    def trait(stage, name, default):
-        return _traits.has(stage.apply, name, default)
-
     for stage in stages_of(defense):
-        added = trait(stage, "gaussian", None)
-        noise_seen |= bool(added)
+        facts = stage.facts
+        noise_seen |= bool(facts.gaussian)
         if sigma > 0:
-            if added is not None and trait(last, "gaussian", None) is not None:
-                sigma = math.hypot(sigma, added)
-            elif not trait(stage, "processes", False):
+            if facts.gaussian is not None and last.gaussian is not None:
+                sigma = math.hypot(sigma, facts.gaussian)
+            elif not facts.processes:
                 why = f"{stage.name} after the noise may look at the private image again"
                 return Mechanism(math.inf, sigma, why)
-        elif added is not None:
-            sigma = float(added) if math.isfinite(bound) else 0.0
-        elif trait(stage, "l2_bound", None) is not None:
-            bound = min(bound, float(trait(stage, "l2_bound", None)(num_tensors)))
-        elif not trait(stage, "shrinks", False):
+        elif facts.gaussian is not None:
+            sigma = float(facts.gaussian) if math.isfinite(bound) else 0.0
+        elif facts.l2_bound is not None:
+            bound = min(bound, float(facts.l2_bound(num_tensors)))
+        elif not facts.shrinks:
             bound = math.inf
-            if not trait(stage, "replaces_update", False):
+            if not facts.replaces_update:
                 unknown = f"{stage.name} is neither a clip nor Gaussian noise that is known"
-        last = stage
+        last = facts
     if sigma > 0:
         return Mechanism(bound, sigma, "")
     if unknown:

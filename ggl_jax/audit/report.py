@@ -1,247 +1,518 @@
-"""Turns result rows into a table, plain words and ``summary.md``."""
+"""A sweep's or audit's report: one Markdown text, of which page, file and terminal are views."""
 
+import base64
+import datetime
+import html
+import json
 import math
-import statistics
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+import textwrap
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
 
+import numpy as np
+from markdown_it import MarkdownIt
+from matplotlib.figure import Figure
+from rich.markdown import Markdown, TableElement
 from rich.table import Table
 
-from ggl_jax.audit.metrics import confidence_interval
+from ggl_jax import files
+from ggl_jax.audit import figures, utility
+from ggl_jax.audit.controls import read_controls
+from ggl_jax.audit.folder import Records
+from ggl_jax.audit.metrics import METRICS, Metric
+from ggl_jax.audit.tables import (
+    Column,
+    Leakage,
+    Mean,
+    counted,
+    escape,
+    leakage,
+    mean_over_images,
+    mean_text,
+    number_text,
+    parameters,
+    score_table,
+    score_text,
+    scores,
+    sentences,
+    strongest,
+    table,
+    variant_names,
+    variant_of,
+)
+from ggl_jax.errors import GGLError
 
-#: A reconstruction counts as leaking beyond the prior when it is nearer to the private image than
-#: the stronger blind guess by more than this, dB. Below it the two cannot be told apart by eye.
-MARGIN = 1.0
+#: So much a report shows before it says that there is more in the folder.
+MAX_IMAGES, MAX_PICTURES, MAX_PANELS, MAX_FAILURES = 8, 24, 12, 50
+
+#: Sections that a terminal shows; the file and the page have all.
+ON_SCREEN = (
+    "",
+    "What leaked",
+    "Other scores",
+    "What the server read off the update",
+    "Privacy and utility",
+)
 
 
-class DefenseSummary(NamedTuple):
-    """Means over images of one defense.
+class Report(NamedTuple):
+    """A report before it is written.
 
-    ``lpips`` is None where it was not measured for every image, and ``lpips_note`` says why.
-    ``gain`` is PSNR minus the stronger blind control of the same image, dB; ``interval`` its 95 %
-    confidence interval over images (None for a single image).
+    Attributes:
+        title: in plain words.
+        sections: heading -> its paragraphs (Markdown), "" for those below the title.
+        pictures: path below the report's folder -> SVG file.
     """
 
-    defense: str
-    num_images: int
-    label_accuracy: float
-    psnr: float
-    ssim: float
-    mse_r: float
-    lpips: float | None
-    lpips_backbone: str
-    lpips_note: str
-    control: float
-    best_of_n: float
-    mean_image: float
-    ceiling: float
-    gain: float
-    interval: tuple[float, float] | None
-    estimated: str
-    identified: str
-    evaluations: int
-    failed: int
+    title: str
+    sections: dict[str, list[str]]
+    pictures: dict[str, bytes]
+
+    def text(self, *headings: str) -> str:
+        """The Markdown text, of these sections or all."""
+        parts = [f"# {escape(self.title)}"]
+        for heading, paragraphs in self.sections.items():
+            if headings and heading not in headings:
+                continue
+            parts += [f"## {heading}"] if heading else []
+            parts += paragraphs
+        return "\n\n".join(parts) + "\n"
+
+    def draw(self, name: str, figure: Figure, description: str) -> str:
+        """Add a figure; the Markdown that shows it."""
+        path = f"figures/{name}.svg"
+        self.pictures[path] = figures.svg(figure, name)
+        return f"![{escape(description)}]({path})"
 
 
-def _psnr(value: float | None) -> float:
-    # JSON has no infinity: None stands for identical images.
-    return math.inf if value is None else value
+# --- views --------------------------------------------------------------------------------------
+
+_STYLE = """
+:root{color-scheme:light dark;--ink:#1a1a1a;--paper:#fff;--line:#d5d5d5;--soft:#f4f4f4}
+@media (prefers-color-scheme:dark){:root{--ink:#e6e6e6;--paper:#161616;--line:#444;--soft:#232323}}
+body{font:16px/1.5 system-ui,sans-serif;color:var(--ink);background:var(--paper);
+max-width:75rem;margin:0 auto;padding:1rem;overflow-wrap:break-word}
+h1{font-size:1.6rem}h2{font-size:1.25rem;margin-top:2rem}
+.scroll{overflow-x:auto}
+table{border-collapse:collapse;font-variant-numeric:tabular-nums;font-size:.9rem}
+th,td{padding:.25rem .5rem;border-bottom:1px solid var(--line);vertical-align:top}
+thead th{background:var(--soft);vertical-align:bottom}
+.scroll+p:not(:has(img)){font-size:.85rem;opacity:.85;max-width:60rem}
+img{max-width:100%;height:auto;vertical-align:top;margin:0 .2rem 1rem 0}
+details{border:1px solid var(--line);border-radius:6px;padding:.4rem .8rem;margin:.5rem 0}
+summary{cursor:pointer}
+@media (max-width:500px){table{font-size:.8rem}th,td{padding:.2rem .3rem}}
+pre{background:var(--soft);padding:.8rem;white-space:pre-wrap}
+"""
+
+_PAGE = """<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; \
+style-src 'unsafe-inline'">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title>
+<style>{style}</style>
+</head>
+<body>
+<main>
+{body}</main>
+</body>
+</html>
+"""
 
 
-def _mean_or_none(values: Sequence[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return statistics.fmean(known) if len(known) == len(values) else None
+def page(report: Report) -> str:
+    """The report as one HTML page that needs no other file; HTML in its text is shown as text."""
+    markdown = MarkdownIt("commonmark", {"html": False}).enable("table")
+    rules: dict[str, Callable[..., str]] = {
+        "table_open": lambda *_: '<div class="scroll" tabindex="0" role="region"><table>\n',
+        "table_close": lambda *_: "</table></div>\n",
+        "fence": lambda tokens, index, *_: (
+            f"<details><summary>{html.escape(tokens[index].info)}</summary>"
+            f"<pre>{html.escape(tokens[index].content)}</pre></details>\n"
+        ),
+    }
+    renderer: Any = markdown.renderer
+    renderer.rules |= rules
+    tokens = markdown.parse(report.text())
+    for token in tokens:
+        for child in token.children or []:
+            if child.type == "image":
+                content = base64.b64encode(report.pictures[str(child.attrs["src"])]).decode()
+                child.attrs["src"] = f"data:image/svg+xml;base64,{content}"
+    body = renderer.render(tokens, markdown.options, {})
+    return _PAGE.format(title=html.escape(report.title), style=_STYLE, body=body)
 
 
-def _parameters(true: dict[str, float], estimated: dict[str, float]) -> str:
-    """What the defense used, and what the adversary found, for the parameters that both know."""
-    both = [k for k in true if k in estimated]
-    return "; ".join(f"{k} {true[k]:.4g} → {estimated[k]:.4g}" for k in both) or "–"
+class _Table(TableElement):
+    """rich's, but long names are folded: cut short, one could be another defense's."""
+
+    def __rich_console__(self, console, options):
+        for shown in super().__rich_console__(console, options):
+            if isinstance(shown, Table):
+                for column in shown.columns:
+                    column.overflow = "fold"
+            yield shown
 
 
-def _identified(rows: Sequence[dict[str, Any]]) -> str:
-    """How often the private image is the nearest of all suspects, by pixels / by features."""
-    known = [row for row in rows if "suspects" in row]
-    if not known:
-        return "–"
-    shares = [
-        statistics.fmean(row[name] == 1 for row in known)
-        for name in ("rank_pixels", "rank_features")
-    ]
-    return " / ".join(f"{100 * share:.0f} %" for share in shares)
+class _Terminal(Markdown):
+    elements: ClassVar = Markdown.elements | {"table_open": _Table}
 
 
-def summarize(rows: Sequence[dict[str, Any]]) -> list[DefenseSummary]:
-    """One summary for each defense, in the order of the rows."""
-    summaries = []
-    for defense in dict.fromkeys(row["defense"] for row in rows):
-        part = [row for row in rows if row["defense"] == defense]
+def terminal(report: Report) -> Markdown:
+    """What a terminal shows of the report: its words and tables, without its pictures."""
+    lines = report.text(*ON_SCREEN).splitlines()
+    return _Terminal("\n".join(line for line in lines if not line.startswith("![")))
 
-        def mean(name, part=part):
-            return statistics.fmean(_psnr(row[name]) for row in part)
 
-        gains = [
-            _psnr(row["psnr"]) - max(row["psnr_mean_image"], row["psnr_control_mean"])
-            for row in part
-        ]
-        summaries.append(
-            DefenseSummary(
-                defense=defense,
-                num_images=len(part),
-                label_accuracy=statistics.fmean(row["label_accuracy"] for row in part),
-                psnr=mean("psnr"),
-                ssim=mean("ssim"),
-                mse_r=mean("mse_r"),
-                lpips=_mean_or_none([row.get("lpips") for row in part]),
-                lpips_backbone=part[0].get("lpips_backbone", ""),
-                lpips_note=next((row["lpips_note"] for row in part if row.get("lpips_note")), ""),
-                control=mean("psnr_control_mean"),
-                best_of_n=mean("psnr_control_best"),
-                mean_image=mean("psnr_mean_image"),
-                ceiling=mean("psnr_ceiling"),
-                gain=statistics.fmean(gains),
-                interval=confidence_interval(gains) if len(gains) > 1 else None,
-                estimated=_parameters(part[0]["defense_true"], part[0]["defense_estimated"]),
-                identified=_identified(part),
-                evaluations=part[0]["evaluations"],
-                failed=sum(not row["ok"] for row in part),
-            )
+def write(report: Report, folder: Path, name: str = "report") -> Path:
+    """Write the page, the Markdown text and its figures to a folder; the page's path.
+
+    Raises:
+        StorageError: the disk is full or not writable.
+    """
+    (folder / "figures").mkdir(parents=True, exist_ok=True)
+    for path, content in report.pictures.items():
+        files.write_bytes(folder / path, content)
+    files.write_text(folder / f"{name}.md", report.text())
+    files.write_text(folder / f"{name}.html", page(report))
+    return folder / f"{name}.html"
+
+
+# --- one run ------------------------------------------------------------------------------------
+
+
+def make(records: Records) -> Report:
+    """The report of a sweep or an audit, of what is finished.
+
+    Args:
+        records: of :func:`ggl_jax.audit.folder.read`.
+
+    Raises:
+        GGLError: there are no results yet.
+    """
+    if not records.rows:
+        raise GGLError(f"report: {records.folder} holds no finished cell yet")
+    groups = leakage(records.rows)
+    report = Report(f"Privacy audit: {records.folder.resolve().name}", {}, {})
+    add = report.sections
+    add[""] = ["\n".join(f"- {line}" for line in [_progress(records), *sentences(groups)])]
+    add["What leaked"] = _leaks(report, groups)
+    # No intervals of errors, so that 80 columns suffice.
+    others = {
+        name: name not in ("mse_i", "mse_r")
+        for name, metric in METRICS.items()
+        if name != "psnr" and (metric.shown if isinstance(metric, Metric) else True)
+    }
+    others = {"ssim": True, "lpips": True} | others
+    if any(name in group.means for name in others for group in groups):
+        add["Other scores"] = [score_table(groups, others)]
+    read_off = dict.fromkeys(("label", "identified_pixels", "identified_features"), False)
+    add["What the server read off the update"] = [score_table(groups, read_off)]
+    if not any("identified_pixels" in group.means for group in groups):
+        add["What the server read off the update"].append(
+            "Whether the private image can be told among others (Identified) was not tested: the "
+            "data held no others."
         )
-    return summaries
+    estimates = parameters(records.rows)
+    if estimates:
+        add["What the server read off the update"].append(table(_PARAMETERS, estimates))
+    add |= _utility(report, records, groups)
+    add["Reconstructions"] = _pictures(report, records, groups)
+    add["Searches"] = [table(_SEARCHES, groups), *_loss_curves(report, groups)]
+    if records.failures:
+        shown = list(records.failures.items())[:MAX_FAILURES]
+        add[f"Failed cells ({len(shown)} of {len(records.failures)})"] = [
+            "\n".join(f"- {escape(_cell(records, cell))}: {escape(why)}" for cell, why in shown)
+        ]
+    command = " ".join(str(records.config.get("command", "from Python")).split())
+    add["Configuration and environment"] = [
+        f"Written on {datetime.date.today().isoformat()}.",
+        f"```command\n{command}\n```",
+        f"```config.json\n{json.dumps(records.config, indent=2)}\n```",
+    ]
+    return report
 
 
-def _interval(summary: DefenseSummary) -> str:
-    if summary.interval is None:
-        return f"{summary.gain:+.1f}"
-    low, high = summary.interval
-    return f"{summary.gain:+.1f} [{low:+.1f}, {high:+.1f}]"
+def _progress(records: Records) -> str:
+    images = len({row["image"] for row in records.rows})
+    text = f"{counted(len(records.finished), 'cell')} on {counted(images, 'image')}."
+    failed, left = len(records.failures), len(records.left)
+    if failed or left:
+        text += f" {counted(failed, 'cell')} failed, {left:,} not run yet."
+    return text
 
 
-#: Narrow enough for an 80-column terminal.
-COLUMNS = (
-    ("Defense", lambda s: s.defense),
-    ("PSNR", lambda s: f"{s.psnr:.1f}"),
-    ("Random", lambda s: f"{s.control:.1f}"),
-    ("Best", lambda s: f"{s.best_of_n:.1f}"),
-    ("Mean", lambda s: f"{s.mean_image:.1f}"),
-    ("Ceiling", lambda s: f"{s.ceiling:.1f}"),
-    ("Gain", _interval),
-    ("SSIM", lambda s: f"{s.ssim:.2f}"),
-    ("LPIPS", lambda s: "–" if s.lpips is None else f"{s.lpips:.3f}"),
-)
-
-#: What a file has room for besides.
-MORE_COLUMNS = (
-    ("MSE-R", lambda s: f"{s.mse_r:.4f}"),
-    ("Label", lambda s: f"{100 * s.label_accuracy:.0f} %"),
-    ("Parameters: true → estimated", lambda s: s.estimated),
-    ("Identified: pixels / features", lambda s: s.identified),
-    ("Evaluations", lambda s: f"{s.evaluations:,}"),
-)
-
-LEGEND = (
-    "PSNR: dB on the [0, 1] scale, higher is nearer to the private image. Random: a random sample "
-    "of the prior, on average. Best: the best of many, chosen with the private image in hand. "
-    "Mean: the prior's mean image, the best blind guess. Ceiling: the nearest image that the prior "
-    "can make. Gain: PSNR above the stronger of Random and Mean, with a 95 % interval over images. "
-    "Identified: how often the private image is nearer to its reconstruction than every other "
-    "suspect is, by pixels / by the model's features. "
-    "LPIPS: perceptual distance, lower is nearer."
-)
-
-
-def terminal_tables(summaries: Sequence[DefenseSummary]) -> list[Table]:
-    """The summary as rich tables: scores, and what the adversary found out about the defenses."""
-    scores = Table(
-        title="What the shared update leaked (PSNR in dB)", title_justify="left", pad_edge=False
+def _leaks(report: Report, groups: Sequence[Leakage]) -> list[str]:
+    shown = {"psnr": False, "control": False, "gain": True, "best": False, "ceiling": False}
+    verdict = Column("Leak", lambda group: "**yes**" if group.leaked else "not shown", True)
+    several = any(len(group.images) > 1 for group in groups)
+    interval = (
+        " Means are over images, seeds of one image averaged first, with a 95 % interval (Student's"
+        " t) in brackets, which ends where the score's own range does."
     )
-    for heading, _ in COLUMNS:
-        # A name that is too long is folded: cut short, it could be another defense's.
-        left = heading == "Defense"
-        scores.add_column(heading, justify="left" if left else "right", overflow="fold")
-    for summary in summaries:
-        scores.add_row(*(cell(summary) for _, cell in COLUMNS))
-    known = Table(title="What the server read off the update", title_justify="left")
-    for heading in ("Defense", "Label right", "Identified", "Parameters: true → estimated"):
-        known.add_column(heading)
-    for summary in summaries:
-        known.add_row(
-            summary.defense,
-            f"{100 * summary.label_accuracy:.0f} %",
-            summary.identified,
-            summary.estimated,
-        )
-    return [scores, known]
-
-
-def markdown_table(summaries: Sequence[DefenseSummary]) -> str:
-    """The summary as a Markdown table."""
-    columns = COLUMNS + MORE_COLUMNS
-    lines = ["| " + " | ".join(heading for heading, _ in columns) + " |"]
-    lines.append("|" + "---|" * len(columns))
-    for summary in summaries:
-        lines.append("| " + " | ".join(cell(summary) for _, cell in columns) + " |")
-    return "\n".join(lines)
-
-
-def in_words(summaries: Sequence[DefenseSummary]) -> list[str]:
-    """Two to four sentences that say what leaked, for readers who never saw the paper."""
-    num = summaries[0].num_images
-    leaking: list[DefenseSummary] = []
-    silent: list[DefenseSummary] = []
-    for s in summaries:
-        certain = s.gain > MARGIN and (s.interval is None or not s.interval[0] <= 0)
-        (leaking if certain else silent).append(s)
-    scope = "this image" if num == 1 else f"these {num} images"
-    control = max(summaries[0].mean_image, summaries[0].control)
-    sentences = [
-        f"Without any update, the best blind guess (no attack) is {control:.1f} dB from {scope}; "
-        f"the prior could reach {summaries[0].ceiling:.1f} dB at most."
+    chosen = strongest(groups)
+    told = "; ".join(
+        f"{group.defense} {score_text(group, 'psnr')}, blind guess {score_text(group, 'control')}"
+        for group in chosen[:8]
+    )
+    images = [
+        report.draw("overview", figures.by_defense(groups), f"PSNR in dB by defense: {told}"),
+        *(
+            report.draw(f"parameter-{number}", figure, f"PSNR by the parameter of {family}")
+            for number, (family, figure) in enumerate(figures.by_parameter(groups).items())
+        ),
     ]
-    if leaking:
-        listed = ", ".join(f"{s.defense} ({s.psnr:.1f} dB, {s.gain:+.1f} dB)" for s in leaking)
-        sentences.append(
-            f"The attack got beyond the blind guess, so the image leaked, under {listed}."
-        )
-    if silent:
-        listed = ", ".join(f"{s.defense} ({s.psnr:.1f} dB, {s.gain:+.1f} dB)" for s in silent)
-        sentences.append(
-            f"No leak of the image beyond the prior was shown under: {listed}. That is no proof of "
-            "safety: a longer search or a better prior may find more."
-        )
-    labels = [s for s in summaries if s.label_accuracy == 1.0]
-    if labels:
-        which = (
-            "every defense"
-            if len(labels) == len(summaries)
-            else ", ".join(s.defense for s in labels)
-        )
-        sentences.append(f"The class label was read off the update exactly under {which}.")
-    if num == 1:
-        sentences.append("One image gives no confidence interval; use --indices for more.")
-    for note in dict.fromkeys(s.lpips_note for s in summaries if s.lpips_note):
-        sentences.append(f"LPIPS ({summaries[0].lpips_backbone}) was not measured: {note}.")
-    failed = [s.defense for s in summaries if s.failed]
-    if failed:
-        sentences.append(f"Searches that failed or stalled occurred under: {', '.join(failed)}.")
-    return sentences
+    return [score_table(groups, shown, verdict) + (interval if several else ""), "\n".join(images)]
 
 
-def markdown(summaries: Sequence[DefenseSummary], *, command: str, environment: str) -> str:
-    """``summary.md``: the sentences, the table, and how to run it again."""
-    return "\n".join(
-        [
-            "# What the shared update leaked",
-            "",
-            *in_words(summaries),
-            "",
-            markdown_table(summaries),
-            "",
-            LEGEND,
-            "",
-            f"`{command}`",
-            "",
-            environment,
-            "",
+_PARAMETERS = (
+    Column("Defense", lambda p: escape(p[0]), True),
+    Column("Parameter", lambda p: escape(p[1]), True),
+    Column("True", lambda p: f"{p[2]:.4g}"),
+    Column("Estimated", lambda p: f"{p[3]:.4g}"),
+    Column("Largest error", lambda p: f"{100 * p[4]:.2g} %"),
+)
+
+_SEARCHES = (
+    Column("Defense", lambda group: escape(group.defense), True),
+    Column("Attack", lambda group: escape(group.variant), True),
+    Column("Images", lambda group: f"{len(group.images):,}"),
+    Column("Gradient evaluations each", lambda group: f"{group.rows[0]['evaluations']:,}"),
+    Column("Stalled", lambda group: f"{len(group.stalled):,}"),
+    Column("Broke down", lambda group: f"{len(group.broken):,}"),
+)
+
+
+def _cell(records: Records, cell: str) -> str:
+    values = records.cells[cell].items()
+    return ", ".join(f"{name} {value}" for name, value in values if name != "evaluations")
+
+
+def _loss_curves(report: Report, groups: Sequence[Leakage]) -> list[str]:
+    images = []
+    for number, group in enumerate(strongest(groups)[:MAX_PANELS]):
+        figure = figures.losses([own for own in groups if own.defense == group.defense])
+        if figure is not None:
+            what = f"Lowest matching loss by step of the search: {group.defense}"
+            images.append(report.draw(f"loss-{number}", figure, what))
+    return ["\n".join(images)] if images else []
+
+
+def _pictures(report: Report, records: Records, groups: Sequence[Leakage]) -> list[str]:
+    """For each image: the private one, the controls, and the reconstructions."""
+    shown = groups if len(groups) <= MAX_PICTURES else strongest(groups)[:MAX_PICTURES]
+    variants = len({group.variant for group in shown}) > 1
+    names = list(dict.fromkeys(row["image"] for row in records.rows))
+    images = []
+    for number, name in enumerate(names[:MAX_IMAGES]):
+        cells: list[tuple[np.ndarray, str]] = []
+        # The first seed of each.
+        rows = [next((row for row in g.rows if row["image"] == name), None) for g in shown]
+        for row in rows:
+            path = records.folder / (row or {}).get("controls", "")
+            if row is not None and path.is_file():
+                controls, original = read_controls(path)
+                cells = [(original, "private image")]
+                for field, words in (("mean_image", "mean image"), ("ceiling", "ceiling"),
+                                     ("best_sample", "best random")):  # fmt: skip
+                    score = row[f"psnr_{'control_best' if field == 'best_sample' else field}"]
+                    cells.append((getattr(controls, field), f"{words}\n{_db(score)}"))
+                break
+        told = []
+        for group, row in zip(shown, rows, strict=True):
+            path = records.folder / (row or {}).get("reconstruction", "")
+            if row is None or not path.is_file():
+                continue
+            lines = [group.defense, group.variant] if variants else [group.defense]
+            lines = [part for line in lines for part in textwrap.wrap(line, 18)]
+            score = _db(_exact(row))
+            if not variants and row.get("ssim") is not None:
+                score += f", SSIM {row['ssim']:.2f}"
+            told.append(f"{group.defense} {score}")
+            cells.append((files.read_png(path), "\n".join([*lines, score])))
+        if cells:
+            figure = figures.grid(cells, title=f"{name}: private, controls, reconstructions")
+            what = f"{name}: private image, controls, reconstructions: {'; '.join(told)}"
+            images.append(report.draw(f"image-{number}", figure, what))
+    more = []
+    if len(names) > MAX_IMAGES or len(shown) < len(groups):
+        more.append(
+            f"The first {min(len(names), MAX_IMAGES)} of {counted(len(names), 'image')}, "
+            f"{len(shown)} of {len(groups)} defenses and attacks; the folder has all."
+        )
+    return [*more, "\n".join(images)] if images else ["No pictures were kept."]
+
+
+def _exact(row) -> float | None:
+    return scores()["psnr"].function(row)
+
+
+def _db(value: float | None) -> str:
+    return "exact" if value is None or math.isinf(value) else f"{number_text(value)} dB"
+
+
+# --- privacy and utility ------------------------------------------------------------------------
+
+
+class _Point(NamedTuple):
+    """A defense's place between leakage and utility; either may be missing."""
+
+    label: str
+    row: dict[str, Any] | None
+    leakage: Leakage | None
+
+
+def _points(found: utility.Utility, groups: Sequence[Leakage]) -> list[_Point]:
+    """Every audited defense under its strongest attack, then those with a utility alone."""
+    by_fidelity: dict[str, list[Leakage]] = {}
+    for group in groups:
+        by_fidelity.setdefault(group.rows[0].get("fidelity", "paper"), []).append(group)
+    several = len(by_fidelity) > 1
+    points = []
+    for fidelity, own in by_fidelity.items():
+        for group in strongest(own):
+            row = found.row_of(group.defense, fidelity)
+            label = f"{group.defense} ({fidelity})" if several else group.defense
+            points.append(_Point(label, row, group))
+    shown = [point.row for point in points]
+    points += [_Point(row["defense"], row, None) for row in found.rows if row not in shown]
+    return points
+
+
+def _of_row(text: Callable[[dict[str, Any]], str]) -> Callable[[_Point], str]:
+    return lambda point: "–" if point.row is None else text(point.row)
+
+
+_UTILITY = (
+    Column("Defense", lambda p: escape(p.label), True),
+    Column("Gain", lambda p: "–" if p.leakage is None else score_text(p.leakage, "gain")),
+    Column("Test accuracy", _of_row(utility.accuracy_text)),
+    Column("ε (add or remove)", _of_row(utility.epsilon_text)),
+    Column("ε (replace)", _of_row(lambda row: utility.epsilon_text(row, "epsilon_replace"))),
+    Column("Note on ε", _of_row(lambda row: escape(row["epsilon_note"])), True),
+)
+
+
+def _utility(report: Report, records: Records, groups: Sequence[Leakage]) -> dict[str, list[str]]:
+    found = utility.read(records.folder)
+    if found is None:
+        command = f"ggl-jax utility {records.folder}"
+        return {
+            "Utility": [
+                f"Utility was not measured: {escape(command)} trains the model under each defense "
+                "and adds accuracy, epsilon and their figure (--data names its images)."
+            ]
+        }
+    points = _points(found, groups)
+    majority = 100 * found.config["majority"]
+    lines = {"majority class": majority}
+    text = f"Naming the commonest class gives {majority:.1f} %."
+    undefended = found.row_of("none", "")
+    if undefended is not None:
+        text = f"Undefended: {utility.accuracy_text(undefended)}. {text}"
+        if undefended["accuracy"] is not None:
+            lines["undefended"] = 100 * undefended["accuracy"]
+    words = [*utility.warnings(found), text, utility.legend(found.config)]
+    parts = [table(_UTILITY, points) + "\n\n" + escape(" ".join(words))]
+    drawn = [
+        (
+            p.label if p.row["epsilon"] is None else f"{p.label}\nε {utility.epsilon_text(p.row)}",
+            p.leakage.means["gain"],
+            None if p.row["accuracy"] is None else 100 * p.row["accuracy"],
+        )
+        for p in points
+        if p.row is not None and p.leakage is not None
+    ]
+    if drawn:
+        told = "; ".join(
+            f"{' '.join(name.split())}: {mean_text(gain, sign=True)} dB, "
+            f"{'diverged' if accuracy is None else f'{accuracy:.1f} %'}"
+            for name, gain, accuracy in drawn[:12]
+        )
+        figure = figures.privacy_utility(drawn, lines)
+        what = f"Test accuracy by leakage (gain): {told}; majority class: {majority:.1f} %"
+        parts.append(report.draw("privacy-utility", figure, what))
+    return {"Privacy and utility": parts}
+
+
+# --- comparison ---------------------------------------------------------------------------------
+
+
+def compare(a: Records, b: Records) -> list[tuple[str, str, int, Mean, Mean, Mean]]:
+    """Defense, attack, common images, gain in A, gain in B, and B minus A, paired by image.
+
+    Raises:
+        GGLError: they are the same folder, or share no defense, attack and image.
+    """
+    if a.folder.resolve() == b.folder.resolve():
+        raise GGLError(f"compare: {a.folder} was given twice; name two folders")
+    names = variant_names([*a.rows, *b.rows])
+    gain = scores()["gain"].function
+
+    def grouped(records):
+        found: dict[tuple[str, str], list[dict[str, Any]]] = {}
+        for row in records.rows:
+            found.setdefault((row["defense"], variant_of(row, names)), []).append(row)
+        return found
+
+    first, second = grouped(a), grouped(b)
+    compared = []
+    for key in first:
+        images = {row["image"] for row in first[key]} & {r["image"] for r in second.get(key, [])}
+        if not images:
+            continue
+        own = [[row for row in rows[key] if row["image"] in images] for rows in (first, second)]
+        means = [
+            {i: mean_over_images([r for r in rows if r["image"] == i], gain).mean for i in images}
+            for rows in own
         ]
+        paired = [{"image": i, "difference": means[1][i] - means[0][i]} for i in sorted(images)]
+        both = (mean_over_images(rows, gain) for rows in own)
+        difference = mean_over_images(paired, lambda row: row["difference"])
+        compared.append((*key, len(images), *both, difference))
+    if not compared:
+        raise GGLError(
+            f"compare: {a.folder} and {b.folder} share no defense, attack and image; compare "
+            "audits of the same data"
+        )
+    return compared
+
+
+_COMPARED = (
+    Column("Defense", lambda c: escape(c[0]), True),
+    Column("Attack", lambda c: escape(c[1]), True),
+    Column("Images", lambda c: str(c[2])),
+    Column("Gain in A", lambda c: mean_text(c[3], sign=True)),
+    Column("Gain in B", lambda c: mean_text(c[4], sign=True)),
+    Column("B - A", lambda c: mean_text(c[5], sign=True)),
+)
+
+
+def comparison(a: Records, b: Records) -> Report:
+    """The report of two runs, paired by image.
+
+    Raises:
+        GGLError: as :func:`compare`.
+    """
+    legend = (
+        "Gain: PSNR above the stronger blind guess, dB, mean over the images that both have, with "
+        "a 95 % interval. B - A is paired by image: an interval without zero is a difference."
+    )
+    compared = compare(a, b)
+    changed = files.differences(
+        {k: a.config.get(k) for k in ("options", "inputs", "environment")},
+        {k: b.config.get(k) for k in ("options", "inputs", "environment")},
+    )
+    listed = "\n".join(f"- {escape(line)}" for line in changed) or "Nothing."
+    return Report(
+        f"{a.folder.resolve().name} (A) and {b.folder.resolve().name} (B)",
+        {
+            "": [table(_COMPARED, compared) + "\n\n" + legend],
+            "What differs in the configurations (A, then B)": [listed],
+        },
+        {},
     )

@@ -255,7 +255,7 @@ class _Work:
             jnp.stack([jax.random.fold_in(own, STREAM_SEARCH) for own in keys]),
             self.public,
             [sent for sent, _ in shared],
-            defense=first.defense,
+            view=first.defense.view,
             client=first.client,
             settings=first.settings,
             expected=self.expected,
@@ -435,7 +435,7 @@ def audit(
     if at_once < 1:
         raise GGLError(f"instances: got {at_once}, allowed: whole numbers of at least 1")
     for defense in parsed:  # for its errors: settings that do not fit are the call's, not a cell's
-        search_for(model, given.prior, defense, client, settings)
+        search_for(model, given.prior, defense.view, client, settings)
     parts = image_batches(len(given.images), client.batch_size)
     each = math.ceil(len(parts) / math.ceil(len(parts) / at_once))
     # Those of the first images come first, so that these are complete first.

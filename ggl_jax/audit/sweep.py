@@ -228,7 +228,7 @@ def sweep(
             :class:`ggl_jax.audit.cells.Inputs`.
 
     Returns:
-        A :class:`ggl_jax.audit.run.RunResult`. :func:`ggl_jax.audit.html_report.write` makes its
+        A :class:`ggl_jax.audit.run.RunResult`. :func:`ggl_jax.audit.report.make` makes its
         report.
 
     Raises:

@@ -126,7 +126,7 @@ DERIVED: dict[str, Metric] = {
     ),
     "best": Metric(
         _entry("psnr_control_best"), "the best of many random samples, picked with the private "
-        "image in hand", "Best random", "dB", 1, "higher", _LEVELS,
+        "image in hand", "Best", "dB", 1, "higher", _LEVELS,
     ),
     "ceiling": Metric(
         _entry("psnr_ceiling"), "the nearest image that the prior was found to make", "Ceiling",
@@ -292,10 +292,8 @@ def number_text(value: float | None, decimals: int = 1, sign: bool = False) -> s
     return f"{value:{'+' if sign else ''}.{decimals}f}"
 
 
-def mean_text(mean: Mean | None, decimals: int = 1, sign: bool = False) -> str:
+def mean_text(mean: Mean, decimals: int = 1, sign: bool = False) -> str:
     """E.g. ``"14.0 [12.1, 15.9]"``, with a no-break space inside the interval."""
-    if mean is None:
-        return "–"
     text = number_text(mean.mean, decimals, sign)
     if mean.low is None or mean.high is None:
         return text
@@ -303,23 +301,19 @@ def mean_text(mean: Mean | None, decimals: int = 1, sign: bool = False) -> str:
     return f"{text} [{low},\N{NO-BREAK SPACE}{high}]"
 
 
-def gain_text(means: Mapping[str, Mean]) -> str:
-    """The gain as the difference of PSNR and guess as they are printed, with its interval."""
-    psnr, control, gain = (means[name].mean for name in ("psnr", "control", "gain"))
-    if math.isfinite(gain):
-        gain = round(psnr, 1) - round(control, 1) + 0.0
-    return mean_text(means["gain"]._replace(mean=gain), sign=True)
-
-
 def score_text(group: Leakage, name: str, interval: bool = True) -> str:
     """A score of :func:`scores` as a table shows it."""
     mean = group.means.get(name)
-    if name == "gain":
-        return gain_text(group.means)
-    if mean is not None and not interval:
+    if mean is None:
+        return "–"
+    if name == "gain" and math.isfinite(mean.mean):
+        # The difference of PSNR and guess as they are printed.
+        psnr, guess = (round(group.means[other].mean, 1) for other in ("psnr", "control"))
+        mean = mean._replace(mean=psnr - guess + 0.0)
+    if not interval:
         mean = Mean(mean.mean, None, None)
-    unit = " %" if mean is not None and scores()[name].unit == "%" else ""
-    return mean_text(mean, scores()[name].decimals) + unit
+    unit = " %" if scores()[name].unit == "%" else ""
+    return mean_text(mean, scores()[name].decimals, sign=name == "gain") + unit
 
 
 class Column(NamedTuple):
@@ -336,7 +330,7 @@ def table(columns: Sequence[Column], items: Iterable[Any]) -> str:
     def line(cells):
         return "| " + " | ".join(cells) + " |"
 
-    rule = "|" + "|".join("---" if column.words else "---:" for column in columns) + "|"
+    rule = "|" + "|".join(":---" if column.words else "---:" for column in columns) + "|"
     rows = [line([column.text(item) for column in columns]) for item in items]
     return "\n".join([line([column.heading for column in columns]), rule, *rows])
 
@@ -369,9 +363,9 @@ def score_table(groups: Sequence[Leakage], shown: Mapping[str, bool], *more: Col
 
 
 def _legend(score: Metric, heading: str) -> str:
-    unit = f", {score.unit}" if score.unit else ""
+    unit = f" ({score.unit})" if score.unit else ""
     lower = ", lower is nearer" if score.nearer == "lower" else ""
-    return f"**{escape(heading)}**: {score.legend or 'a score of its own'}{unit}{lower}."
+    return f"**{escape(heading)}**{unit}: {score.legend or 'no description'}{lower}."
 
 
 def sentences(groups: Sequence[Leakage]) -> list[str]:
@@ -389,7 +383,7 @@ def sentences(groups: Sequence[Leakage]) -> list[str]:
 
     def listed(some: Sequence[Leakage]) -> str:
         def one(group: Leakage) -> str:
-            psnr, gain = score_text(group, "psnr", False), gain_text(group.means)
+            psnr, gain = (score_text(group, name, False) for name in ("psnr", "gain"))
             return f"{escape(spoken(group.defense))} ({psnr} dB, gain {gain})"
 
         return "; ".join(map(one, some))
@@ -397,7 +391,7 @@ def sentences(groups: Sequence[Leakage]) -> list[str]:
     leaking = [group for group in chosen if group.leaked]
     silent = [group for group in chosen if not group.leaked]
     if leaking:
-        who = f"{by}the image" if by else "The image"
+        who = f"{by}{'t' if by else 'T'}he {'image' if len(images) == 1 else 'images'}"
         text.append(f"**{who} leaked beyond the blind guess** under {listed(leaking)}.")
     if silent:
         text.append(

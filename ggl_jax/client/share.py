@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
+from ggl_jax.client.defenses import check_local_steps
 from ggl_jax.client.gradients import local_update
 from ggl_jax.errors import GGLError
 from ggl_jax.types import Context, Defense, Model, Public, Shared
@@ -41,7 +42,7 @@ def _program(model: Model, defense: Defense, client: ClientSettings) -> Callable
             learning_rate=client.local_learning_rate,
         )
         context = Context(model, variables, images, labels)
-        return defense.apply(key, update, context), defense.record(key, update, context)
+        return defense.apply(key, update, context)
 
     return jax.jit(program)
 
@@ -59,7 +60,7 @@ def share(
     *,
     defense: Defense,
     client: ClientSettings | None = None,
-) -> tuple[Shared, Mapping[str, Any]]:
+) -> tuple[Shared, Mapping[str, Any] | tuple]:
     """What a client with these images sends.
 
     Args:
@@ -76,9 +77,11 @@ def share(
         the client (the audit compares it with what the server estimates).
 
     Raises:
-        GGLError: statistics of a model that has none.
+        GGLError: statistics of a model that has none, or several local steps under a defense of
+            single gradients.
     """
     client = client or ClientSettings()
+    check_local_steps(defense, client.local_steps)
     images, labels = jnp.asarray(images, jnp.float32), jnp.asarray(labels, jnp.int32)
     if client.share_statistics and public.model.statistics is None:
         raise GGLError(

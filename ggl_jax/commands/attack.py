@@ -112,7 +112,7 @@ def run(command: AttackCommand, argv: list[str]) -> int:
             search_key[None],
             public,
             [Shared(update, statistics)],
-            defense=defense,
+            view=defense.view,
             client=client,
             settings=settings,
             expected=expectations(samples_key, public) if command.batch_size > 1 else None,

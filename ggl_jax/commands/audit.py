@@ -2,7 +2,6 @@
 
 import argparse
 import dataclasses
-import datetime
 import json
 import shlex
 from pathlib import Path
@@ -159,7 +158,7 @@ class AuditCommand:
     compare: Literal["published", "support", "undefended", "likelihood"] = "published"
     """What is compared: published; support (sparsified updates on the entries that were shared);
     undefended (Soteria's layer left out); likelihood (of the estimated noise)."""
-    distance: Literal["squared_l2", "cosine"] | None = None
+    distance: Literal["squared_l2", "mean_squared_l2", "cosine"] | None = None
     """Distance between updates."""
     relative: bool | None = None
     """Divide distances by that of an update of zero, so that penalties weigh as much under each
@@ -281,7 +280,8 @@ def run(command: AuditCommand, argv: list[str]) -> int:
     """``ggl-jax audit``."""
     from ggl_jax.adversary.reconstruct import search_for
     from ggl_jax.adversary.strategy import AttackSettings, unused_options
-    from ggl_jax.audit import figure, report
+    from ggl_jax.audit import folder as folders
+    from ggl_jax.audit import report
     from ggl_jax.audit.cells import image_batches
     from ggl_jax.audit.run import AuditInterrupted, audit
     from ggl_jax.client.defenses import parse
@@ -308,12 +308,11 @@ def run(command: AuditCommand, argv: list[str]) -> int:
     )
     image_batches(len(dataset.images), command.batch_size)
     for defense in parsed:
-        search_for(model, prior, defense, client, settings)  # for its errors
+        search_for(model, prior, defense.view, client, settings)  # for its errors
     options = _options(command)
     content = files.digest(options, dataset.images, dataset.labels, card["sha256"])
     out = command.out or Path(f"ggl-audit-{content[:8]}")
     shown_command = "ggl-jax " + shlex.join(argv)
-    env = environment()
     num = len(dataset.images)
     for line in unused_options(settings):
         console.print(f"Note: {line}", markup=False, soft_wrap=True)
@@ -346,28 +345,17 @@ def run(command: AuditCommand, argv: list[str]) -> int:
                 out=out,
                 mesh=_devices.mesh(command.shard),
                 progress=bar,
-                about={"command": shown_command, "options": options, "environment": env},
+                about={"command": shown_command, "options": options, "environment": environment()},
             )
         except AuditInterrupted as stop:
             result, interrupted = stop.result, True
     if result.rows:
-        summaries = report.summarize(result.rows)
-        title = f"{model.name}, prior {card['name']}, {command.attack}, seed {command.seed}"
-        figure.draw(result, out / "figure.png", title=title)
-        date = datetime.date.today().isoformat()
-        where = f"{date}; {env['device']}; {env['cpu']}; jax {env['jax']}; {num} images"
-        files.write_text(
-            out / "summary.md",
-            report.markdown(summaries, command=shown_command, environment=where),
-        )
-        for table in report.terminal_tables(summaries):
-            console.print(table)
-        console.print(report.LEGEND, style="dim")
-        console.print()
-        for sentence in report.in_words(summaries):
-            console.print(sentence, markup=False)
+        found = report.make(folders.read(out))
+        path = report.write(found, out)
+        console.print(report.terminal(found))
         console.print(
-            f"\nPictures: {out}/figure.png; all numbers: {out}/results.jsonl",
+            f"\nWith pictures: {path} (and {path.with_suffix('.md')}); all numbers: "
+            f"{out}/results.jsonl",
             markup=False,
             soft_wrap=True,
         )

@@ -63,7 +63,7 @@ class LandscapeCommand:
     """tanh keeps every latent entry within (-1, 1); the plane lies in the space before it."""
     regularizer: str | None = None
     """Penalties of the search, as for ggl-jax audit; the landscape's loss has none."""
-    distance: Literal["squared_l2", "cosine"] | None = None
+    distance: Literal["squared_l2", "mean_squared_l2", "cosine"] | None = None
     """Distance between updates."""
     relative: bool | None = None
     """Divide distances by that of an update of zero, as for ggl-jax audit."""
@@ -127,7 +127,7 @@ def run(command: LandscapeCommand, argv: list[str]) -> int:
         # as the audit's default search, not as published
         given |= {"signed": False, "schedule": "ramp"}
     settings = AttackSettings(**given)
-    search_for(model, prior, defense, ClientSettings(), settings)  # for its errors
+    search_for(model, prior, defense.view, ClientSettings(), settings)  # for its errors
     options = {k: v for k, v in dataclasses.asdict(command).items() if k != "out"}
     shown = "ggl-jax " + shlex.join(argv)
     env = environment()

@@ -27,16 +27,17 @@ class ReportCommand:
 def run(command: ReportCommand, argv: list[str]) -> int:
     """``ggl-jax report``."""
     from ggl_jax.audit import folder as folders
-    from ggl_jax.audit import html_report
+    from ggl_jax.audit import report
 
     wanted = 2 if command.compare else 1
     if len(command.folders) != wanted:
         raise GGLError(f"folders: got {len(command.folders)}, allowed: one, or two with --compare")
     records = [folders.read(folder) for folder in command.folders]
     if command.compare:
-        path = html_report.write_comparison(records[0], records[1], command.out or Path("."))
+        compared = report.comparison(*records)
+        path = report.write(compared, command.out or Path("."), "comparison")
     else:
-        path = html_report.write(records[0], command.out)
+        path = report.write(report.make(records[0]), command.out or records[0].folder)
     text = path.with_suffix(".md")
     console.print(f"{path} and {text}", markup=False, soft_wrap=True, highlight=False)
     return 0

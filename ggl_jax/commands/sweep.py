@@ -222,7 +222,7 @@ def run(command: SweepCommand, argv: list[str]) -> int:
     )
     import jax
 
-    from ggl_jax.audit import folder, html_report
+    from ggl_jax.audit import folder, report
     from ggl_jax.audit.run import run as run_cells
 
     about = {"command": "ggl-jax " + shlex.join(argv), "environment": environment()}
@@ -263,7 +263,7 @@ def run(command: SweepCommand, argv: list[str]) -> int:
         if records.failures:
             console.print("Try these again with --retry-failed.", markup=False)
         if records.rows:
-            page = html_report.write(records)
+            page = report.write(report.make(records), records.folder)
             console.print(f"Report: {page}", markup=False, soft_wrap=True)
     if result.interrupted:
         console.print("Interrupted. The same command goes on from here.", markup=False)
@@ -295,7 +295,7 @@ def _why(grid, cell) -> GGLError | None:
 
     given = grid.inputs
     try:
-        search_for(given.model, given.prior, cell.defense, cell.client, cell.settings)
+        search_for(given.model, given.prior, cell.defense.view, cell.client, cell.settings)
     except GGLError as error:
         return error
     return None

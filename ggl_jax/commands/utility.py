@@ -89,7 +89,7 @@ def run(command: UtilityCommand, argv: list[str]) -> int:
     """``ggl-jax utility``."""
     from ggl_jax.audit import data as audit_data
     from ggl_jax.audit import folder as folders
-    from ggl_jax.audit import html_report, utility
+    from ggl_jax.audit import report, utility
     from ggl_jax.client.models import get_model
     from ggl_jax.priors import load_prior
 
@@ -120,10 +120,11 @@ def run(command: UtilityCommand, argv: list[str]) -> int:
         local_steps=base.local_steps,
         local_learning_rate=base.local_learning_rate,
     )
-    options = dataclasses.asdict(settings) | {
-        "data": data,
-        "model": [name, num_classes, size, extra],
-        "seed": command.seed,
+    about = {
+        "options": dataclasses.asdict(settings)
+        | {"data": data, "model": [name, num_classes, size, extra]},
+        "command": "ggl-jax " + shlex.join(argv),
+        "environment": environment(),
     }
     out = command.out or command.folder
     assert out is not None
@@ -136,9 +137,7 @@ def run(command: UtilityCommand, argv: list[str]) -> int:
             out=out,
             settings=settings,
             fidelities=fidelities,
-            seed=command.seed,
-            options=options,
-            about={"command": "ggl-jax " + shlex.join(argv), "environment": environment()},
+            about=about,
             progress=bar,
         )
     if found.rows:
@@ -153,7 +152,8 @@ def run(command: UtilityCommand, argv: list[str]) -> int:
     if command.folder is not None and out == command.folder:
         records = folders.read(out)
         if records.rows:
-            console.print(f"Report: {html_report.write(records)}", markup=False, soft_wrap=True)
+            page = report.write(report.make(records), out)
+            console.print(f"Report: {page}", markup=False, soft_wrap=True)
     if found.interrupted:
         console.print("Interrupted. The same command goes on from here.", markup=False)
         return 130

@@ -17,7 +17,7 @@ from ggl_jax.adversary.attacks.refinement import pixel_refinement
 from ggl_jax.adversary.attacks.search_attack import BOUNDS, STARTS, search_attack
 from ggl_jax.adversary.optimizers import make_optimizer, optimizer_options
 from ggl_jax.errors import GGLError, did_you_mean
-from ggl_jax.types import Attack, Defense, Model, Prior
+from ggl_jax.types import Attack, Model, Prior, View
 
 __all__ = [
     "ATTACKS",
@@ -45,6 +45,7 @@ class Published(NamedTuple):
         steps: of its search, by the optimiser's name; the first is the attack's own optimiser. One
             that is not named takes as many steps as that.
         optimizer_settings: options of its own optimiser.
+        code: what the published code has in place of the paper's, by the optimiser's name.
         settings: those of the attack, whatever the optimiser.
     """
 
@@ -52,18 +53,20 @@ class Published(NamedTuple):
     adaptive: bool
     steps: Mapping[str, int]
     optimizer_settings: Mapping[str, Any] = MappingProxyType({})
+    code: Mapping[str, Mapping[str, Any]] = MappingProxyType({})
     settings: Mapping[str, Any] = MappingProxyType({})
 
 
-def _published(build, adaptive, steps, optimizer_settings=None, **settings):
-    proxies = (MappingProxyType(m) for m in (steps, optimizer_settings or {}, settings))
+def _published(build, adaptive, steps, optimizer_settings=None, code=None, **settings):
+    proxies = (MappingProxyType(m or {}) for m in (steps, optimizer_settings, code, settings))
     return Published(build, adaptive, *proxies)
 
 
 #: Attacks by name. The baselines' 4 trials are the paper's. Its 300 iterations of L-BFGS are
 #: torch's, of 20 evaluations each; a step here is one evaluation.
 #: GGL's budgets for CMA-ES, Adam and TuRBO (100 rounds of 10) are the paper's; those that it has
-#: not, L-BFGS and the hybrid, get the evaluations of Adam and of CMA-ES.
+#: not, L-BFGS and the hybrid, get the evaluations of Adam and of CMA-ES. Its code samples 800 times
+#: 50, in generations of 18, and starts Adam at N(0, 1).
 ATTACKS: dict[str, Published] = {
     "ggl": _published(
         ggl,
@@ -77,6 +80,11 @@ ATTACKS: dict[str, Published] = {
             "hybrid": 500,
         },
         {"population": 50},
+        code={
+            "cma_es": {"population": 18, "steps": 2222, "distance": "mean_squared_l2"},
+            "adam": {"start": "normal"},
+            "turbo": {"distance": "mean_squared_l2", "regularizer": "none"},
+        },
     ),
     "dlg": _published(dlg, False, {"lbfgs": 6000}, restarts=4),
     "idlg": _published(idlg, False, {"lbfgs": 6000}, restarts=4),
@@ -125,11 +133,13 @@ def resolve(name: str, **settings) -> dict[str, Any]:
         base["distance"] = distance.default
     if optimizer == own:  # the options of its own search say nothing about another
         base |= published.optimizer_settings
+    if given.get("fidelity") == "code":
+        base |= published.code.get(optimizer, {})
     return {**base, **given}
 
 
 def make_attack(
-    name: str, model: Model, prior: Prior, *, defense: Defense | None = None, **settings
+    name: str, model: Model, prior: Prior, *, view: View | None = None, **settings
 ) -> Attack:
     """Build an attack by name: as published, unless settings say otherwise.
 
@@ -137,7 +147,7 @@ def make_attack(
         name: a key of :data:`ATTACKS`.
         model: the federated model.
         prior: the generator; attacks on pixels do without it.
-        defense: what the client did; used only where the attack is adaptive.
+        view: the server's side of the client's defense; used where the attack is adaptive.
         **settings: ``optimizer`` and its options, ``steps``, ``adaptive``, and the options of
             :func:`search_attack`. None means "as published". Those of an optimiser other than the
             chosen one are left out; :func:`ggl_jax.adversary.strategy.unused_options` tells which.
@@ -149,7 +159,7 @@ def make_attack(
     optimizer, adaptive = resolved.pop("optimizer"), resolved.pop("adaptive")
     build = ATTACKS[name].build
     takes = {*inspect.signature(search_attack).parameters, *inspect.signature(build).parameters}
-    takes -= {"name", "model", "prior", "optimizer", "defense", "options"}
+    takes -= {"name", "model", "prior", "optimizer", "view", "options"}
     searches_take = optimizer_options()
     for option in resolved:
         if option not in takes and option not in searches_take:
@@ -157,4 +167,4 @@ def make_attack(
             raise GGLError(f"{option}: neither {name} nor an optimizer has such an option{hint}")
     search = make_optimizer(optimizer, **{k: v for k, v in resolved.items() if k in searches_take})
     options = {k: v for k, v in resolved.items() if k in takes}
-    return build(model, prior, search, defense=defense if adaptive else None, **options)
+    return build(model, prior, search, view=view if adaptive else None, **options)

@@ -11,7 +11,8 @@ def grad_inversion(
     optimizer: Optimizer,
     *,
     start: str = "normal",
-    regularizer: str = "total_variation:0.1+l2:1e-5+group:1e-4",
+    relative: bool = True,
+    regularizer: str = "group:0.1+total_variation:0.01+l2:0.001",
     **options,
 ) -> Attack:
     """GradInversion: pixels by squared l2, kept smooth, small and close to the other restarts.
@@ -24,8 +25,12 @@ def grad_inversion(
         prior: unused; pixels are searched.
         optimizer: published: Adam, learning rate 0.1, 8,000 steps (24,000 at 224x224).
         start: published: normal noise.
-        regularizer: published: total variation, l2 and group consistency. Their published weights
-            belong to another scale of the loss; these keep their order.
+        relative: divide the distance by that of an update of zero, so that the regulariser weighs
+            as much under each defense; its weights are for that.
+        regularizer: published: group consistency, total variation and l2, with weights in this
+            order. There is no published code, and the weights belong to another loss (sums over
+            224x224 images, with BatchNorm statistics), so only their order is kept. One restart has
+            no group.
         **options: see :func:`search_attack`.
 
     Returns:
@@ -42,6 +47,7 @@ def grad_inversion(
         pixels(model.image_shape),
         optimizer,
         start=start,
+        relative=relative,
         regularizer=regularizer,
         **options,
     )

@@ -3,7 +3,6 @@
 import jax
 import jax.numpy as jnp
 
-from ggl_jax.adversary.estimation import noise_variance
 from ggl_jax.adversary.losses import (
     batch_norm_distance,
     parse_regularizer,
@@ -15,7 +14,7 @@ from ggl_jax.adversary.optimizers import BestState, best_so_far
 from ggl_jax.adversary.sharding import over_population
 from ggl_jax.errors import GGLError
 from ggl_jax.priors.decoding import decode
-from ggl_jax.types import Attack, Candidates, Defense, Model, Optimizer, Prior
+from ggl_jax.types import Attack, Candidates, Model, Optimizer, Prior, View
 
 STARTS = ("zeros", "prior", "uniform", "normal")
 BOUNDS = ("none", "tanh")
@@ -27,7 +26,7 @@ def search_attack(
     prior: Prior,
     optimizer: Optimizer,
     *,
-    defense: Defense | None = None,
+    view: View | None = None,
     batch_size: int = 1,
     restarts: int = 1,
     pool: int = 0,
@@ -57,7 +56,7 @@ def search_attack(
         model: the federated model.
         prior: the generator G; :func:`ggl_jax.priors.pixels` for a search over images themselves.
         optimizer: the search; the attack remembers each restart's candidate of lowest loss.
-        defense: how a candidate's gradient is transformed before comparison (with the parameters
+        view: how a candidate's gradient is transformed before comparison (with the parameters
             in ``problem.estimated``); None for a non-adaptive attack.
         batch_size: images per observed update, at least 1; a candidate is then a batch, and its
             latents are concatenated.
@@ -68,7 +67,7 @@ def search_attack(
             "prior" (all sampled), "uniform" (U[0, 1]) or "normal" (N(0, 1)).
         bound: "none", or "tanh" to search an unbounded vector whose tanh is the latent.
         soft_labels: search the labels, too, as logits that start at N(0, 1).
-        distance: "squared_l2" (D1) or "cosine" (D2).
+        distance: a name in :data:`ggl_jax.DISTANCES`: "squared_l2" (D1), "cosine" (D2), ...
         likelihood: where there is noise, divide the squared l2 distance by twice its estimated
             variance: minus the logarithm of the update's likelihood. It then takes the place of
             ``relative``.
@@ -79,7 +78,7 @@ def search_attack(
             :data:`ggl_jax.REGULARIZERS` there is "batch_norm": the distance of the candidate's
             BatchNorm statistics to those that the client shared (``problem.statistics``), or else
             to the model's running ones, which say something of a model that was trained.
-        fidelity: "paper", or "code" for the published code's forms of distance and regulariser.
+        fidelity: "paper", or "code" for the published code's forms of the regularisers.
         method: "auto", "fused" or "direct" evaluation of the matching loss.
         precision: of its products on accelerators; see :func:`ggl_jax.matching_loss`.
         local_steps: SGD steps in the client's update; 1 for a plain gradient.
@@ -169,18 +168,17 @@ def search_attack(
 
     def distance_of(problem):
         variables, observed = problem.variables, problem.observed
-        if defense is not None and defense.observe is not None:
-            observed = defense.observe(problem.estimated, observed)
-        if defense is not None and defense.rewire is not None:
-            variables = defense.rewire(problem.estimated, variables, model.head)
+        if view is not None and view.observe is not None:
+            observed = view.observe(problem.estimated, observed)
+        if view is not None and view.rewire is not None:
+            variables = view.rewire(problem.estimated, variables, model.head)
         distance_to = matching_loss(
             model,
             variables,
             observed,
-            defense=defense,
+            view=view,
             estimated=problem.estimated,
             distance=distance,
-            fidelity=fidelity,
             method=method,
             precision=precision,
             chunk_size=chunk_size,
@@ -191,18 +189,16 @@ def search_attack(
         )
         if not (likelihood or relative):
             return distance_to
-        variance = noise_variance(problem.estimated)
+        variance = jnp.square(problem.noise)
         scale = 1.0 / energy(observed, variance) if relative else 1.0
         if likelihood:
-            # The published code's distance is a mean over tensors, a likelihood's is a sum.
-            count = len(jax.tree.leaves(observed)) if fidelity == "code" else 1
-            noisy = 0.5 * count / jnp.where(variance > 0, variance, 1.0)
+            noisy = 0.5 / jnp.where(variance > 0, variance, 1.0)
             scale = jnp.where(variance > 0, noisy, scale)
         return lambda images, labels: scale * distance_to(images, labels)
 
     def energy(observed, variance):
         """The distance of an update of zero, the noise's share taken off; above 0."""
-        chosen = resolve_distance(distance, fidelity=fidelity)
+        chosen = resolve_distance(distance)
         reference = chosen.at_zero(tree_statistics(observed, observed))
         if chosen.scales is None:  # else the distance is relative by itself
             squares = sum(jnp.sum(y**2) for y in jax.tree.leaves(observed))

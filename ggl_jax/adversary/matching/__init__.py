@@ -21,7 +21,7 @@ from ggl_jax.adversary.matching.direct import direct_losses
 from ggl_jax.adversary.matching.fused import fused_losses
 from ggl_jax.adversary.matching.program import Program, trace
 from ggl_jax.errors import GGLError
-from ggl_jax.types import Defense, Factored, Model, PyTree
+from ggl_jax.types import Factored, Model, PyTree, View
 
 METHODS = ("auto", "fused", "direct")
 PRECISIONS = (None, "default", "high", "highest", "bfloat16", "tensorfloat32", "float32")
@@ -40,10 +40,9 @@ def matching_loss(
     variables: PyTree,
     observed: PyTree,
     *,
-    defense: Defense | None = None,
+    view: View | None = None,
     estimated: PyTree | None = None,
     distance: str | Distance = "squared_l2",
-    fidelity: str = "paper",
     method: str = "auto",
     chunk_size: int | None = None,
     memory: float | None = None,
@@ -64,10 +63,10 @@ def matching_loss(
         model: the federated model: any JAX function of images, of Flax or not.
         variables: the variables that the update was computed at.
         observed: the shared update, a pytree like ``variables["params"]``.
-        defense: how candidates' updates are transformed; None leaves them alone.
+        view: how candidates' updates are transformed; None leaves them alone.
         estimated: the defense's estimated parameters.
-        distance: "squared_l2" (D1), "cosine" (D2) or a :class:`ggl_jax.adversary.losses.Distance`.
-        fidelity: "paper", or "code" (squared l2 divided by the number of tensors).
+        distance: a name in :data:`ggl_jax.DISTANCES`, such as "squared_l2" (D1) and "cosine"
+            (D2), or a :class:`ggl_jax.adversary.losses.Distance`.
         method: "direct", "fused", or "auto": fused wherever it can be.
         chunk_size: candidates at once, at least 1; None chooses from the model's activations and
             the memory (256 MiB on the CPU, where larger chunks are slower; half of what is free on
@@ -119,7 +118,7 @@ def matching_loss(
         Paper, section 3. Per-candidate norms from inputs and cotangents: Goodfellow (2015),
         "Efficient per-example gradient computations"; for convolutions Rochette et al. (2019).
     """
-    distance = resolve_distance(distance, fidelity=fidelity)
+    distance = resolve_distance(distance)
     _check_choice("method", method, METHODS)
     _check_choice("precision", precision, PRECISIONS)
     _check_count("chunk_size", 1 if chunk_size is None else chunk_size)
@@ -134,12 +133,12 @@ def matching_loss(
         raise GGLError(f"method: 'fused' needs local_steps=1, got {local_steps}; use 'auto'")
 
     def simulate(update):
-        return update if defense is None else defense.simulate(estimated, update)
+        return update if view is None else view.simulate(estimated, update)
 
     def factored():
-        if defense is None:
+        if view is None:
             return Factored()
-        return None if defense.factor is None else defense.factor(estimated)
+        return None if view.factor is None else view.factor(estimated)
 
     def losses_for(program: Program):
         if method != "direct" and local_steps == 1 and program.sites:

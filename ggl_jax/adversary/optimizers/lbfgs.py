@@ -55,19 +55,18 @@ def _direction(gradient, moves, changes, inverse, scale):
     return jax.lax.scan(oldest_first, scale * q, (*pairs, shares))[0]
 
 
-def lbfgs(*, memory_size: int = 100, learning_rate: float = 1.0) -> Optimizer:
+def lbfgs(*, memory_size: int = 100) -> Optimizer:
     """L-BFGS with a fixed step and no line search, as the published DLG and iDLG take it.
 
     One step evaluates loss and gradient once for each restart and moves on along the quasi-Newton
-    direction, whether or not the loss fell; the wrapper that remembers the best does the rest. On
-    losses that jump, such as those of ReLU networks, this goes on where a line search, which asks
-    for a decrease, stops (:func:`ggl_jax.adversary.optimizers.lbfgs_wolfe`).
+    direction (by min(1, 1 / |g|_1) of it at first, then by all of it), whether or not the loss
+    fell; the wrapper that remembers the best does the rest. On losses that jump, such as those of
+    ReLU networks, this goes on where a line search, which asks for a decrease, stops
+    (:func:`ggl_jax.adversary.optimizers.lbfgs_wolfe`).
 
     Args:
         memory_size: past moves in the inverse Hessian, at least 1. Two arrays of this many rows
             are kept for each restart.
-        learning_rate: the step along each direction, > 0. The first is shortened to
-            ``min(1, 1 / |g|_1) * learning_rate``.
 
     Returns:
         An :class:`Optimizer`.
@@ -82,11 +81,10 @@ def lbfgs(*, memory_size: int = 100, learning_rate: float = 1.0) -> Optimizer:
         20 steps here are one iteration there.
 
     Reference:
-        Liu and Nocedal (1989); PyTorch's ``LBFGS`` with ``line_search_fn=None`` and ``history_size
-        = 100``, its defaults, which both published codes use.
+        Liu and Nocedal (1989); PyTorch's ``LBFGS`` with its defaults, which both published codes
+        use: ``lr=1``, ``history_size=100`` and no line search.
     """
     require(memory_size >= 1, "memory_size", memory_size, "whole numbers of at least 1")
-    require(learning_rate > 0, "learning_rate", learning_rate, "numbers above 0")
 
     def init(key, latents):
         del key
@@ -139,7 +137,7 @@ def lbfgs(*, memory_size: int = 100, learning_rate: float = 1.0) -> Optimizer:
         (_, losses), gradient = jax.value_and_grad(total, has_aux=True)(point)
         finite = jnp.isfinite(losses) & jnp.all(jnp.isfinite(gradient), axis=1)
         first = jnp.minimum(1.0, 1.0 / jnp.sum(jnp.abs(gradient), axis=1))
-        stepsize = learning_rate * jnp.where(state.started, 1.0, first)
+        stepsize = jnp.where(state.started, 1.0, first)
         with jax.default_matmul_precision("highest"):
             state = remembered(state, gradient)
             direction = jax.vmap(_direction)(

@@ -5,30 +5,32 @@ factory whose hyper-parameters are keyword-only, and add it to :data:`DEFENSES`;
 hyper-parameter is the one that ``"name:value"`` sets.
 """
 
+import functools
 import inspect
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
 
-from ggl_jax.client.defenses import _checks, _traits
+from ggl_jax.client.defenses import _checks
 from ggl_jax.client.defenses.clip import clip
-from ggl_jax.client.defenses.noise import identity_factor, noise
+from ggl_jax.client.defenses.noise import noise
 from ggl_jax.client.defenses.soteria import soteria
 from ggl_jax.client.defenses.sparsify import sparsify
 from ggl_jax.errors import GGLError, did_you_mean
-from ggl_jax.types import Defense, Factored
+from ggl_jax.types import Defense, Factored, Facts, View
 
 __all__ = [
     "DEFENSES",
     "chain",
+    "check_local_steps",
     "clip",
     "from_function",
+    "merged",
     "noise",
     "none",
     "parse",
-    "replaces_update",
     "soteria",
     "sparsify",
     "stages_of",
@@ -38,9 +40,8 @@ __all__ = [
 
 def none() -> Defense:
     """No defense: the update is shared as it is. Record and estimate are empty."""
-    nothing = from_function(lambda key, update: update, name="none")
-    _traits.mark(nothing.apply, shrinks=True, processes=True)
-    return nothing
+    facts = Facts(shrinks=True, processes=True)
+    return from_function(lambda key, update: update, name="none", facts=facts)
 
 
 def from_function(
@@ -49,6 +50,9 @@ def from_function(
     name: str,
     simulate: Callable | None = None,
     estimate: Callable | None = None,
+    adds_noise: bool = False,
+    noise_std: Callable | None = None,
+    facts: Facts | None = None,
 ) -> Defense:
     """Make a defense of a function of yours.
 
@@ -65,6 +69,11 @@ def from_function(
         simulate: ``simulate(estimated, update) -> update``, the adversary's version of ``fn``,
             differentiable. None leaves candidates alone.
         estimate: ``estimate(update, head, noise=0.0) -> dict`` of arrays, from the observed update.
+        adds_noise: ``fn`` adds noise of your own: results are then combined, and pixels left
+            alone, as under :func:`noise`. Implied by ``noise_std`` and by ``facts.gaussian``.
+        noise_std: ``noise_std(estimated)`` -> standard deviation of that noise on every entry, for
+            estimators of earlier stages and for the comparison by likelihood.
+        facts: what an accountant of differential privacy may rely on; None for nothing.
 
     Returns:
         A Defense with an empty record; factored (as the identity) only where ``simulate`` is None.
@@ -76,13 +85,10 @@ def from_function(
     if not name or "+" in name:
         raise GGLError(f"name={name!r}: give the defense a name without '+', e.g. 'my_defense'")
     wants_context = _takes_context(fn, name)
+    facts = facts or Facts()
 
     def apply(key, update, context):
-        return fn(key, update, context) if wants_context else fn(key, update)
-
-    def record(key, update, context):
-        del key, update, context
-        return {}
+        return fn(key, update, context) if wants_context else fn(key, update), {}
 
     def nothing_estimated(update, head, noise=0.0):
         del update, head, noise
@@ -92,14 +98,15 @@ def from_function(
         del estimated
         return update
 
-    return Defense(
-        name,
-        apply,
-        record,
+    view = View(
+        name.partition(":")[0],
         estimate or nothing_estimated,
         simulate or unchanged,
-        None if simulate else identity_factor(),
+        None if simulate else lambda estimated: Factored(),
+        adds_noise=adds_noise or noise_std is not None or bool(facts.gaussian),
+        noise_std=noise_std,
     )
+    return Defense(name, apply, view, facts)
 
 
 def _takes_context(fn: Callable, name: str) -> bool:
@@ -135,10 +142,9 @@ def chain(*defenses: Defense) -> Defense:
         defenses: the stages. None at all gives :func:`none`; a single one is returned as it is.
 
     Returns:
-        A Defense. Record and estimate hold one dict for each stage, under ``"0.name"``,
-        ``"1.name"`` and so on (:func:`summary` flattens them). Stage i's key is
-        ``fold_in(key, i)``. The factored form exists where every stage has one and no mask follows
-        a scaling (a mask after clipping changes the norms that clipping saw).
+        A Defense. Record and estimate are tuples of the stages' (:func:`summary` flattens them).
+        Stage i's key is ``fold_in(key, i)``. The factored form exists where every stage has one and
+        no mask follows a scaling (a mask after clipping changes the norms that clipping saw).
 
     Raises:
         GGLError: Soteria in the paper's form is not the first stage. It computes the gradient
@@ -150,90 +156,81 @@ def chain(*defenses: Defense) -> Defense:
         return defenses[0]
     name = "+".join(d.name for d in defenses)
     for defense in defenses[1:]:
-        if replaces_update(defense):
+        if defense.facts.replaces_update:
             raise GGLError(
                 f"{name}: {defense.name} recomputes the gradient from the image and must come "
                 f"first in a chain; move it to the front or use its fidelity='code' form"
             )
-    stages = [(f"{i}.{d.name}", d) for i, d in enumerate(defenses)]
-
-    def steps(key, update, context):
-        for i, (stage, defense) in enumerate(stages):
-            yield stage, defense, jax.random.fold_in(key, i), update
-            update = defense.apply(jax.random.fold_in(key, i), update, context)
-        yield None, None, None, update
 
     def apply(key, update, context):
-        *_, (_, _, _, update) = steps(key, update, context)
-        return update
+        records = []
+        for i, defense in enumerate(defenses):
+            update, record = defense.apply(jax.random.fold_in(key, i), update, context)
+            records.append(record)
+        return update, tuple(records)
 
-    def record(key, update, context):
-        return {
-            stage: defense.record(own_key, before, context)
-            for stage, defense, own_key, before in steps(key, update, context)
-            if stage is not None
-        }
+    facts = Facts(
+        replaces_update=defenses[0].facts.replaces_update,
+        stages=tuple(one for defense in defenses for one in stages_of(defense)),
+    )
+    return Defense(name, apply, _chain_views([defense.view for defense in defenses]), facts)
 
+
+def _chain_views(views: Sequence[View]) -> View:
     def estimate(update, head, noise=0.0):
-        estimated = {}
-        for stage, defense in reversed(stages):
-            estimated[stage] = defense.estimate(update, head, noise=noise)
-            if "sigma" in estimated[stage]:
-                noise = jnp.hypot(jnp.asarray(noise, jnp.float32), estimated[stage]["sigma"])
-        return dict(reversed(estimated.items()))
+        estimated = []
+        for view in reversed(views):
+            estimated.append(view.estimate(update, head, noise=noise))
+            if view.noise_std is not None:
+                noise = jnp.hypot(jnp.asarray(noise, jnp.float32), view.noise_std(estimated[-1]))
+        return tuple(reversed(estimated))
 
     def simulate(estimated, update):
-        for stage, defense in stages:
-            update = defense.simulate(estimated[stage], update)
+        for view, own in zip(views, estimated, strict=True):
+            update = view.simulate(own, update)
         return update
 
     def factor(estimated):
-        result = Factored()
-        for stage, factor_of in factors:
-            result = _compose(result, factor_of(estimated[stage]))
+        result: Factored | None = Factored()
+        for view, own in zip(views, estimated, strict=True):
+            after = None if view.factor is None else view.factor(own)
+            result = None if result is None or after is None else _compose(result, after)
         return result
 
-    _traits.mark(
-        apply,
-        replaces_update=replaces_update(defenses[0]),
-        stages=tuple(one for defense in defenses for one in stages_of(defense)),
-    )
-    factors = [(stage, d.factor) for stage, d in stages if d.factor is not None]
-    factored = len(factors) == len(stages)
-    masks = scales = False
-    for _, factor_of in factors:
-        factored &= not (scales and _traits.has(factor_of, "masks", True))
-        masks |= _traits.has(factor_of, "masks", True)
-        scales |= _traits.has(factor_of, "scales", True)
-    _traits.mark(factor, masks=masks, scales=scales)
-    observers = [(stage, d.observe) for stage, d in stages if d.observe is not None]
-
     def observe(estimated, update):
-        for stage, observe_in in observers:
-            update = observe_in(estimated[stage], update)
+        for view, own in zip(views, estimated, strict=True):
+            update = update if view.observe is None else view.observe(own, update)
         return update
 
-    first, rewire_first = stages[0][0], defenses[0].rewire
+    rewire_first = views[0].rewire
 
     def rewire(estimated, variables, head):
         assert rewire_first is not None
-        return rewire_first(estimated[first], variables, head)
+        return rewire_first(estimated[0], variables, head)
 
-    return Defense(
-        name,
-        apply,
-        record,
+    def noise_std(estimated):
+        # What a later stage does to an earlier one's noise is not considered.
+        own = zip(views, estimated, strict=True)
+        levels = [view.noise_std(found) for view, found in own if view.noise_std is not None]
+        return functools.reduce(jnp.hypot, levels)
+
+    return View(
+        "+".join(view.name for view in views),
         estimate,
         simulate,
-        factor if factored else None,
+        factor if all(view.factor is not None for view in views) else None,
         # Only a first stage can have changed the forward pass.
         None if rewire_first is None else rewire,
-        observe if observers else None,
+        observe if any(view.observe is not None for view in views) else None,
+        any(view.adds_noise for view in views),
+        noise_std if any(view.noise_std is not None for view in views) else None,
     )
 
 
-def _compose(first: Factored, second: Factored) -> Factored:
-    """``second`` after ``first``; not both a scale in the first and a mask in the second."""
+def _compose(first: Factored, second: Factored) -> Factored | None:
+    """``second`` after ``first``; None for a mask after a scale, which has no such form."""
+    if first.scale is not None and second.mask is not None:
+        return None
     if first.mask is None or second.mask is None:
         mask = second.mask if first.mask is None else first.mask
     else:
@@ -250,45 +247,47 @@ def _compose(first: Factored, second: Factored) -> Factored:
     return Factored(mask, scale)
 
 
-def replaces_update(defense: Defense) -> bool:
-    """Whether the defense computes the gradient anew from the image (Soteria, paper's form).
-
-    Such a defense ignores the update it is given; it cannot follow another defense, and defends
-    one gradient step rather than the sum of several local ones.
-    """
-    return _traits.has(defense.apply, "replaces_update", False)
+def check_local_steps(defense: Defense, local_steps: int) -> None:
+    """Raise :class:`GGLError` where a defense of single gradients is given several local steps."""
+    if local_steps > 1 and defense.facts.replaces_update:
+        raise GGLError(
+            f"local_steps: {defense.name} recomputes a single gradient step, so it cannot "
+            f"defend {local_steps} local steps; use 1, or --fidelity code"
+        )
 
 
 def stages_of(defense: Defense) -> tuple[Defense, ...]:
     """The stages of a chain, in the order in which they are applied; of any other, itself."""
-    return _traits.has(defense.apply, "stages", (defense,))
+    return defense.facts.stages or (defense,)
 
 
-def summary(parameters: Mapping) -> dict[str, float]:
+def summary(parameters: Mapping | tuple) -> dict[str, float]:
     """The scalars of a record or estimate, as plain numbers for reports.
 
     Args:
-        parameters: what ``record`` or ``estimate`` returned, of one defense or of a chain.
+        parameters: what ``apply`` recorded or ``estimate`` returned, of one defense or of a chain.
 
     Returns:
         E.g. ``{"bound": 4.0, "sigma": 0.1}``. Pytrees (layer bounds, masks) are left out. Where
-        two stages of a chain share a name, their keys carry the stage: ``"0.clip:4.bound"``.
+        two stages of a chain share a name, their keys carry the stage's number: ``"0.bound"``.
     """
-    stages = {k: summary(v) for k, v in parameters.items() if _is_stage(k)}
-    flat = {
+    if isinstance(parameters, tuple):
+        return merged([summary(own) for own in parameters])
+    return {
         k: float(v)
         for k, v in parameters.items()
         if not isinstance(v, Mapping | list | tuple) and jnp.ndim(v) == 0 and v is not None
     }
-    shared = [k for own in stages.values() for k in own]
-    for stage, own in stages.items():
-        for k, v in own.items():
-            flat[f"{stage}.{k}" if shared.count(k) > 1 or k in flat else k] = v
-    return flat
 
 
-def _is_stage(key: str) -> bool:
-    return re.match(r"\d+\.", key) is not None
+def merged(stages: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """One dict of several stages'; keys that two of them share carry the stage's number."""
+    every = [key for own in stages for key in own]
+    return {
+        f"{i}.{key}" if every.count(key) > 1 else key: value
+        for i, own in enumerate(stages)
+        for key, value in own.items()
+    }
 
 
 #: Factories by the name used in specifications; hyper-parameters are keyword-only.

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from ggl_jax import trees
-from ggl_jax.client.defenses import _checks, _traits
-from ggl_jax.types import Defense, Factored
+from ggl_jax.client.defenses import _checks
+from ggl_jax.types import Defense, Factored, Facts, View
 
 
 def clip(*, bound: float = 4.0, fidelity: str = "paper") -> Defense:
@@ -46,27 +46,21 @@ def clip(*, bound: float = 4.0, fidelity: str = "paper") -> Defense:
     bound = _checks.number("clip", "bound", bound, low=0, open_low=True, default=4)
     layerwise = fidelity == "paper"
 
-    def scales(bounds, squares):
-        if layerwise:
-            return jax.tree.map(_layer_scale, bounds, squares)
-        scale = _global_scale(bounds, trees.total(squares))
-        return jax.tree.map(lambda _: scale, squares)
-
-    def clip_to(bounds, update):
-        return jax.tree.map(
-            lambda scale, g: scale.astype(g.dtype) * g,
-            scales(bounds, trees.sq_norms(update)),
-            update,
-        )
-
     def apply(key, update, context):
         del key, context
         same = jnp.float32(bound)
-        return clip_to(jax.tree.map(lambda _: same, update) if layerwise else same, update)
+        bounds = jax.tree.map(lambda _: same, update) if layerwise else same
+        return _clip_to(bounds, update, layerwise), {"bound": same}
 
-    def record(key, update, context):
-        del key, update, context
-        return {"bound": jnp.float32(bound)}
+    def l2_bound(num_tensors):
+        return bound * np.sqrt(num_tensors) if layerwise else bound
+
+    facts = Facts(l2_bound=l2_bound, shrinks=True, processes=True)
+    return Defense(f"clip:{bound:g}", apply, clip_view(layerwise), facts)
+
+
+def clip_view(layerwise: bool) -> View:
+    """The server's side of :func:`clip`, layer by layer or of the update as a whole."""
 
     def estimate(update, head, noise=0.0):
         del head
@@ -90,19 +84,28 @@ def clip(*, bound: float = 4.0, fidelity: str = "paper") -> Defense:
             "layer_bounds": jax.tree.map(lambda n: jnp.where(noisy, pooled, n), observed),
         }
 
+    def bounds_of(estimated):
+        return estimated["layer_bounds" if layerwise else "bound"]
+
     def simulate(estimated, update):
-        return clip_to(estimated["layer_bounds" if layerwise else "bound"], update)
+        return _clip_to(bounds_of(estimated), update, layerwise)
 
     def factor(estimated):
-        bounds = estimated["layer_bounds" if layerwise else "bound"]
-        return Factored(scale=lambda squares: scales(bounds, squares))
+        return Factored(scale=lambda squares: _scales(bounds_of(estimated), squares, layerwise))
 
-    def l2_bound(num_tensors):
-        return bound * np.sqrt(num_tensors) if layerwise else bound
+    return View("clip", estimate, simulate, factor)
 
-    _traits.mark(apply, l2_bound=l2_bound, shrinks=True, processes=True)
-    _traits.mark(factor, masks=False, scales=True)
-    return Defense(f"clip:{bound:g}", apply, record, estimate, simulate, factor)
+
+def _scales(bounds, squares, layerwise):
+    if layerwise:
+        return jax.tree.map(_layer_scale, bounds, squares)
+    scale = _global_scale(bounds, trees.total(squares))
+    return jax.tree.map(lambda _: scale, squares)
+
+
+def _clip_to(bounds, update, layerwise):
+    scales = _scales(bounds, trees.sq_norms(update), layerwise)
+    return jax.tree.map(lambda scale, g: scale.astype(g.dtype) * g, scales, update)
 
 
 def _layer_scale(bound: jax.Array, square: jax.Array) -> jax.Array:

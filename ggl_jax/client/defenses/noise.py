@@ -1,15 +1,13 @@
 """Additive Gaussian noise, and how the server finds its level."""
 
-from collections.abc import Callable
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from ggl_jax import trees
-from ggl_jax.client.defenses import _checks, _traits
+from ggl_jax.client.defenses import _checks
 from ggl_jax.selection import kth_smallest
-from ggl_jax.types import Defense, Factored, Path, PyTree
+from ggl_jax.types import Defense, Factored, Facts, Path, PyTree, View
 
 #: Tensors with fewer entries are not used alone: their estimates scatter too much to take a
 #: minimum over.
@@ -26,7 +24,10 @@ def noise(*, sigma: float | None = None, fidelity: str = "paper") -> Defense:
     """Add independent Gaussian noise N(0, sigma^2) to every entry of the update.
 
     What the adversary learns: the noise level, see :func:`estimate_sigma`. It leaves candidates'
-    gradients as they are, because the noise's expectation is zero and its draw is unknown.
+    gradients as they are, because the noise's expectation is zero and its draw is unknown. (The
+    published 32x32 script adds a fresh draw to every candidate, at the client's own sigma; its code
+    for 224x224 does not. Left out in both fidelities: it shifts every loss by the same amount on
+    average, makes them random, and needs the parameter.)
 
     Args:
         sigma: standard deviation, in units of the gradient, finite and >= 0. None takes the
@@ -60,11 +61,13 @@ def noise(*, sigma: float | None = None, fidelity: str = "paper") -> Defense:
             leaf + part.reshape(leaf.shape).astype(leaf.dtype)
             for leaf, part in zip(leaves, jnp.split(draw, ends[:-1]), strict=True)
         ]
-        return jax.tree.unflatten(treedef, noisy)
+        return jax.tree.unflatten(treedef, noisy), {"sigma": jnp.float32(sigma)}
 
-    def record(key, update, context):
-        del key, update, context
-        return {"sigma": jnp.float32(sigma)}
+    return Defense(f"noise:{sigma:g}", apply, noise_view(), Facts(gaussian=sigma, processes=True))
+
+
+def noise_view() -> View:
+    """The server's side of :func:`noise`."""
 
     def estimate(update, head, noise=0.0):
         found, stderr = estimate_sigma(update, head)
@@ -76,13 +79,14 @@ def noise(*, sigma: float | None = None, fidelity: str = "paper") -> Defense:
         del estimated
         return update
 
-    _traits.mark(apply, gaussian=sigma, processes=True)
-    return Defense(f"noise:{sigma:g}", apply, record, estimate, simulate, identity_factor())
-
-
-def identity_factor() -> Callable:
-    """``factor`` of a defense whose simulation leaves candidates alone."""
-    return _traits.mark(lambda estimated: Factored(), masks=False, scales=False)
+    return View(
+        "noise",
+        estimate,
+        simulate,
+        lambda estimated: Factored(),
+        adds_noise=True,
+        noise_std=lambda estimated: estimated["sigma"],
+    )
 
 
 def estimate_sigma(update: PyTree, head: Path) -> tuple[jax.Array, jax.Array]:

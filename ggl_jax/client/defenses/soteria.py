@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 
 from ggl_jax import trees
-from ggl_jax.client.defenses import _checks, _traits
+from ggl_jax.client.defenses import _checks
 from ggl_jax.client.defenses.sparsify import zero_count
 from ggl_jax.client.gradients import cross_entropy
-from ggl_jax.types import Defense, Factored, Model, Path, PyTree
+from ggl_jax.types import Defense, Factored, Facts, Model, Path, PyTree, View
 
 
 def soteria(
@@ -91,22 +91,35 @@ def soteria(
 
     def apply(key, update, context):
         del key
-        kept, _ = masks(context)
-        if on_representation:
-            return pruned_gradient(
-                context.model, context.variables, context.images, context.labels, kept
-            )
-        return _apply_mask(mask_tree(update, context.model.head, kept[0]), update)
-
-    def record(key, update, context):
-        del key
         kept, features = masks(context)
         # What the mask comes to: a row of the gradient is left where some image has a feature.
         left = jnp.any((kept * features) != 0, axis=0)
-        return {
+        record = {
             "rate": jnp.mean(1 - kept, dtype=jnp.float32),
-            "mask": mask_tree(update, context.model.head, left),
+            "mask": mask_tree(context.variables["params"], context.model.head, left),
         }
+        if on_representation:
+            pruned = pruned_gradient(
+                context.model, context.variables, context.images, context.labels, kept
+            )
+            return pruned, record
+        return _apply_mask(mask_tree(update, context.model.head, kept[0]), update), record
+
+    return Defense(
+        f"soteria:{rate:g}",
+        apply,
+        soteria_view(on_representation, without_head),
+        Facts(replaces_update=on_representation, shrinks=not on_representation),
+    )
+
+
+def soteria_view(on_representation: bool, without_head: bool) -> View:
+    """The server's side of :func:`soteria`.
+
+    Args:
+        on_representation: of the paper's form, else of the code's.
+        without_head: leave the last layer's kernel out of the comparison.
+    """
 
     def estimate(update, head, noise=0.0):
         kept = estimate_mask(update, head, noise, first_class_only=not on_representation)
@@ -122,17 +135,11 @@ def soteria(
     def factor(estimated):
         return Factored(mask=estimated["compared"])
 
-    # chain() must know that earlier stages' work would be lost.
-    _traits.mark(apply, replaces_update=on_representation, shrinks=not on_representation)
-    _traits.mark(factor, masks=True, scales=False)
-
     def rewire(estimated, variables, head):
         return pruned_variables(variables, head, estimated)
 
-    return Defense(
-        f"soteria:{rate:g}",
-        apply,
-        record,
+    return View(
+        "soteria",
         estimate,
         simulate,
         factor,

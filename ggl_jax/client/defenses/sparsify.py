@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from ggl_jax import trees
-from ggl_jax.client.defenses import _checks, _traits
+from ggl_jax.client.defenses import _checks
 from ggl_jax.selection import zero_smallest
-from ggl_jax.types import Defense, Factored, PyTree
+from ggl_jax.types import Defense, Factored, Facts, PyTree, View
 
 #: Tensors with fewer entries say too little about the rate: floor(0.9 * 2) / 2 is 0.5.
 _MIN_ENTRIES = 1000
@@ -68,11 +68,20 @@ def sparsify(
 
     def apply(key, update, context):
         del key, context
-        return trees.map_flat(lambda g: zero_smallest(g, count(g.size)), update)
+        sparse = trees.map_flat(lambda g: zero_smallest(g, count(g.size)), update)
+        return sparse, {"rate": jnp.float32(rate)}
 
-    def record(key, update, context):
-        del key, update, context
-        return {"rate": jnp.float32(rate)}
+    view = sparsify_view(by_share, on_support)
+    return Defense(f"sparsify:{rate:g}", apply, view, Facts(shrinks=True, processes=True))
+
+
+def sparsify_view(by_share: bool, on_support: bool) -> View:
+    """The server's side of :func:`sparsify`.
+
+    Args:
+        by_share: of the paper's form, else of the code's.
+        on_support: compare on the entries that were shared.
+    """
 
     def estimate(update, head, noise=0.0):
         del head
@@ -99,11 +108,9 @@ def sparsify(
     def factor(estimated):
         return Factored(mask=estimated["support"])
 
-    _traits.mark(apply, shrinks=True, processes=True)
-    _traits.mark(factor, masks=True, scales=False)
-    return Defense(
-        f"sparsify:{rate:g}", apply, record, estimate, simulate, factor if on_support else None
-    )
+    if on_support:
+        return View("sparsify", estimate, simulate, factor)
+    return View("sparsify", estimate, simulate)
 
 
 def zero_count(rate: float, size: int, *, up: bool = False) -> int:

@@ -108,7 +108,7 @@ def federated(
         drawn = jax.random.choice(draw_key, len(images), (batch_size,), replace=False)
         batch = Context(model, variables, images[drawn], labels[drawn])
         own = update(variables, batch.images, batch.labels)
-        return defense.apply(defense_key, own, batch)
+        return defense.apply(defense_key, own, batch)[0]
 
     def serve(state, total):
         mean = jax.tree.map(lambda t: t / num_clients, total)

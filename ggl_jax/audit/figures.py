@@ -1,0 +1,230 @@
+"""The figures of a report: narrow enough to be read at 400 pixels, in light and dark."""
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from io import BytesIO
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from ggl_jax.audit.tables import Leakage, Mean, family_of, strongest
+
+#: Inches; a page of 400 pixels shows it at nearly its own size.
+WIDTH = 3.9
+#: Lines in one figure, and attacks told apart by colour.
+MAX_LINES, MAX_SERIES = 12, 8
+
+#: Legible on white and on black (contrast of at least 3); series differ in their markers, too.
+_COLORS = ("#0072b2", "#d55e00", "#009e73", "#c0609a", "#8a7400", "#7b6ad0", "#7f7f7f", "#b04040")
+_MARKERS = "osD^vPX*"
+_GREY = "#808080"
+
+_STYLE = (
+    "<style>svg{color:#1a1a1a}svg text{fill:currentColor}"
+    "@media (prefers-color-scheme:dark){svg{color:#e6e6e6}}</style>"
+)
+
+
+def svg(figure: Figure, name: str) -> bytes:
+    """A figure as an SVG file whose text and axes are dark on light pages and light on dark ones.
+
+    Args:
+        figure: the figure; its background is left out.
+        name: makes the file the same each time.
+    """
+    stream = BytesIO()
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
+        figure.savefig(stream, format="svg", transparent=True, metadata={"Date": None})
+    text = stream.getvalue().decode().replace("#000000", "currentColor")
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    return re.sub(r"(<svg [^>]*>)", rf"\g<1>{_STYLE}", text, count=1).encode()
+
+
+def grid(cells: Sequence[tuple[np.ndarray, str]], *, columns: int = 4, title: str = "") -> Figure:
+    """Pictures side by side, each with a caption below, in as many rows as they need.
+
+    Args:
+        cells: images [h w c] in [0, 1] and captions; captions of one line or two.
+        columns: pictures in a row.
+        title: one line above.
+    """
+    rows = -(-len(cells) // columns)
+    lines = max(caption.count("\n") + 1 for _, caption in cells)
+    height = WIDTH / columns + 0.14 * lines + 0.12
+    figure = Figure(figsize=(WIDTH, rows * height + 0.3), layout="constrained")
+    figure.suptitle(title, fontsize=9)
+    panels = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for axis in panels:
+        axis.set_axis_off()
+    for axis, (image, caption) in zip(panels, cells, strict=False):
+        image = np.clip(np.asarray(image), 0, 1)
+        axis.imshow(
+            image.squeeze(-1) if image.shape[-1] == 1 else image,
+            cmap="gray",
+            vmin=0,
+            vmax=1,
+            interpolation="none",
+        )
+        axis.text(0.5, -0.05, caption, fontsize=7, ha="center", va="top", transform=axis.transAxes)
+    return figure
+
+
+def _finite(value: float | None) -> float:
+    return math.nan if value is None or math.isinf(value) else value
+
+
+def _plot_mean(axis, x, mean: Mean, *, horizontal: bool, **style) -> None:
+    center = _finite(mean.mean)
+    low, high = (_finite(end) if end is not None else center for end in (mean.low, mean.high))
+    reach = [[center - low], [high - center]]
+    if horizontal:
+        axis.errorbar([center], [x], xerr=reach, capsize=3, **style)
+    else:
+        axis.errorbar([x], [center], yerr=reach, capsize=3, **style)
+
+
+def _by_name(names: Sequence[str], panels: int, title: str) -> tuple[Figure, Any]:
+    """A figure with a line for each name and so many panels side by side."""
+    figure = Figure(figsize=(WIDTH, 0.26 * len(names) + 1.25), layout="constrained")
+    axes = figure.subplots(1, panels, sharey=True, squeeze=False)[0]
+    figure.suptitle(title, fontsize=9)
+    for axis in axes:
+        axis.set_yticks(range(len(names)), names, fontsize=8)
+        axis.tick_params(axis="x", labelsize=8)
+        axis.set_ylim(len(names) - 0.4, -0.6)
+        axis.grid(axis="y", color=_GREY, alpha=0.25, linewidth=0.5)
+    return figure, axes
+
+
+def by_defense(groups: Sequence[Leakage]) -> Figure:
+    """PSNR of each defense under its strongest attack, with the blind guess and the ceiling."""
+    chosen = strongest(groups)
+    title = "Likeness to the private image, by defense"
+    figure, (axis,) = _by_name([group.defense for group in chosen], 1, title)
+    for row, group in enumerate(chosen):
+        label = (lambda text: text) if row == 0 else (lambda text: None)
+        guess, ceiling = (_finite(group.means[name].mean) for name in ("control", "ceiling"))
+        axis.plot([guess], [row], "|", color=_GREY, markersize=11, markeredgewidth=2,
+                  label=label("blind guess"))  # fmt: skip
+        axis.plot([ceiling], [row], ">", color=_COLORS[2], markersize=6, label=label("ceiling"))
+        _plot_mean(axis, row, group.means["psnr"], horizontal=True, fmt="o", color=_COLORS[0],
+                   markersize=5, label=label("reconstruction"))  # fmt: skip
+    axis.set_xlabel("PSNR, dB", fontsize=8)
+    figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=8)
+    return figure
+
+
+def by_parameter(groups: Sequence[Leakage]) -> dict[str, Figure]:
+    """PSNR over the parameter, by kind of defense, where there are several values of it."""
+    families: dict[str, list[tuple[float, Leakage]]] = {}
+    for group in groups:
+        family, value = family_of(group.defense)
+        if value is not None:
+            families.setdefault(family, []).append((value, group))
+    figures = {}
+    for family, members in families.items():
+        values = sorted({value for value, _ in members})
+        if len(values) < 2:
+            continue
+        figure = Figure(figsize=(WIDTH, 3.2), layout="constrained")
+        axis = figure.subplots()
+        variants = list(dict.fromkeys(group.variant for _, group in members))
+        for series, variant in enumerate(variants[:MAX_SERIES]):
+            own = sorted(((v, g) for v, g in members if g.variant == variant), key=lambda p: p[0])
+            style: dict[str, Any] = {"color": _COLORS[series], "marker": _MARKERS[series]}
+            heights = [_finite(g.means["psnr"].mean) for _, g in own]
+            axis.plot([v for v, _ in own], heights, label=variant, markersize=5, **style)
+            for value, group in own:
+                _plot_mean(axis, value, group.means["psnr"], horizontal=False, **style)
+        by_value = dict(members)
+        for name, score, line in (("blind guess", "control", "--"), ("ceiling", "ceiling", ":")):
+            heights = [_finite(by_value[value].means[score].mean) for value in values]
+            axis.plot(values, heights, line, color=_GREY, label=name)
+        if min(values) > 0 and max(values) / min(values) > 20:
+            axis.set_xscale("log")
+        axis.set_title(f"Likeness by the parameter of {family}", fontsize=9)
+        axis.set_xlabel(f"parameter of {family}", fontsize=8)
+        axis.set_ylabel("PSNR, dB", fontsize=8)
+        axis.tick_params(labelsize=8)
+        figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=8)
+        figures[family] = figure
+    return figures
+
+
+def losses(groups: Sequence[Leakage]) -> Figure | None:
+    """Lowest loss by step of the searches against one defense; None where no curve was kept.
+
+    Refinement in pixels minimises another loss: it has a panel and an axis of its own.
+    """
+    panels: dict[str, list[tuple[int, Any, list[float]]]] = {}
+    for series, group in enumerate(groups[:MAX_SERIES]):
+        # Where there are few attacks, every image gets its line.
+        for row in group.rows[: max(1, MAX_LINES // len(groups))]:
+            for stage, (steps, curve) in stages(row).items():
+                panels.setdefault(stage, []).append((series, steps, curve))
+    if not panels:
+        return None
+    figure = Figure(figsize=(WIDTH if len(panels) > 1 else 2.6, 2.3), layout="constrained")
+    figure.suptitle(groups[0].defense, fontsize=9)
+    axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    for axis, (stage, lines) in zip(axes, panels.items(), strict=True):
+        for series, steps, curve in lines:
+            axis.plot(steps, curve, color=_COLORS[series], linewidth=1)
+        low, high = axis.dataLim.intervaly
+        if low > 0 and high / low > 20:
+            axis.set_yscale("log")
+        else:
+            axis.ticklabel_format(axis="y", useOffset=False, scilimits=(-3, 5))
+            axis.locator_params(axis="y", nbins=5)
+        axis.locator_params(axis="x", nbins=4)
+        axis.set_xlabel(f"step of the {stage}", fontsize=8)
+        axis.tick_params(labelsize=8)
+    axes[0].set_ylabel("lowest loss so far", fontsize=8)
+    if len(groups) > 1:
+        colors: list[Any] = [Line2D([], [], color=color) for color in _COLORS[: len(groups)]]
+        names = [group.variant for group in groups]
+        figure.legend(colors, names, loc="outside lower center", ncols=2, frameon=False, fontsize=7)
+    return figure
+
+
+def stages(row: Mapping[str, Any]) -> dict[str, tuple[list[int], list[float]]]:
+    """A row's loss curve (steps, losses) by what was minimised: "search", then "refinement"."""
+    steps, curve = row.get("loss_curve") or ([], [])
+    refine = sum(number for name, number in row.get("stages", []) if name == "refine")
+    first = sum(step <= steps[-1] - refine for step in steps)
+    parts: dict[str, tuple[list[int], list[float]]] = {
+        "search": (steps[:first], [_finite(loss) for loss in curve[:first]]),
+        "refinement": (steps[first:], [_finite(loss) for loss in curve[first:]]),
+    }
+    return {name: part for name, part in parts.items() if part[0]}
+
+
+def privacy_utility(
+    points: Sequence[tuple[str, Mean, float | None]], lines: Mapping[str, float]
+) -> Figure:
+    """Leakage beside test accuracy, a line for each defense, so that no label hides another.
+
+    Args:
+        points: name, gain in dB, and accuracy in percent (None where training diverged).
+        lines: accuracies to compare with, by name.
+    """
+    title = "What leaks, and what the defense leaves of the model"
+    figure, (left, right) = _by_name([name for name, _, _ in points], 2, title)
+    for row, (_, gain, accuracy) in enumerate(points):
+        _plot_mean(left, row, gain, horizontal=True, fmt="o", color=_COLORS[0], markersize=5)
+        if accuracy is None:
+            right.text(0.03, row, "diverged", va="center", fontsize=8,
+                       transform=right.get_yaxis_transform())  # fmt: skip
+        else:
+            right.plot([accuracy], [row], "s", color=_COLORS[1], markersize=5)
+    left.axvline(0, color=_GREY, linewidth=1)
+    for (name, height), style in zip(lines.items(), ("--", ":"), strict=False):
+        right.axvline(height, linestyle=style, color=_GREY, label=f"{name} {height:.1f} %")
+    left.set_xlabel("PSNR above the\nblind guess, dB", fontsize=8)
+    right.set_xlabel("test accuracy, %", fontsize=8)
+    figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=8)
+    return figure
