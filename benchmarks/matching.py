@@ -366,7 +366,7 @@ class TorchWorker:
             scale = torch.clamp(bound / torch.clamp(norm, min=1e-12), max=1.0)
             return g * (scale.view(-1, *[1] * (g.dim() - 1)) if batched else scale)
         if spec.startswith("sparsify"):
-            rate = float(estimated[f"layer_rates/{own}"])
+            rate = float(estimated[f"layer_counts/{own}"]) / (g[0] if batched else g).numel()
             if not batched:
                 magnitudes = np.abs(g.detach().cpu().numpy())
                 threshold = float(np.percentile(magnitudes, 100 * rate))

@@ -28,14 +28,17 @@ from ggl_jax.adversary.optimizers import (
     cma_es,
     hybrid,
     lbfgs,
+    lbfgs_wolfe,
     turbo,
 )
+from ggl_jax.adversary.reconstruct import Reconstruction, reconstruct
 from ggl_jax.adversary.search import Stage, run_search, run_stages
 from ggl_jax.adversary.strategy import AttackSettings, make_stages
 from ggl_jax.audit.data import load
+from ggl_jax.audit.judge import judge
 from ggl_jax.audit.metrics import METRICS, psnr, ssim
-from ggl_jax.audit.runner import AuditResult, ClientSettings, audit
-from ggl_jax.audit.sweep import SweepResult, sweep
+from ggl_jax.audit.run import AuditResult, RunResult, audit
+from ggl_jax.audit.sweep import sweep
 from ggl_jax.client.defenses import (
     DEFENSES,
     chain,
@@ -48,9 +51,22 @@ from ggl_jax.client.defenses import (
 )
 from ggl_jax.client.gradients import gradient, local_update
 from ggl_jax.client.models import MODELS, convnet, from_flax, lenet, resnet18
+from ggl_jax.client.share import ClientSettings, share
 from ggl_jax.errors import GGLError
 from ggl_jax.priors import PRIORS, dcgan, fit_latents, load_prior, pixels
-from ggl_jax.types import Attack, Context, Defense, Factored, Info, Model, Optimizer, Prior, Problem
+from ggl_jax.types import (
+    Attack,
+    Context,
+    Defense,
+    Factored,
+    Info,
+    Model,
+    Optimizer,
+    Prior,
+    Problem,
+    Public,
+    Shared,
+)
 
 __version__ = "0.1.0"
 
@@ -76,8 +92,11 @@ __all__ = [
     "Optimizer",
     "Prior",
     "Problem",
+    "Public",
+    "Reconstruction",
+    "RunResult",
+    "Shared",
     "Stage",
-    "SweepResult",
     "adam",
     "audit",
     "best_so_far",
@@ -98,7 +117,9 @@ __all__ = [
     "idlg",
     "infer_labels",
     "inverting_gradients",
+    "judge",
     "lbfgs",
+    "lbfgs_wolfe",
     "lenet",
     "load",
     "load_prior",
@@ -111,9 +132,11 @@ __all__ = [
     "pixel_refinement",
     "pixels",
     "psnr",
+    "reconstruct",
     "resnet18",
     "run_search",
     "run_stages",
+    "share",
     "soteria",
     "sparsify",
     "ssim",

@@ -6,7 +6,7 @@ A checkpoint is a folder:
     weights/     the arrays, as orbax writes them
 
 Arrays are saved and loaded as numpy arrays, so a checkpoint made on one machine loads on any
-other, whatever its devices. Weights shipped with the project are found by name (`find`).
+other, whatever its devices. Weights shipped with the project are found by name (``find``).
 """
 
 import hashlib
@@ -19,7 +19,8 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from ggl_jax.errors import GGLError
+from ggl_jax import machine
+from ggl_jax.errors import GGLError, explaining
 
 CARD, WEIGHTS = "card.json", "weights"
 
@@ -39,7 +40,7 @@ def sha256(tree) -> str:
     """The sha256 of a tree of arrays: of its values, not of the files that hold them.
 
     Hashed, leaf by leaf in the order of their names ("params/dense/kernel"): the line
-    `<name> <dtype>[<shape>]` with a newline, in UTF-8, then the values in C order, little-endian.
+    ``<name> <dtype>[<shape>]`` with a newline, in UTF-8, then the values in C order, little-endian.
     """
     digest = hashlib.sha256()
     for name, array in _named_leaves(tree).items():
@@ -51,19 +52,19 @@ def sha256(tree) -> str:
 
 
 def save(path, tree, card: dict[str, Any]) -> dict[str, Any]:
-    """Writes a checkpoint; all of it or nothing.
+    """Write a checkpoint; all of it or nothing.
 
     Args:
-      path: the folder; an older checkpoint there is replaced, anything else is an error.
-      tree: nested dicts (string keys) of arrays, at least one.
-      card: what the weights are, in values that JSON holds.
+        path: the folder; an older checkpoint there is replaced, anything else is an error.
+        tree: nested dicts (string keys) of arrays, at least one.
+        card: what the weights are, in values that JSON holds.
 
     Returns:
-      The card as written: `card` with `sha256` (see `sha256`) and `arrays` (name ->
-      "dtype[shape]") added.
+        The card as written: ``card`` with ``sha256`` (see ``sha256``) and ``arrays`` (name ->
+        "dtype[shape]") added.
 
     Raises:
-      GGLError: the folder holds something else, or cannot be written.
+        GGLError: the folder holds something else, or cannot be written.
     """
     path = Path(path)
     if path.exists() and not (path / CARD).is_file():
@@ -91,10 +92,10 @@ def save(path, tree, card: dict[str, Any]) -> dict[str, Any]:
 
 
 def load_card(path) -> dict[str, Any]:
-    """Reads a checkpoint's card.
+    """Read a checkpoint's card.
 
     Raises:
-      GGLError: no such folder, no card, or a card that is not JSON or lacks its hash.
+        GGLError: no such folder, no card, or a card that is not JSON or lacks its hash.
     """
     path = Path(path)
     if not path.is_dir():
@@ -111,34 +112,30 @@ def load_card(path) -> dict[str, Any]:
 
 
 def load(path) -> tuple[Any, dict[str, Any]]:
-    """Reads a checkpoint and checks it against its card.
+    """Read a checkpoint and checks it against its card.
 
     Args:
-      path: the folder.
+        path: the folder.
 
     Returns:
-      `(tree, card)`: nested dicts of numpy arrays, and the card.
+        ``(tree, card)``: nested dicts of numpy arrays, and the card.
 
     Raises:
-      GGLError: missing folder, missing or corrupt card or weights, other arrays or shapes than
-        the card says, or other values than its sha256 says.
+        GGLError: missing folder, missing or corrupt card or weights, other arrays or shapes than
+            the card says, or other values than its sha256 says.
     """
     path = Path(path)
     card = load_card(path)
+    machine.devices()  # orbax wants them, and a missing one is no damage
     weights = (path / WEIGHTS).absolute()
     if not weights.is_dir():
         raise GGLError(f"checkpoint {path} has no {WEIGHTS} folder; fetch it again")
-    try:
+    with explaining(f"checkpoint {path}: {WEIGHTS} is damaged", "fetch it again"):
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
             tree = checkpointer.restore(weights)
         # as numpy whatever wrote it; a damaged file may surface here as a wrong type
         tree = jax.tree.map(np.asarray, tree)
         found = {name: _describe(array) for name, array in _named_leaves(tree).items()}
-    except Exception as error:  # orbax and tensorstore raise many kinds
-        reason = (str(error) or type(error).__name__).splitlines()[0][:200]
-        raise GGLError(
-            f"checkpoint {path}: {WEIGHTS} is damaged ({reason}); fetch it again"
-        ) from error
     expected = card["arrays"]
     if found != expected:
         names = sorted(found.keys() | expected.keys())
@@ -176,7 +173,7 @@ def find(path_or_name) -> Path:
     """A checkpoint's folder, from its path or the name of a shipped one; a path goes first.
 
     Raises:
-      GGLError: neither; the message lists the shipped names.
+        GGLError: neither; the message lists the shipped names.
     """
     path = Path(path_or_name)
     if path.is_dir():

@@ -15,6 +15,7 @@ from typing import Annotated, Any
 import tyro
 from rich.console import Console
 
+from ggl_jax import files, machine
 from ggl_jax.commands import (
     attack,
     audit,
@@ -32,7 +33,6 @@ from ggl_jax.commands import (
     utility,
     weights,
 )
-from ggl_jax.commands._shared import cpu_name, fingerprint
 from ggl_jax.errors import GGLError
 
 #: Subcommands: their options, and ``run(options, argv) -> exit code``. A new one is one file in
@@ -94,10 +94,10 @@ def _use_compilation_cache() -> None:
     if "JAX_COMPILATION_CACHE_DIR" in os.environ:
         return
     # CPU programs hold instructions of the very processor they were compiled on.
-    machine = fingerprint(cpu_name().encode(), jax.__version__.encode())[:8]
+    made_for = files.digest(machine.cpu_name(), jax.__version__)[:8]
     jax.config.update(
         "jax_compilation_cache_dir",
-        str(Path(platformdirs.user_cache_dir("ggl_jax")) / f"xla-{machine}"),
+        str(Path(platformdirs.user_cache_dir("ggl_jax")) / f"xla-{made_for}"),
     )
 
 
@@ -112,6 +112,11 @@ def run(argv: list[str] | None = None) -> int:
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     errors = Console(stderr=True, emoji=False)
+
+    def say(message: str) -> int:
+        errors.print(f"ggl-jax: {message}", markup=False, soft_wrap=True, highlight=False)
+        return 2
+
     try:
         command = _parse(argv)
         _use_compilation_cache()
@@ -120,17 +125,17 @@ def run(argv: list[str] | None = None) -> int:
                 return run_command(command, argv)
         raise AssertionError(command)
     except GGLError as error:
-        errors.print(f"ggl-jax: {error}", markup=False, soft_wrap=True, highlight=False)
-        return 2
+        return say(str(error))
     except OSError as error:
         where = f" ({error.filename})" if error.filename else ""
-        errors.print(
-            f"ggl-jax: cannot read or write{where}: {error.strerror or error}",
-            markup=False,
-            soft_wrap=True,
-            highlight=False,
-        )
-        return 2
+        return say(f"cannot read or write{where}: {error.strerror or error}")
+    except (RuntimeError, AssertionError):
+        # A device that is missing shows up where JAX first needs it, which may be anywhere.
+        try:
+            machine.devices()
+        except GGLError as error:
+            return say(str(error))
+        raise
     except KeyboardInterrupt:
         errors.print("ggl-jax: interrupted", markup=False)
         return 130

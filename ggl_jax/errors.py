@@ -1,7 +1,8 @@
 """The one exception type that users are meant to see, and what its messages share."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 
 class GGLError(Exception):
@@ -20,3 +21,37 @@ def did_you_mean(name: str, known: Iterable[str], *, before: str = "", after: st
     """``did you mean 'x'?``, between ``before`` and ``after``; "" where no known name is near."""
     near = difflib.get_close_matches(name, list(known), n=1)
     return f"{before}did you mean {near[0]!r}?{after}" if near else ""
+
+
+def first_line(error: BaseException) -> str:
+    """What an exception of another library says, in one line; its type if it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0].strip()[:200]
+
+
+@contextmanager
+def explaining(
+    what: str, remedy: str, kinds: type[Exception] | tuple[type[Exception], ...] = Exception
+) -> Iterator[None]:
+    """Turn exceptions of another library into ``what (its first line); remedy``.
+
+    Of any kind only around the few lines that call the library, since a fault of ours would be
+    explained away as well.
+
+    Raises:
+        GGLError: in place of whatever was raised; a :class:`GGLError` passes as it is.
+    """
+    try:
+        yield
+    except GGLError:
+        raise
+    except kinds as error:
+        raise GGLError(f"{what} ({first_line(error)}); {remedy}") from error
+
+
+@contextmanager
+def about(what: str) -> Iterator[None]:
+    """Put ``what: `` before the message of a :class:`GGLError`."""
+    try:
+        yield
+    except GGLError as error:
+        raise type(error)(f"{what}: {error}") from error

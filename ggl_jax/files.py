@@ -1,21 +1,156 @@
-"""Files that are written whole or not at all, whatever ends the process."""
+"""Files that are written whole or not at all, whatever ends the process, and their digests."""
 
 import contextlib
 import errno
+import hashlib
 import json
 import os
+from collections.abc import Mapping
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from PIL import Image
 
-from ggl_jax.errors import StorageError
+from ggl_jax.errors import GGLError, StorageError
+
+
+def digest(*parts: Any) -> str:
+    """sha256, as 64 hexadecimal digits, of values by their content.
+
+    Args:
+        *parts: bytes, arrays (shape, type and entries count), typed keys, what JSON has, and
+            mappings (in any order of their keys), lists and tuples of these.
+    """
+    found = hashlib.sha256()
+
+    def feed(part):
+        if isinstance(part, Mapping):
+            found.update(f"{{{len(part)}".encode())
+            for key in sorted(part, key=str):
+                feed(str(key))
+                feed(part[key])
+        elif isinstance(part, list | tuple):
+            found.update(f"[{len(part)}".encode())
+            for one in part:
+                feed(one)
+        elif isinstance(part, jax.Array) and jax.dtypes.issubdtype(part.dtype, jax.dtypes.prng_key):
+            feed(jax.random.key_data(part))
+        elif isinstance(part, np.ndarray | np.generic | jax.Array):
+            array = np.asarray(part)
+            found.update(f"{array.shape}{array.dtype}".encode() + array.tobytes())
+        elif isinstance(part, bytes):
+            found.update(f"b{len(part)}".encode() + part)
+        else:
+            found.update(json.dumps(part).encode() + b"\n")
+
+    feed(parts)
+    return found.hexdigest()
+
+
+def read_json(path: Path, otherwise: str) -> dict[str, Any]:
+    """A JSON object.
+
+    Raises:
+        GGLError: there is none; the message is ``otherwise``.
+    """
+    try:
+        content = json.loads(path.read_text())
+        if isinstance(content, dict):
+            return content
+    except (OSError, ValueError):
+        pass
+    raise GGLError(f"{otherwise} ({path} is missing or damaged)")
+
+
+def differences(old: Any, new: Any, name: str = "") -> list[str]:
+    """What differs between two configurations, one line for each: ``"fixed.steps: 4 -> 8"``."""
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        return [
+            line
+            for key in dict.fromkeys([*old, *new])
+            for line in differences(old.get(key), new.get(key), f"{name}.{key}" if name else key)
+        ]
+    if isinstance(old, list) and isinstance(new, list):
+        added = [v for v in new if v not in old]
+        gone = [v for v in old if v not in new]
+        if added or gone:
+            return [f"{name}: + {v!r}" for v in added] + [f"{name}: - {v!r}" for v in gone]
+        return [] if old == new else [f"{name}: in another order"]
+    return [] if old == new else [f"{name}: {old!r} -> {new!r}"]
+
+
+def _holds_anything(folder: Path) -> bool:
+    return folder.is_dir() and any(not p.name.startswith("lock-") for p in folder.iterdir())
+
+
+def claim(
+    folder: Path,
+    config: Mapping[str, Any],
+    *,
+    name: str = "config.json",
+    guest: bool = False,
+    extend: bool | None = None,
+) -> dict[str, Any]:
+    """Make a folder a run's own, or go on in it; refuse one that holds something else.
+
+    What was asked for is in ``config["options"]``, and the digests of what it was asked of in
+    ``config["inputs"]``; both have to be the same as when the folder was claimed first.
+
+    Args:
+        folder: made where it is missing.
+        config: values of JSON.
+        name: of the file that keeps ``config``.
+        guest: whether the folder may hold other things: a measurement beside a run's results.
+        extend: whether to go on although something differs; the earlier configurations are then
+            kept in ``"history"``. None: the run cannot do that.
+
+    Returns:
+        The configuration that the folder has now.
+
+    Raises:
+        GGLError: it holds another run, naming what differs; something else; or it is a file.
+    """
+    path = folder / name
+    wanted: dict[str, Any] = json.loads(json.dumps(config))
+    if folder.exists() and not folder.is_dir():
+        raise GGLError(f"out: {folder} is a file; choose another --out")
+    if path.exists():
+        old = read_json(path, f"out: {folder} is damaged; choose another --out")
+        before, now = (
+            {"": c.get("options", {}), "inputs": c.get("inputs", {})} for c in (old, wanted)
+        )
+        changed = [line.removeprefix(".") for line in differences(before, now)]
+        if not changed:
+            return old
+        if not extend:
+            remedy = "choose another --out"
+            if extend is not None:
+                remedy = f"give --extend to go on and keep what is finished, or {remedy}"
+            raise GGLError(f"out: {folder} holds something else: {'; '.join(changed)}; {remedy}")
+        past = [*old.get("history", []), {k: v for k, v in old.items() if k != "history"}]
+        wanted["history"] = past
+    elif not guest and _holds_anything(folder):
+        raise GGLError(
+            f"out: {folder} is not an empty folder and not an earlier run; choose another --out"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(path, wanted)
+    return wanted
+
+
+def sha256(path: str | Path) -> str:
+    """The sha256 of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def sync_folder(folder: Path) -> None:
-    """Make renames and new files in a folder durable."""
+    """Make renames and new files in a folder durable; Windows has no such call."""
+    if os.name == "nt":
+        return
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -56,12 +191,6 @@ def write_json(path: Path, content: Any) -> None:
 def write_png(path: Path, image: np.ndarray) -> None:
     """:func:`write_bytes` of a float image [h w c] in [0, 1], losslessly at 8 bits a channel."""
     write_bytes(path, png_bytes(image))
-
-
-def read_png(path: Path) -> np.ndarray:
-    """An image [h w c] in [0, 1], float32, as :func:`write_png` wrote it."""
-    pixels = np.asarray(Image.open(path), np.float32) / 255.0
-    return pixels if pixels.ndim == 3 else pixels[..., None]
 
 
 def png_bytes(image: np.ndarray) -> bytes:

@@ -3,29 +3,21 @@
 Only arrays are ever read: a file that would run code when it is loaded is refused.
 """
 
-import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from ggl_jax.errors import GGLError
+from ggl_jax.errors import GGLError, explaining, first_line
+from ggl_jax.types import Path as TreePath
+from ggl_jax.types import PyTree
 
-#: What `read` understands, by the end of the file's name.
+#: What :func:`read` understands, by the end of the file's name.
 SUFFIXES = (".bin", ".pt", ".pth", ".safetensors", ".npz")
 
-
-def _reason(error: BaseException) -> str:
-    """An error's first line, or its type if it says nothing."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-
-
-def _missing_package(path, package: str) -> GGLError:
-    return GGLError(
-        f"{path}: reading {path.suffix} files needs the package {package}; "
-        "install it with: pip install 'ggl-jax[convert]'"
-    )
+#: Torch's batch norms count their batches in tensors that nobody needs.
+_COUNTER = "num_batches_tracked"
 
 
 def _read_torch(path: Path) -> Any:
@@ -67,20 +59,24 @@ def as_arrays(tensors: Mapping[str, Any], *, source: str = "state_dict") -> dict
     """A mapping of names to tensors as numpy arrays, without its usual wrappings.
 
     Args:
-      tensors: name -> array, torch tensor (on any device) or number. A checkpoint that holds its
-        tensors under the one entry `"state_dict"` is unwrapped, and the prefix `module.` that
-        torch's `DataParallel` gives to all names is taken off.
-      source: what to call it in errors, such as the file's path.
+        tensors: name -> array, torch tensor (on any device) or number. A checkpoint that holds its
+            tensors under an entry ``"state_dict"`` or ``"model_state_dict"`` is unwrapped, and the
+            prefix ``module.`` that torch's ``DataParallel`` gives to all names is taken off.
+        source: what to call it in errors, such as the file's path.
 
     Returns:
-      Name -> array, in the mapping's own order. Types are kept, save that bfloat16 becomes
-      float32. Arrays may share memory with the tensors.
+        Name -> array, in the mapping's own order. Types are kept, save that bfloat16 becomes
+        float32. Arrays may share memory with the tensors.
 
     Raises:
-      GGLError: no mapping, an empty one, or an entry that is no array of numbers.
+        GGLError: no mapping, an empty one, or an entry that is no array of numbers.
+
+    >>> as_arrays({"state_dict": {"module.bias": [1.0, 2.0]}})
+    {'bias': array([1., 2.])}
     """
-    if isinstance(tensors, Mapping) and isinstance(tensors.get("state_dict"), Mapping):
-        tensors = tensors["state_dict"]
+    for wrapping in ("state_dict", "model_state_dict"):
+        if isinstance(tensors, Mapping) and isinstance(tensors.get(wrapping), Mapping):
+            tensors = tensors[wrapping]
     if not isinstance(tensors, Mapping) or not tensors:
         raise GGLError(
             f"{source}: holds {'no entries' if tensors == {} else type(tensors).__name__}, not "
@@ -92,7 +88,8 @@ def as_arrays(tensors: Mapping[str, Any], *, source: str = "state_dict") -> dict
             arrays[str(name)] = _to_numpy(value)
         except (TypeError, ValueError) as error:
             raise GGLError(
-                f"{source}: entry {name!r} is no tensor ({_reason(error)}); save a plain state_dict"
+                f"{source}: entry {name!r} is no tensor ({first_line(error)}); save a plain "
+                "state_dict"
             ) from error
     if all(name.startswith("module.") for name in arrays):
         arrays = {name.removeprefix("module."): array for name, array in arrays.items()}
@@ -100,19 +97,19 @@ def as_arrays(tensors: Mapping[str, Any], *, source: str = "state_dict") -> dict
 
 
 def read(path) -> dict[str, np.ndarray]:
-    """Reads the named tensors of a file that another library wrote.
+    """Read the named tensors of a file that another library wrote.
 
     Args:
-      path: `.bin`, `.pt` or `.pth` (torch; read with `weights_only=True`, so that no code in it
-        runs; needs torch), `.safetensors` (needs safetensors) or `.npz`. Both packages come with
-        `pip install 'ggl-jax[convert]'`.
+        path: ``.bin``, ``.pt`` or ``.pth`` (torch; read with ``weights_only=True``, so that no code
+            in it runs; needs torch), ``.safetensors`` (needs safetensors) or ``.npz``. Both
+            packages come with ``pip install 'ggl-jax[convert]'``.
 
     Returns:
-      Name -> array, unwrapped as by `as_arrays`.
+        Name -> array, unwrapped as by :func:`as_arrays`.
 
     Raises:
-      GGLError: no such file, another type of file, a damaged one, one that holds more than
-        tensors, or a package that is not installed.
+        GGLError: no such file, another type of file, a damaged one, one that holds more than
+            tensors, or a package that is not installed.
     """
     path = Path(path)
     readers = {".npz": _read_npz, ".safetensors": _read_safetensors}
@@ -121,24 +118,22 @@ def read(path) -> dict[str, np.ndarray]:
         raise GGLError(f"{path}: unknown type of tensor file; give one of {', '.join(SUFFIXES)}")
     if not path.is_file():
         raise GGLError(f"{path} does not exist or is not a file")
-    try:
-        tensors = reader(path)
-    except ImportError as error:
-        package = "safetensors" if reader is _read_safetensors else "torch"
-        raise _missing_package(path, package) from error
-    except (zipfile.BadZipFile, OSError, ValueError, KeyError, RuntimeError, EOFError) as error:
-        raise GGLError(f"{path} cannot be read: {_reason(error)}; fetch it again") from error
-    except Exception as error:
-        # torch's refusal (pickle.UnpicklingError) and safetensors' own exceptions
-        raise GGLError(
-            f"{path} is damaged or holds more than tensors ({_reason(error)}); fetch it again, or "
-            "save its plain state_dict"
-        ) from error
+    # torch's refusals, safetensors' own exceptions, zipfile's and numpy's
+    what = f"{path} cannot be read or holds more than tensors"
+    with explaining(what, "fetch it again, or save its plain state_dict"):
+        try:
+            tensors = reader(path)
+        except ImportError as error:
+            package = "safetensors" if reader is _read_safetensors else "torch"
+            raise GGLError(
+                f"{path}: reading {path.suffix} files needs the package {package}; install it "
+                "with: pip install 'ggl-jax[convert]'"
+            ) from error
     return as_arrays(tensors, source=str(path))
 
 
 def read_or_take(state_dict_or_path) -> dict[str, np.ndarray]:
-    """`as_arrays` of a mapping, `read` of anything else."""
+    """:func:`as_arrays` of a mapping, :func:`read` of anything else."""
     if isinstance(state_dict_or_path, Mapping):
         return as_arrays(state_dict_or_path)
     return read(state_dict_or_path)
@@ -153,16 +148,16 @@ def _listed(names: Iterable[str], limit: int = 8) -> str:
 def check_shapes(
     arrays: Mapping[str, np.ndarray], expected: Mapping[str, tuple[int, ...]], *, what: str
 ) -> None:
-    """Checks that `arrays` are exactly the expected ones.
+    """Check that ``arrays`` are exactly the expected ones.
 
     Args:
-      arrays: name -> array.
-      expected: name -> shape.
-      what: the thing that they should be, for the message, e.g. "BigGAN-deep-256".
+        arrays: name -> array.
+        expected: name -> shape.
+        what: the thing that they should be, for the message, e.g. "BigGAN-deep-256".
 
     Raises:
-      GGLError: names missing or unknown, or other shapes; the message names them (the first
-        eight of each kind).
+        GGLError: names missing or unknown, or other shapes; the message names them (the first
+            eight of each kind).
     """
     missing = [name for name in expected if name not in arrays]
     unknown = [name for name in arrays if name not in expected]
@@ -175,3 +170,62 @@ def check_shapes(
     wrong = [f"{kind}: {_listed(names)}" for kind, names in kinds if names]
     if wrong:
         raise GGLError(f"the tensors are not those of {what}; {'; '.join(wrong)}")
+
+
+def channels_last(array):
+    """Torch's axes to ours: [out in ...] to [... in out], vectors as they are."""
+    return np.moveaxis(array, (0, 1), (-1, -2)) if array.ndim > 1 else array
+
+
+class Tensor(NamedTuple):
+    """What is expected of a foreign tensor, and what becomes of it.
+
+    Attributes:
+        shape: in the file.
+        path: where it goes in nested dicts; empty for one that must be there and is not kept.
+        change: from the file's axes to ours.
+    """
+
+    shape: tuple[int, ...]
+    path: TreePath = ()
+    change: Callable[[Any], Any] = channels_last
+
+
+def convert(
+    tensors: Mapping[str, np.ndarray], layout: Mapping[str, Tensor], *, what: str
+) -> PyTree:
+    """Foreign tensors under our names and axes; every one of them is accounted for.
+
+    Args:
+        tensors: name -> array, as from :func:`read`. Torch's counters (``num_batches_tracked``)
+            are left out.
+        layout: name -> what is expected of it.
+        what: the thing that they should be, for errors.
+
+    Returns:
+        Nested dicts of float32 numpy arrays.
+
+    Raises:
+        GGLError: names missing or unknown, other shapes, or values that are not finite real
+            numbers; the message names the tensors.
+
+    >>> convert({"fc.weight": np.ones((2, 3))}, {"fc.weight": Tensor((2, 3), ("kernel",))}, what="")
+    {'kernel': array([[1., 1.],
+           [1., 1.],
+           [1., 1.]], dtype=float32)}
+    """
+    arrays = {k: np.asarray(v) for k, v in tensors.items() if not k.endswith(_COUNTER)}
+    check_shapes(arrays, {name: tensor.shape for name, tensor in layout.items()}, what=what)
+    tree: dict[str, Any] = {}
+    for name, tensor in layout.items():
+        if not tensor.path:
+            continue
+        array = tensor.change(arrays[name])
+        if array.dtype.kind not in "biuf" or not np.isfinite(array).all():
+            raise GGLError(f"weights of {what}: {name} is not of finite real numbers")
+        *parents, last = tensor.path
+        place = tree
+        for parent in parents:
+            place = place.setdefault(parent, {})
+        place[last] = np.array(array, np.float32, order="C")
+    return tree

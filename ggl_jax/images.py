@@ -23,12 +23,12 @@ def assign(images: jax.Array, references: jax.Array, penalties: np.ndarray | Non
     """Which image belongs to which reference, by the Hungarian method on mean squared error.
 
     Args:
-        images: [b h w c].
-        references: [b h w c].
-        penalties: [b b], added to the error of reference i and image j; None for none.
+            images: [b h w c].
+            references: [b h w c].
+            penalties: [b b], added to the error of reference i and image j; None for none.
 
     Returns:
-        [b] indices into ``images``.
+            [b] indices into ``images``.
     """
     from scipy.optimize import linear_sum_assignment
 
@@ -46,19 +46,19 @@ def _averaging(size: int, target: int, dtype) -> jax.Array:
 
 
 def area_resize(images: jax.Array, height: int, width: int) -> jax.Array:
-    """Resize images by averaging areas, as torch's `interpolate(mode="area")`.
+    """Resize images by averaging areas, as torch's ``interpolate(mode="area")``.
 
     Output pixel i is the plain mean of the input pixels floor(i H / h) to ceil((i + 1) H / h) - 1,
     in each direction: pixels that it touches in part count in full (adaptive average pooling).
     Linear in the images, keeps their range, and differentiable; enlarges too.
 
     Args:
-      images: [b H W c], of a floating type.
-      height: of the output, at least 1.
-      width: of the output, at least 1.
+        images: [b H W c], of a floating type.
+        height: of the output, at least 1.
+        width: of the output, at least 1.
 
     Returns:
-      [b height width c]; the images themselves where the size is theirs already.
+        [b height width c]; the images themselves where the size is theirs already.
     """
     for axis, target in ((1, height), (2, width)):
         size = images.shape[axis]

@@ -7,6 +7,7 @@ method on the count of entries below a trial threshold needs some six passes fro
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 #: Entries of the subsample that the search starts from.
 _SAMPLE = 2**15
@@ -87,29 +88,57 @@ def kth_smallest(magnitudes: jax.Array, k: jax.Array | int) -> jax.Array:
     return jnp.min(jnp.where(values >= threshold, values, jnp.inf))
 
 
-def zero_smallest(values: jax.Array, count: jax.Array | int) -> jax.Array:
-    """Zero exactly ``count`` entries of smallest magnitude, the first among equals.
+def zero_smallest(
+    values: jax.Array, count: jax.Array | int, kept: jax.Array | None = None
+) -> jax.Array:
+    """Zero exactly ``count`` entries of smallest magnitude.
+
+    Magnitudes that agree to 1e-4 count as equal, and places decide. For some entries are equal but
+    for rounding (with two classes the last layer's gradient is such pairs), and the order of two
+    such would differ from program to program.
 
     Args:
         values: [n] floats.
         count: 0 to n, may be traced.
+        kept: [n] booleans: entries that stay where they are smaller than others by up to 0.1 %.
+            With the entries that another program kept of the same values, computed there with
+            other rounding, the result has the same zeros.
 
     Returns:
         Like ``values``. Its derivative is one at the kept entries and zero at the others.
     """
-    magnitudes = jax.lax.stop_gradient(jnp.abs(values))
-    threshold, below = split(values, count)
+    keys = _keys(jax.lax.stop_gradient(values), kept)
+    threshold, below = split(keys, count)
     excess = count - below
 
     def last_to_go(excess):
-        numbers = jnp.cumsum(magnitudes == threshold)
+        numbers = jnp.cumsum(keys == threshold)
         return jnp.sum(numbers < excess, dtype=jnp.int32)
 
-    # Numbering the equal entries takes longer than all the rest.
+    # Numbering the equal keys, which are zeros as a rule, takes longer than all the rest.
     last = jax.lax.cond(any_of(excess > 0), last_to_go, lambda _: jnp.zeros((), jnp.int32), excess)
     early = (excess > 0) & (jnp.arange(values.size, dtype=jnp.int32) <= last)
-    zeroed = (magnitudes < threshold) | ((magnitudes == threshold) & early)
+    zeroed = (keys < threshold) | ((keys == threshold) & early)
     return jnp.where(zeroed, 0, values)
+
+
+#: Magnitudes that agree to so much relatively are put in order by their places.
+_TIE = 1e-4
+
+#: How much larger an entry to be kept counts. More than rounding does to the same entry anywhere
+#: (TF32 included), too little to matter among entries that differ.
+_HOLD = 1e-3
+
+
+def _keys(values, kept):
+    """[n] magnitudes, tilted so that no two are equal but for rounding; zeros stay equal."""
+    magnitudes = jnp.abs(values).astype(jnp.promote_types(values.dtype, jnp.float32))
+    # Multiples of the golden ratio, modulo 1: of all sequences, the one whose neighbours stay
+    # furthest apart, however many of them are looked at: 100 equals are told apart in float32.
+    place = jnp.arange(values.size, dtype=jnp.uint32) * np.uint32(2654435769)
+    place = (place >> 8).astype(magnitudes.dtype) * 2.0**-24
+    keys = magnitudes * (1 + _TIE * place)
+    return keys if kept is None else keys * (1 + _HOLD * kept)
 
 
 @jax.custom_batching.custom_vmap

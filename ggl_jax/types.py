@@ -77,6 +77,35 @@ class Prior(NamedTuple):
     num_classes: int | None = None
 
 
+class Public(NamedTuple):
+    """What both sides have: the global model with its weights, and the prior.
+
+    Attributes:
+        model: the federated model.
+        variables: its variables, at which updates are computed.
+        prior: the generator.
+        prior_params: its parameters.
+    """
+
+    model: Model
+    variables: PyTree
+    prior: Prior
+    prior_params: PyTree
+
+
+class Shared(NamedTuple):
+    """All that a client sends, and so all that the adversary gets to see of its images.
+
+    Attributes:
+        update: the (defended) update, a pytree like ``variables["params"]``.
+        statistics: what ``model.statistics`` gives for the private batch; None where the client
+            does not share it.
+    """
+
+    update: PyTree
+    statistics: PyTree | None = None
+
+
 class Context(NamedTuple):
     """What a client's defense may look at. It holds private data: the adversary never gets one."""
 

@@ -13,8 +13,9 @@ from PIL import Image
 from rich.console import Console
 
 from ggl_jax import checkpoint, files
+from ggl_jax.adversary import reconstruct
 from ggl_jax.adversary.attacks import ATTACKS
-from ggl_jax.audit import results, runner
+from ggl_jax.audit import folder as folders
 from ggl_jax.cli import run
 from ggl_jax.commands import _shared
 from ggl_jax.commands.audit import defaults
@@ -107,7 +108,7 @@ def test_audit_writes_everything(audit, tmp_path, capsys):
     assert (out / "results.jsonl").read_text() == before
     capsys.readouterr()
     assert audit("--defenses", "none", "--seed", "5") == 2
-    one_error_line(capsys, "out", "seed", "0 there, 5 here")
+    one_error_line(capsys, "out", "seed: 0 -> 5")
 
 
 def test_default_search_goes_through_its_stages(prior_folder, tmp_path, capsys, monkeypatch):
@@ -176,7 +177,7 @@ def test_unused_options_are_named(audit, capsys):
 
 
 def test_interrupt_keeps_finished_cells(audit, tmp_path, capsys, monkeypatch):
-    whole = runner.run_stages
+    whole = reconstruct.run_stages
     calls = []
 
     def stops_at_the_second(*args, **kwargs):
@@ -185,7 +186,7 @@ def test_interrupt_keeps_finished_cells(audit, tmp_path, capsys, monkeypatch):
             raise KeyboardInterrupt
         return whole(*args, **kwargs)
 
-    monkeypatch.setattr(runner, "run_stages", stops_at_the_second)
+    monkeypatch.setattr(reconstruct, "run_stages", stops_at_the_second)
     assert audit("--defenses", "none", "clip:4") == 130
     assert "kept" in capsys.readouterr().out
     assert len((tmp_path / "out" / "results.jsonl").read_text().splitlines()) == 1
@@ -269,11 +270,11 @@ def test_damaged_prior(audit, prior_folder, tmp_path, capsys):
 
 
 def test_nan_in_the_observed_gradient(audit, capsys, monkeypatch):
-    from ggl_jax.client import gradients
+    from ggl_jax.client import gradients, share
 
     whole = gradients.local_update
     monkeypatch.setattr(
-        runner,
+        share,
         "local_update",
         lambda *a, **k: jax.tree.map(lambda g: g * np.nan, whole(*a, **k)),
     )
@@ -293,13 +294,10 @@ def test_unwritable_output(audit, capsys, monkeypatch, code):
 
 def test_a_folder_in_use_is_left_alone(audit, tmp_path, capsys):
     assert audit("--defenses", "none") == 0
-    held = results.Lock(tmp_path / "out", name="lock")
-    try:
+    with folders.lock(tmp_path / "out"):
         capsys.readouterr()
         assert audit("--defenses", "none") == 2
         one_error_line(capsys, "in use")
-    finally:
-        held.release()
     assert audit("--defenses", "none") == 0
 
 
@@ -334,6 +332,10 @@ def test_sample_prior_and_info(prior_folder, tmp_path, capsys):
     out = tmp_path / "grid.png"
     assert run(["sample-prior", "--prior", str(prior_folder), "--num", "9", "--out", str(out)]) == 0
     assert Image.open(out).width > 90
+    before = out.read_bytes()
+    assert run(["sample-prior", "--prior", str(prior_folder), "--num", "4", "--out", str(out)]) == 2
+    one_error_line(capsys, "grid.png exists", "--out")
+    assert out.read_bytes() == before
     assert run(["info"]) == 0
     assert "jax" in capsys.readouterr().out
 

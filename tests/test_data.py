@@ -15,7 +15,7 @@ from PIL import Image
 
 from ggl_jax.audit import data
 from ggl_jax.errors import GGLError
-from ggl_jax.priors.wgan_gp import holdout_split
+from ggl_jax.priors.holdout import holdout_split
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 
@@ -218,6 +218,15 @@ def test_npz_of_the_wanted_size_is_not_resampled(tmp_path):
     np.testing.assert_array_equal(np.rint(small.images[0] * 255), np.asarray(expected))
 
 
+@pytest.mark.parametrize("shape", [(3, 28, 28, 1), (3, 28, 28)])
+def test_grey_npz(tmp_path, shape):
+    images = np.random.default_rng(3).integers(0, 256, shape, dtype=np.uint8)
+    np.savez(tmp_path / "set.npz", images=images)
+    found = data.load(tmp_path / "set.npz", image_size=28)
+    expected = images.reshape(3, 28, 28, 1).repeat(3, axis=-1)
+    np.testing.assert_array_equal(np.rint(found.images * 255), expected)
+
+
 GOOD = np.zeros((2, 32, 32, 3), np.uint8)
 
 
@@ -226,21 +235,21 @@ GOOD = np.zeros((2, 32, 32, 3), np.uint8)
     [
         ({"images": GOOD / 255.0}, "float64, must be uint8; convert with numpy.rint"),
         ({"images": GOOD.astype(np.int32)}, "int32, must be uint8"),
-        ({"images": GOOD[..., :1]}, "[2, 32, 32, 1], must be [n, h, w, 3]"),
-        ({"images": GOOD[0]}, "[32, 32, 3], must be [n, h, w, 3]"),
+        ({"images": GOOD[..., :2]}, "[2, 32, 32, 2], must be [n, h, w, 3]"),
+        ({"images": GOOD[0, 0]}, "[32, 3], must be [n, h, w, 3]"),
         ({"images": GOOD.transpose(0, 3, 1, 2)}, "[2, 3, 32, 32], must be"),
         ({"images": GOOD[:0]}, "no images"),
         ({"images": GOOD[:, :0]}, "must be [n, h, w, 3]"),
         ({"pictures": GOOD}, "no array `images`, only pictures"),
-        ({"images": GOOD, "labels": [0]}, "[1], must be [2]"),
-        ({"images": GOOD, "labels": [[0, 1]]}, "[1, 2], must be [2]"),
+        ({"images": GOOD, "labels": [0]}, "int64 [1], must be whole numbers [2]"),
+        ({"images": GOOD, "labels": [[0, 1]]}, "int64 [1, 2], must be whole numbers [2]"),
         ({"images": GOOD, "labels": [0, -1]}, "label -1"),
         ({"images": GOOD, "labels": [0, 2**31]}, "label 2147483648"),
-        ({"images": GOOD, "labels": [0.0, 1.0]}, "float64, must be whole numbers"),
+        ({"images": GOOD, "labels": [0.0, 1.0]}, "float64 [2], must be whole numbers"),
         ({"images": GOOD, "labels": ["a", "b"]}, "must be whole numbers"),
         ({"images": GOOD, "files": ["a"]}, "must be 2 texts"),
-        ({"images": np.array([{}, {}], object)}, "pickled"),
-        ({"images": GOOD, "labels": np.array([0, None], object)}, "`labels` holds pickled"),
+        ({"images": np.array([{}, {}], object)}, "Object arrays cannot be loaded"),
+        ({"images": GOOD, "labels": np.array([0, None], object)}, "Object arrays cannot be"),
     ],
 )
 def test_bad_npz(tmp_path, arrays, match):
@@ -266,7 +275,7 @@ def test_corrupt_npz(tmp_path):
         b"\x93NUMPY\x01\x00",
     ):
         path.write_bytes(content)
-        fails(path, "is not a readable .npz file")
+        fails(path, "not a readable .npz file")
     np.save(tmp_path / "one.npy", GOOD)
     path.write_bytes((tmp_path / "one.npy").read_bytes())
     fails(path, "it is a single array")
@@ -275,7 +284,7 @@ def test_corrupt_npz(tmp_path):
 
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("images.npy", header.getvalue())
-    fails(path, "is not a readable .npz file")
+    fails(path, "not a readable .npz file")
 
 
 # --- folders ----------------------------------------------------------------------------------
@@ -366,9 +375,9 @@ def test_only_the_chosen_images_are_decoded(tmp_path):
     (tmp_path / "b.png").write_bytes(whole[: len(whole) // 2])
     (tmp_path / "c.jpg").write_text("no picture")
     assert data.load(tmp_path, indices="0").names == ["a.png"]
-    fails(tmp_path, "b.png is corrupt", indices="1")
-    fails(tmp_path, "c.jpg is corrupt or not an image", indices="2")
-    fails(tmp_path, "b.png is corrupt")
+    fails(tmp_path, "b.png: corrupt", indices="1")
+    fails(tmp_path, "c.jpg: corrupt, unreadable or not an image", indices="2")
+    fails(tmp_path, "b.png: corrupt")
 
 
 def test_decompression_bomb(tmp_path):
@@ -380,7 +389,7 @@ def test_decompression_bomb(tmp_path):
         header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
         content = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b""))
         (tmp_path / "bomb.png").write_bytes(content + chunk(b"IEND", b""))
-        fails(tmp_path, "bomb.png is too large")
+        fails(tmp_path, "bomb.png: too large")
 
 
 def make_folder(folder, names):
@@ -419,7 +428,7 @@ def test_label_files(tmp_path, file, text, expected, num_classes):
     [
         ("a.png,1\n", "no line for b.png"),
         ("a.png,1\nb.png,-1\n", "label -1"),
-        ("a.png,1\nb.png,cat\n", "mixes numbers and names"),
+        ("a.png,1\nb.png,cat\n", "numbers and names mixed"),
         ("a.png,1\nb.png,2\nb.png,3\n", "two labels, 2 and 3"),
         ("a.png,1\nb.png\n", "no label in the line `b.png`"),
         ("a.png,1\nb.png,\n", "no label in the line"),
@@ -437,6 +446,15 @@ def test_label_file_in_another_encoding(tmp_path):
     make_folder(tmp_path, ["a.png"])
     (tmp_path / "labels.csv").write_bytes("a.png,é".encode("latin-1"))
     fails(tmp_path, "not UTF-8")
+
+
+def test_parts_of_a_data_set_are_no_classes(tmp_path):
+    make_folder(tmp_path, ["train/cat/1.png", "train/dog/2.png", "val/cat/3.png"])
+    fails(tmp_path, "(train, val) are named as parts of a data set, not as classes; choose one")
+    assert data.load(tmp_path / "train").labels.tolist() == [0, 1]
+    # beside other names they are classes
+    make_folder(tmp_path / "vehicles", ["train/1.png", "bus/2.png"])
+    assert data.load(tmp_path / "vehicles").labels.tolist() == [0, 1]
 
 
 def test_class_folders(tmp_path):
@@ -457,7 +475,7 @@ def test_missing_files_and_typing_errors(tmp_path):
     fails("embeded", "did you mean 'embedded'?")
     (tmp_path / "faces.npz").write_bytes(b"")
     fails(tmp_path / "face.npz", "faces.npz'?")
-    fails(tmp_path / "nowhere" / "x.npz", "is not there")
+    fails(tmp_path / "nowhere" / "x.npz", "not there")
     (tmp_path / "notes.doc").write_text("")
     fails(tmp_path / "notes.doc", "neither an .npz file nor an image")
 

@@ -203,7 +203,7 @@ def test_sparsify_zeroes_exactly_its_share(rate, g):
     after = np.asarray(compiled(f"sparsify:{rate}", "paper")({"g": g})["g"])
     assert np.sum(after == 0) == max({0.0: 0, 0.29: 29, 0.9: 90, 0.999: 99}[rate], np.sum(g == 0))
     kept, gone = np.abs(g)[after != 0], np.abs(g)[after == 0]
-    assert not kept.size or not gone.size or kept.min() >= gone.max()
+    assert not kept.size or not gone.size or kept.min() * (1 + 1.1e-4) >= gone.max()
     np.testing.assert_array_equal(after[after != 0], g[after != 0])
 
 
@@ -213,16 +213,26 @@ def test_sparsify_zeroes_exactly_its_share(rate, g):
 def test_sparsify_code_is_numpys_percentile(rate, g):
     after = np.asarray(compiled(f"sparsify:{rate}", "code")({"g": g})["g"])
     threshold = np.percentile(np.abs(g.astype(np.float64)), 100 * rate)
-    clear = np.abs(np.abs(g) - threshold) > 1e-5 * threshold + 1e-30
+    clear = np.abs(np.abs(g) - threshold) > 1.1e-4 * threshold + 1e-30
     np.testing.assert_array_equal((after != 0)[clear], ((np.abs(g) >= threshold) & (g != 0))[clear])
 
 
-def test_sparsify_never_empties_a_tensor_and_breaks_ties_by_order():
-    after = sparsify(rate=0.9).apply(None, {"one": jnp.ones(1), "tied": jnp.ones(10)}, None)
-    np.testing.assert_array_equal(after["one"], [1])
-    np.testing.assert_array_equal(after["tied"], [0] * 9 + [1])
-    code = sparsify(rate=0.9, fidelity="code").apply(None, {"tied": jnp.ones(10)}, None)
-    np.testing.assert_array_equal(code["tied"], np.ones(10))
+def test_sparsify_never_empties_a_tensor_and_meets_its_count_among_equals():
+    tensors = {"one": jnp.ones(1), "tied": jnp.ones(10), "silent": jnp.zeros(10)}
+    for fidelity in FIDELITIES:
+        after = sparsify(rate=0.9, fidelity=fidelity).apply(None, tensors, None)
+        np.testing.assert_array_equal(after["one"], [1])
+        assert float(jnp.sum(after["tied"])) == 1
+        assert not jnp.any(after["silent"])
+
+
+def test_defaults_are_the_papers_and_the_codes():
+    for fidelity, expected in (
+        ("paper", ["noise:0.1", "clip:4", "sparsify:0.9", "soteria:0.8"]),
+        ("code", ["noise:0.01", "clip:4", "sparsify:0.2", "soteria:0.1"]),
+    ):
+        names = [parse(kind, fidelity).name for kind in ("noise", "clip", "sparsify", "soteria")]
+        assert names == expected
 
 
 @pytest.mark.parametrize("sigma", [1e-3, 0.1, 2.0])
@@ -361,11 +371,7 @@ def test_factored_form_is_the_simulation(update, observe, spec, fidelity):
 def test_simulation_at_the_true_image_gives_the_observation(update, observe, spec, fidelity):
     defense, observed, estimated, _ = observe(spec, fidelity)
     simulated = jax.jit(defense.simulate)(estimated, update)
-    if (spec, fidelity) == ("sparsify:0.8", "code"):
-        # One rate for all tensors: it is off by the rounding of each one's count.
-        differ = jax.tree.map(lambda a, b: jnp.sum(a != b) / a.size, simulated, observed)
-        assert max(jax.tree.leaves(differ)) < 0.05
-    elif (spec, fidelity) == ("soteria:0.7", "paper"):
+    if (spec, fidelity) == ("soteria:0.7", "paper"):
         kernels = [trees.head_parts(t, ("Dense_0",))[0] for t in (simulated, observed)]
         np.testing.assert_array_equal(kernels[0] == 0, kernels[1] == 0)
     else:
@@ -571,10 +577,11 @@ def test_selection_among_equals(copies):
     tied = jnp.repeat(jnp.asarray([0, 0, 0, 1, 1, 1, 2], jnp.float32), copies)
     below = [int(selection.split(tied, count * copies)[1]) for count in range(8)]
     assert below == [copies * count for count in (0, 0, 0, 3, 3, 3, 6, 7)]
-    # The first among equals go.
+    # Zeros are equal everywhere and go in order; places decide among other equals.
     zeroed = selection.zero_smallest(tied, 4 * copies)
-    assert bool(jnp.all(zeroed[: 4 * copies] == 0))
-    assert bool(jnp.all(zeroed[4 * copies :] > 0))
+    assert int(jnp.sum(zeroed == 0)) == 4 * copies
+    assert not jnp.any(zeroed[: 3 * copies])
+    assert bool(jnp.all(zeroed[6 * copies :] == 2))
 
 
 def test_support_compares_what_was_shared(client):
@@ -590,7 +597,7 @@ def test_support_compares_what_was_shared(client):
     assert_trees(simulated, jax.tree.map(jnp.multiply, mask, other))
     # Under noise no entry is zero: candidates then select their own.
     noisy = parse("sparsify:0.5+noise:0.1", compare="support")
-    assert "support" not in noisy.estimate(observed, context.model.head)["0.sparsify:0.5"]
+    assert "layer_counts" in noisy.estimate(observed, context.model.head)["0.sparsify:0.5"]
 
 
 def test_undefended_leaves_the_last_kernel_out(client):

@@ -12,7 +12,7 @@ from PIL import Image
 from ggl_jax import checkpoint
 from ggl_jax.adversary.strategy import AttackSettings
 from ggl_jax.audit import landscape, metrics
-from ggl_jax.audit.runner import audit
+from ggl_jax.audit.run import audit
 from ggl_jax.cli import _parse, run
 from ggl_jax.client import defenses
 from ggl_jax.client.gradients import gradient
@@ -50,10 +50,10 @@ def test_the_centre_is_the_audits_result(setting, tiny_images, center):
         **shared,
         **params,
     )
-    np.testing.assert_allclose(center.image, result.reconstructions[0], atol=1e-5)
+    np.testing.assert_allclose(center.images[0], result.reconstructions[0], atol=1e-5)
     np.testing.assert_allclose(center.loss, result.rows[0]["loss"], rtol=1e-4)
     assert center.evaluations == result.rows[0]["evaluations"] == 18
-    assert center.bound == "tanh"
+    assert center.search["bound"] == "tanh"
 
 
 def test_plane_is_orthogonal_and_as_long_as_the_latent():
@@ -119,7 +119,7 @@ def test_values_are_scaled_as_the_searchs(setting, tiny_images, options):
     )
     np.testing.assert_allclose(found.losses[1, 1], center.loss, rtol=1e-4)
     problem = center.problem
-    image = jnp.asarray(center.image)[None]
+    image = jnp.asarray(center.images)
     update = gradient(shared["model"], problem.variables, image, problem.labels)
     pairs = zip(jax.tree.leaves(update), jax.tree.leaves(problem.observed), strict=True)
     loss = sum(float(jnp.sum((a - b) ** 2)) for a, b in pairs)

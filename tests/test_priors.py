@@ -16,8 +16,18 @@ from PIL import Image
 from ggl_jax import checkpoint
 from ggl_jax.errors import GGLError
 from ggl_jax.images import to_signed
-from ggl_jax.priors import PRIORS, dcgan, fit_latents, load_prior, pixels, samples, wgan_gp
+from ggl_jax.priors import (
+    PRIORS,
+    dcgan,
+    fit_latents,
+    load_prior,
+    pixels,
+    samples,
+    training,
+    wgan_gp,
+)
 from ggl_jax.priors.dcgan import Critic, Generator, StridedConv, from_torch
+from ggl_jax.priors.holdout import holdout_split
 from ggl_jax.priors.pixels import pixels_of
 from ggl_jax.priors.wgan_gp import Config
 
@@ -218,20 +228,20 @@ def write_images(path, num, *, seed=0):
 
 
 def test_holdout_split():
-    train, held_out = wgan_gp.holdout_split(20, 5, 3)
+    train, held_out = holdout_split(20, 5, 3)
     assert len(held_out) == 5
     assert sorted([*train, *held_out]) == list(range(20))
-    np.testing.assert_array_equal(held_out, wgan_gp.holdout_split(20, 5, 3)[1])
-    assert list(held_out) != list(wgan_gp.holdout_split(20, 5, 4)[1])
+    np.testing.assert_array_equal(held_out, holdout_split(20, 5, 3)[1])
+    assert list(held_out) != list(holdout_split(20, 5, 4)[1])
     # a smaller hold-out is a part of the larger one
-    np.testing.assert_array_equal(held_out[:2], wgan_gp.holdout_split(20, 2, 3)[1])
+    np.testing.assert_array_equal(held_out[:2], holdout_split(20, 2, 3)[1])
     # numpy promises this stream; a card's rule must keep its meaning
     np.testing.assert_array_equal(
-        wgan_gp.holdout_split(3562, 4, 0)[1], np.random.default_rng(0).permutation(3562)[:4]
+        holdout_split(3562, 4, 0)[1], np.random.default_rng(0).permutation(3562)[:4]
     )
     for bad in (-1, 21):
         with pytest.raises(GGLError, match=r"\[0, 20\]"):
-            wgan_gp.holdout_split(20, bad, 0)
+            holdout_split(20, bad, 0)
 
 
 def test_held_out_images_never_train(tmp_path):
@@ -242,9 +252,9 @@ def test_held_out_images_never_train(tmp_path):
     (tmp_path / "sub").mkdir()
     config = Config(holdout=7, seed=2)
     data = [tmp_path / "first.npz", (tmp_path / "second.npz", 2.0), again]
-    dataset = wgan_gp.load_data(data, config)
+    dataset = training.load_data(data, config)
     assert len(dataset.images) == 13 + 10 + 13
-    _, held_out = wgan_gp.holdout_split(20, 7, 2)
+    _, held_out = holdout_split(20, 7, 2)
     seen = {image.tobytes() for image in dataset.images}
     assert not seen & {image.tobytes() for image in first[held_out]}
     assert [s["num_held_out"] for s in dataset.sources] == [7, 0, 7]
@@ -256,7 +266,7 @@ def test_weights_and_flips_of_batches(tmp_path):
     half[:, :, :16] = 255  # the left half is white
     np.savez(tmp_path / "half.npz", images=half)
     data = [tmp_path / "black.npz", (tmp_path / "half.npz", 3.0)]
-    dataset = wgan_gp.load_data(data, Config(holdout=0))
+    dataset = training.load_data(data, Config(holdout=0))
     images, cumulative = jnp.asarray(dataset.images), jnp.asarray(dataset.cumulative)
     batch = wgan_gp.draw_batch(jax.random.key(0), images, cumulative, num=2000, flips=True)
     assert batch.dtype == jnp.float32
@@ -272,7 +282,7 @@ def test_weights_and_flips_of_batches(tmp_path):
 def test_bad_training_data(tmp_path):
     def refused(match, path, weight=1.0):
         with pytest.raises(GGLError, match=match):
-            wgan_gp.load_data([(path, weight)], TINY)
+            training.load_data([(path, weight)], TINY)
 
     refused("does not exist", tmp_path / "none.npz")
     (tmp_path / "text.npz").write_text("not a zip file")
@@ -286,7 +296,7 @@ def test_bad_training_data(tmp_path):
     np.savez(tmp_path / "good.npz", images=np.zeros((9, 32, 32, 3), np.uint8))
     refused("weight -1", tmp_path / "good.npz", -1.0)
     with pytest.raises(GGLError, match="empty"):
-        wgan_gp.load_data([], TINY)
+        training.load_data([], TINY)
     with pytest.raises(GGLError, match="batch_size=1"):
         Config(batch_size=1)
 
@@ -304,7 +314,7 @@ def data(tmp_path_factory):
 @pytest.fixture(scope="module")
 def uninterrupted(data, tmp_path_factory):
     out = tmp_path_factory.mktemp("uninterrupted")
-    return wgan_gp.train(TINY, data, out, log_every=2, sample_every=4), out
+    return training.train(TINY, data, out, log_every=2, sample_every=4), out
 
 
 def rows(out):
@@ -341,14 +351,14 @@ def test_interrupted_and_resumed_is_uninterrupted(data, uninterrupted, tmp_path)
 
     handler = signal.getsignal(signal.SIGINT)
     arguments = {"log_every": 2, "sample_every": 4}
-    stopped = wgan_gp.train(TINY, data, tmp_path, progress=interrupt, **arguments)
+    stopped = training.train(TINY, data, tmp_path, progress=interrupt, **arguments)
     assert int(stopped.step) == 2
     assert signal.getsignal(signal.SIGINT) is handler
     assert (tmp_path / "checkpoints" / "2").is_dir()
     # a row from beyond the checkpoint, as a killed run would leave
     with (tmp_path / "losses.csv").open("a") as file:
         file.write("4,0,0,0,0\n")
-    resumed = wgan_gp.train(TINY, data, tmp_path, **arguments)
+    resumed = training.train(TINY, data, tmp_path, **arguments)
     jax.tree.map(np.testing.assert_array_equal, resumed, expected)
     assert rows(tmp_path) == rows(whole)
     images = [np.asarray(Image.open(out / "samples_000006.png")) for out in (tmp_path, whole)]
@@ -359,14 +369,14 @@ def test_another_configuration_is_refused(data, uninterrupted, tmp_path):
     _, out = uninterrupted
     other = Config(**{**vars(TINY), "learning_rate": 0.5, "steps": 9})
     with pytest.raises(GGLError, match=r"learning_rate: 0\.02 there, 0\.5 here"):
-        wgan_gp.train(other, data, out)
+        training.train(other, data, out)
     write_images(tmp_path / "other.npz", 12, seed=5)
     with pytest.raises(GGLError, match=r"data: faces\.npz.* there, other\.npz"):
-        wgan_gp.train(TINY, [tmp_path / "other.npz"], out)
+        training.train(TINY, [tmp_path / "other.npz"], out)
     with pytest.raises(GGLError, match="already holds a run"):
-        wgan_gp.train(TINY, data, out, resume=False)
+        training.train(TINY, data, out, resume=False)
     # nothing left to do: the same state comes back, and steps may have changed
-    state = wgan_gp.train(Config(**{**vars(TINY), "steps": 5}), data, out)
+    state = training.train(Config(**{**vars(TINY), "steps": 5}), data, out)
     assert int(state.step) == 6
 
 
@@ -380,7 +390,7 @@ def test_training_moves_samples_towards_the_data(tmp_path):
         return samples(prior, params, jax.random.key(1), 64).mean()
 
     before = brightness(wgan_gp.init_state(TINY))
-    state = wgan_gp.train(config, [tmp_path / "white.npz"], tmp_path / "run")
+    state = training.train(config, [tmp_path / "white.npz"], tmp_path / "run")
     assert brightness(state) > before + 0.2
 
 
@@ -398,7 +408,7 @@ def test_standing_statistics_are_those_of_the_latents():
 def test_export_and_load(uninterrupted, tmp_path):
     state, out = uninterrupted
     before = rows(out)
-    card = wgan_gp.export(
+    card = training.export(
         out, tmp_path / "tiny", trained_on=("noise",), command="a command", num_statistics=64
     )
     assert rows(out) == before
@@ -414,7 +424,7 @@ def test_export_and_load(uninterrupted, tmp_path):
     assert prior.latent_dim == 4
 
     with pytest.raises(GGLError, match="no training run"):
-        wgan_gp.export(tmp_path, tmp_path / "x", trained_on=(), command="")
+        training.export(tmp_path, tmp_path / "x", trained_on=(), command="")
     path = tmp_path / "tiny" / "card.json"
     path.write_text(json.dumps({**card, "kind": "diffusion"}))
     with pytest.raises(GGLError, match="kind='diffusion'"):
@@ -458,9 +468,9 @@ def test_class_conditional_training_and_export(tmp_path):
     labels = np.arange(12) % 2
     images = np.broadcast_to(np.uint8(255 * labels)[:, None, None, None], (12, 32, 32, 3))
     np.savez(tmp_path / "two.npz", images=images, labels=labels)
-    assert wgan_gp.count_classes([tmp_path / "two.npz"]) == 2
+    assert training.count_classes([tmp_path / "two.npz"]) == 2
     config = Config(**{**vars(TINY), "steps": 40, "num_classes": 2})
-    dataset = wgan_gp.load_data([tmp_path / "two.npz"], config)
+    dataset = training.load_data([tmp_path / "two.npz"], config)
     # the held-out ones are out of both
     np.testing.assert_array_equal(dataset.images[:, 0, 0, 0] / 255, dataset.labels)
     batch = {"num": 50}
@@ -469,8 +479,8 @@ def test_class_conditional_training_and_export(tmp_path):
     classes = wgan_gp.draw_labels(key, jnp.asarray(dataset.labels), dataset.cumulative, **batch)
     np.testing.assert_array_equal(drawn[:, 0, 0, 0], 2 * classes - 1)
 
-    wgan_gp.train(config, [tmp_path / "two.npz"], tmp_path / "run")
-    card = wgan_gp.export(
+    training.train(config, [tmp_path / "two.npz"], tmp_path / "run")
+    card = training.export(
         tmp_path / "run", tmp_path / "two", trained_on=(), command="", num_statistics=64
     )
     prior, params, loaded = load_prior(tmp_path / "two")
@@ -479,23 +489,23 @@ def test_class_conditional_training_and_export(tmp_path):
     assert images[32:].mean() > images[:32].mean() + 0.2
 
     with pytest.raises(GGLError, match="label 1 is beyond num_classes=1"):
-        wgan_gp.load_data([tmp_path / "two.npz"], Config(num_classes=1, holdout=0))
+        training.load_data([tmp_path / "two.npz"], Config(num_classes=1, holdout=0))
     np.savez(tmp_path / "short.npz", images=np.zeros((2, 32, 32, 3), np.uint8), labels=[0])
     np.savez(tmp_path / "plain.npz", images=np.zeros((2, 32, 32, 3), np.uint8))
     with pytest.raises(GGLError, match=r"must be whole numbers \[2\]"):
-        wgan_gp.count_classes([tmp_path / "short.npz"])
+        training.count_classes([tmp_path / "short.npz"])
     with pytest.raises(GGLError, match="no array `labels`"):
-        wgan_gp.count_classes([(tmp_path / "plain.npz", 2.0)])
+        training.count_classes([(tmp_path / "plain.npz", 2.0)])
 
 
 def test_damaged_training_checkpoint(data, tmp_path):
     config = Config(**{**vars(TINY), "steps": 1})
-    wgan_gp.train(config, data, tmp_path)
+    training.train(config, data, tmp_path)
     for path in (tmp_path / "checkpoints" / "1").rglob("*"):
         if path.is_file() and path.stat().st_size > 1000:
             path.write_bytes(b"damaged")
     with pytest.raises(GGLError, match="delete that folder"):
-        wgan_gp.train(config, data, tmp_path)
+        training.train(config, data, tmp_path)
 
 
 # --- the ceiling, samples, shipped weights ----------------------------------------------------
@@ -584,3 +594,12 @@ if __name__ == "__main__":  # makes the stored arrays anew; needs torch
     stored_weights = {f"w/{k}": v for k, v in arrays[0].items()}
     names = ("latents", "evaluated", "trained")
     np.savez_compressed(GOLDEN, **stored_weights, **dict(zip(names, arrays[1:], strict=True)))
+
+
+def test_equal_priors_are_one_object():
+    """Programs are kept by the prior that they were compiled for, so it has to be found again."""
+    assert load_prior("dcgan32_faces")[0] == load_prior("dcgan32_faces")[0]
+    assert dcgan(width=3, latent_dim=4) == dcgan(width=3, latent_dim=4)
+    assert dcgan(width=3, latent_dim=4) != dcgan(width=3, latent_dim=5)
+    assert pixels((4, 4, 3)) == pixels([4, 4, 3])
+    assert pixels((4, 4, 3)) != pixels((4, 4, 1))

@@ -3,7 +3,6 @@
 import base64
 import html.parser
 import io
-import json
 import os
 import re
 import shutil
@@ -17,8 +16,8 @@ import scipy.stats
 from PIL import Image
 
 import ggl_jax as gx
-from ggl_jax import files
-from ggl_jax.audit import metrics, report, results
+from ggl_jax.audit import folder as folders
+from ggl_jax.audit import metrics, report
 from ggl_jax.audit.check import check
 from ggl_jax.audit.tables import family_of, leakage, sentences
 from ggl_jax.cli import run
@@ -55,28 +54,23 @@ def make_row(cell, image, defense, psnr, *, attack="ggl", seed=0, **changes):
         "status": "ok",
         "ok": True,
         "loss_curve": [[1, 2, 3], [3.0, 2.0, 1.0]],
-        "reconstruction": f"reconstructions/{cell}-0.png",
     } | changes
 
 
 def make_sweep(folder, rows, *, failed=(), left=(), pictures=True):
-    (folder / "reconstructions").mkdir(parents=True)
     cells = {row["cell"]: {**row["axes"], "evaluations": 100} for row in rows}
     for cell in (*failed, *left):
         axes = {"attack": "ggl", "defense": "none", "seed": 9, "image": "x", "evaluations": 100}
         cells[cell] = axes
-    files.write_json(folder / "plan.json", {"cells": cells})
     config = {"command": "ggl-jax sweep <g>.toml", "options": {"axes": {}}, "inputs": {}}
-    files.write_json(folder / "config.json", config)
-    journal = results.Journal(folder)
+    folders.prepare(folder, config, cells)
     for row in rows:
-        if pictures:
-            files.write_png(folder / row["reconstruction"], np.full((4, 4, 3), 0.5))
-        journal.append([row])
+        folders.keep(folder, row["cell"], [row], np.full((1, 4, 4, 3), 0.5))
+        if not pictures:
+            (folder / f"cells/{row['cell']}-0.png").unlink()
     for cell in failed:
-        journal.append([{"cell": cell, "failed": "ValueError: <b>no</b>"}])
-    journal.close()
-    return results.read(folder)
+        folders.fail(folder, cell, "ValueError: <b>no</b>")
+    return folders.read(folder)
 
 
 def write(records):
@@ -277,34 +271,19 @@ def test_check_names_the_searches_that_stalled(tmp_path, capsys):
     assert "stopped" not in capsys.readouterr().out
 
 
-def make_audit(folder, rows, defenses=("none",), images=("0", "1")):
-    folder.mkdir()
-    config = {"options": {}, "asked": {"defenses": list(defenses), "images": list(images)}}
-    files.write_json(folder / "config.json", config | {"command": "ggl-jax audit"})
-    for row in rows:
-        for name in ("cell", "part", "parts", "axes"):
-            row.pop(name)
-    (folder / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (folder / "reconstructions").mkdir()
-    return results.read(folder)
-
-
-def test_audit_folders_work_too(tmp_path, capsys):
+def test_what_was_asked_for_and_is_not_there_yet_is_no_pass(tmp_path, capsys):
+    """An audit that was interrupted between two images."""
     rows = [make_row(f"{i}", f"{i}", "none", 12.0) for i in range(2)]
-    records = make_audit(tmp_path / "a", rows, defenses=["none", "clip:4"])
+    for row in rows:
+        row["axes"] = {"defense": "none", "seed": 0, "image": row["image"]}
+    records = make_sweep(tmp_path / "a", rows)
     assert write(records).is_file()
     assert not check(records, max_psnr_over_control=2, defenses=["none"])[0].violated
-    with pytest.raises(gx.GGLError, match="2 cells of clip:4"):
-        check(records, max_psnr_over_control=2)
-    assert run(["status", str(tmp_path / "a")]) == 0
-    assert "4 cells: 2 done, 0 failed, 2 left" in capsys.readouterr().out
-
-
-def test_an_audit_that_was_interrupted_between_images_claims_nothing(tmp_path, capsys):
-    rows = [make_row(f"{i}", f"{i}", "none", 12.0) for i in range(2)]
-    make_audit(tmp_path / "a", rows, images=("0", "1", "2"))
-    assert check_command(tmp_path / "a", "--max-psnr-over-control", "5") == 2
+    assert len(make_sweep(tmp_path / "b", rows, left=["2"]).left) == 1
+    assert check_command(tmp_path / "b", "--max-psnr-over-control", "5") == 2
     assert "1 cell of none failed or not run yet" in capsys.readouterr().err
+    assert run(["status", str(tmp_path / "b")]) == 0
+    assert "3 cells: 2 done, 0 failed, 1 left" in capsys.readouterr().out
 
 
 def test_defenses_are_found_in_any_spelling(tmp_path):
@@ -406,7 +385,7 @@ def test_the_page_needs_nothing_else_and_says_what_was_found(tmp_path):
         assert not re.search(r"@import|(href|src)=\"(?!#|data:)|url\((?!#|data:)", svg)
     assert "prefers-color-scheme" in text
     assert "default-src 'none'" in text
-    assert "1 cell failed, 1 not run yet" in page.said
+    assert "1 cell failed. 1 cell not run yet." in page.said
     assert "ValueError: <b>no</b>" in page.said  # escaped: else the parser saw a tag
     means = {g.defense + g.variant: g.means["psnr"].mean for g in leakage(records.rows)}
     assert f"{means['noise:0.2ig']:.1f}" in page.said
@@ -443,7 +422,7 @@ def test_names_are_shown_as_they_are(tmp_path, name):
     rows = [make_row(f"{i}", f"{name}{i}", f"{name}:1", 12.0 + i, attack=a)
             for i in range(3) for a in ("ggl", name)]  # fmt: skip
     for number, row in enumerate(rows):
-        row["cell"], row["reconstruction"] = f"c{number}", f"reconstructions/{number}.png"
+        row["cell"] = f"c{number}"
     records = make_sweep(tmp_path / "s", rows)
     report_ = report.make(records)
     shown = " ".join(name.split())
@@ -503,7 +482,7 @@ def test_one_image(tmp_path):
 
 def test_refinement_has_a_curve_of_its_own(tmp_path):
     # Its loss is another one, and may start higher.
-    row = make_row("a", "a", "none", 12.0, stages=[["ggl", 3], ["refine", 2]],
+    row = make_row("a", "a", "none", 12.0, refinement_steps=2,
                    loss_curve=[[1, 2, 3, 4, 5], [3.0, 2.0, 1.0, 9.0, 8.0]])  # fmt: skip
     assert report.figures.stages(row) == {
         "search": ([1, 2, 3], [3.0, 2.0, 1.0]), "refinement": ([4, 5], [9.0, 8.0])
@@ -512,7 +491,7 @@ def test_refinement_has_a_curve_of_its_own(tmp_path):
     drawn = Page(report.page(report.make(records))).figure("Lowest")
     assert "step of the search" in drawn
     assert "step of the refinement" in drawn
-    plain = make_row("b", "b", "none", 12.0, stages=[["ggl", 3]])
+    plain = make_row("b", "b", "none", 12.0, refinement_steps=0)
     assert list(report.figures.stages(plain)) == ["search"]
     assert report.figures.stages(make_row("c", "c", "none", 12.0, loss_curve=[[], []])) == {}
 

@@ -56,7 +56,7 @@ def assert_same(a, b):
     assert a.evaluations == b.evaluations
 
 
-@pytest.mark.parametrize("optimizer", ["cma_es", "adam", "turbo", "lbfgs"])
+@pytest.mark.parametrize("optimizer", ["cma_es", "adam", "turbo", "lbfgs", "lbfgs_wolfe"])
 @pytest.mark.parametrize("num", [1, 2])
 def test_a_killed_search_goes_on(tmp_path, tiny_model, tiny_prior, problems, optimizer, num):
     if num == 2 and optimizer not in ("cma_es", "adam"):

@@ -10,7 +10,6 @@ from PIL import Image
 
 import ggl_jax as gx
 from ggl_jax import checkpoint, trees
-from ggl_jax.adversary.reconstruct import reconstruct
 from ggl_jax.cli import run
 from ggl_jax.client.gradients import gradient
 from ggl_jax.client.updates import read_update, read_variables
@@ -116,17 +115,16 @@ def _nest(path, leaf):
 def server(tiny_model, tiny_variables, tiny_prior, tiny_prior_params):
     """The tiny server: ``server(update, defense, **settings)``; it searches by Adam."""
 
+    public = gx.Public(tiny_model, tiny_variables, tiny_prior, tiny_prior_params)
+
     def attack(update, defense, **settings):
-        return reconstruct(
-            jax.random.key(0),
-            update,
-            model=tiny_model,
-            variables=tiny_variables,
-            prior=tiny_prior,
-            prior_params=tiny_prior_params,
+        return gx.reconstruct(
+            jax.random.key(0)[None],
+            public,
+            [gx.Shared(update)],
             defense=gx.parse(defense),
             settings=gx.AttackSettings(optimizer="adam", start="prior", **settings),
-        )
+        )[0]
 
     return attack
 

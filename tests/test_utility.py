@@ -14,7 +14,8 @@ from test_report import Page, make_row, make_sweep, write
 
 import ggl_jax as gx
 from ggl_jax import files
-from ggl_jax.audit import privacy, report, results, utility
+from ggl_jax.audit import folder as folders
+from ggl_jax.audit import privacy, report, utility
 from ggl_jax.cli import run
 from ggl_jax.client import training
 from ggl_jax.client.defenses import clip, noise, parse
@@ -344,10 +345,8 @@ def test_interrupted_resumed_and_refused(toy, tmp_path):
     with pytest.raises(gx.GGLError, match=r"inputs\.data"):
         utility.measure(**other, defenses=defenses, out=tmp_path)
     assert path.read_text().count("\n") == 2
-    lock = results.Lock(tmp_path, name="lock-utility")
-    with pytest.raises(gx.GGLError, match="in use"):
+    with folders.lock(tmp_path, "lock-utility"), pytest.raises(gx.GGLError, match="in use"):
         utility.measure(**toy, defenses=defenses, out=tmp_path)
-    lock.release()
 
 
 def test_epsilon_comes_later_where_the_accountant_was_missing(toy, tmp_path, monkeypatch):

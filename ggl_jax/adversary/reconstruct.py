@@ -1,19 +1,22 @@
-"""The whole attack on one observed update, with nothing but what a server knows."""
+"""The adversary's whole part: from what clients shared to images, knowing what a server knows."""
 
-from collections.abc import Callable
-from typing import NamedTuple
+import dataclasses
+import functools
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from ggl_jax.adversary import estimation
 from ggl_jax.adversary.labels import infer_labels, public_expectations
-from ggl_jax.adversary.search import run_stages
-from ggl_jax.adversary.strategy import AttackSettings, make_stages, result_images
-from ggl_jax.types import Defense, Model, Prior, Problem, PyTree
-
-# The search's stream and that of the public samples.
-_SEARCH, _PUBLIC = 0, 1
+from ggl_jax.adversary.resume import Checkpoints
+from ggl_jax.adversary.search import Stage, run_stages
+from ggl_jax.adversary.strategy import AttackSettings, combines, make_stages, result_images
+from ggl_jax.client.share import ClientSettings
+from ggl_jax.types import Attack, Defense, Model, Prior, Problem, Public, PyTree, Shared
 
 
 class Reconstruction(NamedTuple):
@@ -21,108 +24,198 @@ class Reconstruction(NamedTuple):
 
     Attributes:
         images: [b h w c] float32 in [0, 1], in no particular order.
-        labels: [b] the inferred classes.
+        labels: [b] the inferred classes, in the images' order.
         loss: the attack's whole loss at the result, or at the best restart where the result is the
             mean image of all.
         distance: the distance of updates there.
-        estimated: the defense's estimated parameters.
         evaluations: gradient evaluations spent.
         history: [steps] lowest loss so far.
         status: one of ``ggl_jax.types.OK``, ``NONFINITE``, ``STALLED``.
+        seconds: wall-clock time of the search, shared evenly by those of its batch.
+        search: the attack's settings as resolved, and whether the result is the restarts' mean
+            ("combined") and was refined in pixels ("refined", in the last "refinement_steps").
+        point: [p], the result in the space that the search's last stage searched.
+        attack: of that stage.
+        problem: what it worked on.
     """
 
     images: np.ndarray
     labels: np.ndarray
     loss: float
     distance: float
-    estimated: PyTree
     evaluations: int
     history: np.ndarray
     status: int
+    seconds: float
+    search: Mapping[str, Any]
+    point: jax.Array
+    attack: Attack
+    problem: Problem
+
+    @property
+    def estimated(self) -> PyTree:
+        """The defense's estimated parameters."""
+        return self.problem.estimated
 
 
-def reconstruct(
-    key: jax.Array,
-    update: PyTree,
-    *,
+class Search(NamedTuple):
+    """A search made ready.
+
+    Attributes:
+        stages: of :func:`ggl_jax.run_stages`.
+        settings: the attack's settings as resolved.
+    """
+
+    stages: list[Stage]
+    settings: dict[str, Any]
+
+    @property
+    def evaluations(self) -> int:
+        """Gradient evaluations of one search, if it does not end early."""
+        return sum(
+            s.attack.evaluations_at_start + s.steps * s.attack.evaluations_per_step
+            for s in self.stages
+        )
+
+
+# Searches of the same objects, one after the other, share their compiled programs.
+@functools.lru_cache(maxsize=64)
+def search_for(
     model: Model,
-    variables: PyTree,
     prior: Prior,
-    prior_params: PyTree,
     defense: Defense,
-    settings: AttackSettings | None = None,
-    batch_size: int = 1,
-    local_steps: int = 1,
-    local_learning_rate: float = 0.01,
-    statistics: PyTree | None = None,
-    mesh: jax.sharding.Mesh | None = None,
-    callback: Callable[[int, jax.Array], None] | None = None,
-) -> Reconstruction:
-    """Attack an update: infer labels and the defense's parameters, then search the prior.
-
-    Args:
-        key: typed key.
-        update: the observed update, a pytree like ``variables["params"]``; the sum of the local
-            gradients (weights before minus weights after, divided by the step size).
-        model: the federated model.
-        variables: its weights that the update was computed at.
-        prior: the generator.
-        prior_params: its parameters.
-        defense: the kind of defense that the server takes the client to use.
-        settings: the search.
-        batch_size: images behind the update.
-        local_steps: SGD steps behind it.
-        local_learning_rate: their step size.
-        statistics: the batch's BatchNorm statistics, where the client shared them; read by attacks
-            with ``batch_norm`` in their regulariser.
-        mesh: as for :func:`ggl_jax.run_search`.
-        callback: ``callback(steps_done, losses[1])``.
-
-    Returns:
-        A :class:`Reconstruction`.
+    client: ClientSettings,
+    settings: AttackSettings,
+    instances: int = 1,
+) -> Search:
+    """The search that :func:`reconstruct` runs for ``instances`` updates on each device.
 
     Raises:
-        GGLError: NaN or infinity in the update, or a setting out of its range.
+        GGLError: a setting out of its range, or settings that do not go together.
     """
-    settings = settings or AttackSettings()
-    estimation.check_finite(update)
-    public: dict[str, jax.Array] = {}
-    if batch_size > 1:
-        public = jax.jit(public_expectations, static_argnums=(0, 2))(
-            model, variables, prior, prior_params, jax.random.fold_in(key, _PUBLIC)
-        )
-    labels = infer_labels(
-        update,
-        model.head,
-        batch_size=batch_size,
-        num_steps=local_steps,
-        fidelity=settings.fidelity,
-        **public,
-    )
-    estimated = estimation.estimate(defense, update, model.head)
-    stages, _ = make_stages(
+    settings = dataclasses.replace(settings, instances=instances)
+    stages, resolved = make_stages(
         settings,
         model,
         prior,
         defense,
-        batch_size=batch_size,
-        local_steps=local_steps,
-        local_learning_rate=local_learning_rate,
+        batch_size=client.batch_size,
+        local_steps=client.local_steps,
+        local_learning_rate=client.local_learning_rate,
+        instances=instances,
     )
-    outcome = run_stages(
+    refined = stages[-1].attack.name == "refine"
+    return Search(
         stages,
-        jax.random.fold_in(key, _SEARCH)[None],
-        [Problem(update, variables, prior_params, labels, estimated, statistics)],
+        {
+            **resolved,
+            "combined": combines(settings, defense),
+            "refined": refined,
+            "refinement_steps": stages[-1].steps if refined else 0,
+        },
+    )
+
+
+_expectations = jax.jit(public_expectations, static_argnums=(0, 2))
+
+
+def expectations(key: jax.Array, public: Public) -> dict[str, jax.Array]:
+    """What the model makes of samples of the prior: by it a batch's labels are told apart."""
+    return _expectations(public.model, public.variables, public.prior, public.prior_params, key)
+
+
+def reconstruct(
+    keys: jax.Array,
+    public: Public,
+    shared: Sequence[Shared],
+    *,
+    defense: Defense,
+    client: ClientSettings | None = None,
+    settings: AttackSettings | None = None,
+    expected: Mapping[str, jax.Array] | None = None,
+    mesh: jax.sharding.Mesh | None = None,
+    checkpoints: Checkpoints | None = None,
+    progress: Callable[[str, float, float | None], None] | None = None,
+) -> list[Reconstruction]:
+    """Attack updates: infer labels and the defense's parameters, then search the prior.
+
+    Several updates are searched for in one batched program. What is found for one does not depend
+    on the others but for rounding.
+
+    Args:
+        keys: [i] typed keys, one for each update.
+        public: what the server has.
+        shared: ``i`` updates of clients that did the same.
+        defense: the kind of defense that the server takes the clients to use.
+        client: how many images and local steps are behind an update.
+        settings: the search.
+        expected: of :func:`expectations`, for batches of images; None draws them by the first key.
+        mesh: as for :func:`ggl_jax.run_search`, like ``checkpoints``.
+        progress: ``progress(phase, fraction, loss)``, called as it goes on; the loss is the mean
+            over the updates of the lowest so far, None outside the search.
+
+    Returns:
+        One :class:`Reconstruction` for each update.
+
+    Raises:
+        GGLError: NaN or infinity in an update, or a setting out of its range.
+    """
+    client, settings = client or ClientSettings(), settings or AttackSettings()
+
+    def report(phase, fraction=0.0, loss=None):
+        if progress is not None:
+            progress(phase, fraction, loss)
+
+    report("label and defense estimation")
+    if client.batch_size > 1 and expected is None:
+        expected = expectations(jax.random.fold_in(keys[0], 1), public)
+    problems = []
+    for one in shared:
+        estimation.check_finite(one.update)
+        labels = infer_labels(
+            one.update,
+            public.model.head,
+            batch_size=client.batch_size,
+            num_steps=client.local_steps,
+            fidelity=settings.fidelity,
+            # Only the labels of several images need them; one image's is read off directly.
+            **(expected or {} if client.batch_size > 1 else {}),
+        )
+        estimated = estimation.estimate(defense, one.update, public.model.head)
+        problems.append(
+            Problem(
+                one.update, public.variables, public.prior_params, labels, estimated, one.statistics
+            )
+        )
+    report("compiling the search")
+    began = time.perf_counter()
+    per_device = -(-len(problems) // (1 if mesh is None else mesh.size))
+    search = search_for(public.model, public.prior, defense, client, settings, per_device)
+    steps = sum(stage.steps for stage in search.stages)
+    outcome = run_stages(
+        search.stages,
+        keys,
+        problems,
         mesh=mesh,
-        callback=callback,
+        checkpoints=checkpoints,
+        callback=lambda done, losses: report("search", done / steps, float(jnp.mean(losses))),
     )
-    return Reconstruction(
-        images=result_images(settings, defense, stages, outcome)[0],
-        labels=np.asarray(outcome.labels[0]),
-        loss=float(outcome.losses[0]),
-        distance=float(outcome.distances[0]),
-        estimated=estimated,
-        evaluations=outcome.evaluations,
-        history=np.asarray(outcome.history[0]),
-        status=int(outcome.status[0]),
-    )
+    images = result_images(settings, defense, search.stages, outcome)
+    seconds = (time.perf_counter() - began) / len(problems)
+    return [
+        Reconstruction(
+            images=images[i],
+            labels=np.asarray(outcome.labels[i]),
+            loss=float(outcome.losses[i]),
+            distance=float(outcome.distances[i]),
+            evaluations=outcome.evaluations,
+            history=np.asarray(outcome.history[i]),
+            status=int(outcome.status[i]),
+            seconds=seconds,
+            search=search.settings,
+            point=outcome.candidates.points[i, 0],
+            attack=search.stages[-1].attack,
+            problem=problem,
+        )
+        for i, problem in enumerate(problems)
+    ]

@@ -1,7 +1,9 @@
 """Drives an attack's steps: from the host on CPU, in compiled chunks on accelerators."""
 
 import functools
+import gc
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -88,6 +90,37 @@ def _compiled(attack: Attack, batched: bool):
         jax.jit(advance_all, static_argnums=4),
         jax.jit(jax.vmap(candidates, in_axes=(_INSTANCE_AXES, 0))),
     )
+
+
+#: Share of a Linux process' memory mappings at which compiled programs are given up.
+MAPPINGS_SHARE = 0.6
+
+
+def release_programs(share: float = MAPPINGS_SHARE) -> bool:
+    """Give up compiled programs before the process runs out of memory mappings.
+
+    XLA's CPU backend maps every compiled function by itself, some thousands for one search, and
+    Linux allows a process 65,530 by default: a run of some twenty different searches would die in
+    LLVM with "Cannot allocate memory". Programs needed again are compiled again, or read from the
+    compilation cache.
+
+    Args:
+        share: of the mappings that the system allows, in [0, 1].
+
+    Returns:
+        Whether programs were given up; False where the system does not count mappings.
+    """
+    try:
+        limit = int(Path("/proc/sys/vm/max_map_count").read_text())
+        with open("/proc/self/maps", "rb") as file:
+            used = sum(1 for _ in file)
+    except (OSError, ValueError):
+        return False
+    if used <= share * limit:
+        return False
+    jax.clear_caches()
+    gc.collect()
+    return True
 
 
 def stack_problems(problems: list[Problem]) -> Problem:

@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from ggl_jax.audit.results import Records
+from ggl_jax.audit.folder import Records
 from ggl_jax.audit.tables import Leakage, Mean, counted, leakage, scores
 from ggl_jax.client import defenses as client_defenses
 from ggl_jax.errors import GGLError, did_you_mean

@@ -150,7 +150,9 @@ def batch_controls(
         latents = _sample(prior, jax.random.fold_in(sample_key, first), num=chunk)[: num - first]
         places = jnp.asarray(np.resize(classes, len(latents)))
         drawn = np.concatenate(
-            decode_each(prior, params, latents, places, lambda x, _: np.clip(x, 0.0, 1.0))
+            decode_each(
+                prior, params, latents, jnp.asarray(places), lambda x, _: np.clip(x, 0.0, 1.0)
+            )
         ).reshape(-1, *images.shape)
         done = first // size
         totals += drawn[: max(0, mean_rounds - done)].sum(axis=0, dtype=np.float64)

@@ -1,17 +1,15 @@
 """Where private images come from: embedded pictures, .npz files, folders, TensorFlow Datasets.
 
-`load` decodes only the images that are asked for and preprocesses them as the paper's published
-code does (torchvision's `Resize` and `CenterCrop` on PIL images).
+:func:`load` decodes only the images that are asked for and preprocesses them as the paper's
+published code does (torchvision's ``Resize`` and ``CenterCrop`` on PIL images).
 """
 
 import csv
-import difflib
-import hashlib
+import functools
 import os
 import re
 import unicodedata
 import warnings
-import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from io import BytesIO
 from pathlib import Path, PurePosixPath
@@ -20,8 +18,9 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageOps
 
-from ggl_jax.errors import GGLError
-from ggl_jax.priors.wgan_gp import holdout_split
+from ggl_jax import files, npz
+from ggl_jax.errors import GGLError, about, did_you_mean, explaining, first_line
+from ggl_jax.priors.holdout import held_out_of
 
 EMBEDDED = ("embedded", "embedded:faces", "embedded:nonfaces")
 IMAGE_SUFFIXES = (
@@ -31,6 +30,8 @@ IMAGE_SUFFIXES = (
 LABEL_FILES = ("labels.csv", "labels.txt", "images.csv")
 FILE_COLUMNS = ("file", "files", "filename", "image", "image_id", "name", "path")
 LABEL_COLUMNS = ("label", "labels", "class_id", "class", "target")
+#: Folders of these names are parts of a data set, not classes.
+PARTS = {"train", "training", "val", "valid", "validation", "dev", "test", "testing"}
 
 # Images are returned in one float32 array; a request beyond this is a forgotten `indices`.
 MAX_BYTES = 4 * 2**30
@@ -48,8 +49,8 @@ class Dataset(NamedTuple):
         num_classes: the number of classes as far as the data set tells: its own where it declares
             one, else the largest label plus one and at least 2; None without labels.
         source: names of the public data sets whose training parts hold these images, e.g.
-            `{"lfw"}`; another part of a data set is told apart, e.g. `{"celeba:test"}`. Empty where
-            it is not known (the user's own files).
+            ``{"lfw"}``; another part of a data set is told apart, e.g. ``{"celeba:test"}``. Empty
+            where it is not known (the user's own files).
         indices: the images' positions in the whole data set; n of them.
         size: how many images the whole data set holds.
         sha256: of the .npz file the images come from, else None.
@@ -90,31 +91,32 @@ def load(
     Args:
         spec: where from.
 
-            - `embedded`: a portrait of the astronaut Eileen Collins (NASA, public domain; bundled
+            - ``embedded``: a portrait of the astronaut Eileen Collins (NASA, public domain; bundled
               with scikit-image) in CelebA's framing; label 0, not male.
-            - `embedded:faces`, `embedded:nonfaces`: 100 grey 25x25 faces of LFW and 100 pieces of
-              background (bundled with scikit-image); no labels.
-            - `FILE.npz`: `images` uint8 [n h w 3], and optionally `labels` int [n] and `files`,
-              n names. Images that already have the wanted size are left as they are.
-            - a folder of images. Labels come from a file `labels.csv`, `labels.txt` or
-              `images.csv` with columns file and label (or class_id), else from class sub-folders;
+            - ``embedded:faces``, ``embedded:nonfaces``: 100 grey 25x25 faces of LFW and 100 pieces
+              of background (bundled with scikit-image); no labels.
+            - ``FILE.npz``: ``images`` uint8 [n h w 3] (grey: [n h w 1] or [n h w]), and optionally
+              ``labels`` int [n] and ``files``, n names. Images that already have the wanted size
+              are left as they are.
+            - a folder of images. Labels come from a file ``labels.csv``, ``labels.txt`` or
+              ``images.csv`` with columns file and label (or class_id), else from class sub-folders;
               classes are whole numbers, or names that are then numbered in sorted order. Without
               either there are no labels. EXIF orientation is respected, transparency is laid on
               white, 16-bit grey is scaled to 8 bits.
             - an image file.
-            - `tfds:NAME[/CONFIG][:VERSION][:SPLIT][?data_dir=DIR]`: a data set prepared by
-              TensorFlow Datasets in array_record format, e.g. `tfds:celeb_a`,
-              `tfds:imagenet2012:validation[:100]`. The split is by default `test`, else
-              `validation`, else `train`; DIR is by default $TFDS_DATA_DIR, else tfds's own. The
-              label is `attributes/Male` for celeb_a, else the first class label.
-        image_size: height and width of the result in pixels, in [8, 2048]. See `preprocess`.
-        indices: which images: text as in `parse_indices`, a sequence of positions without
+            - ``tfds:NAME[/CONFIG][:VERSION][:SPLIT][?data_dir=DIR]``: a data set prepared by
+              TensorFlow Datasets in array_record format, e.g. ``tfds:celeb_a``,
+              ``tfds:imagenet2012:validation[:100]``. The split is by default ``test``, else
+              ``validation``, else ``train``; DIR is by default $TFDS_DATA_DIR, else tfds's own. The
+              label is ``attributes/Male`` for celeb_a, else the first class label.
+        image_size: height and width of the result in pixels, in [8, 2048]. See :func:`preprocess`.
+        indices: which images: text as in :func:`parse_indices`, a sequence of positions without
             repeats, or None for all.
         max_images: at most so many of them, the first ones; at least 1.
         labels: the label of every image, at least 0, in place of the data set's own.
 
     Returns:
-        A `Dataset`. Only the chosen images are decoded.
+        A :class:`Dataset`. Only the chosen images are decoded.
 
     Raises:
         GGLError: an unknown spec; a missing, empty, corrupt or oversized file; a wrong dtype,
@@ -127,32 +129,32 @@ def load(
         _check_whole("max_images", max_images, 1, 2**31 - 1)
     if labels is not None:
         _check_whole("labels", labels, 0, 2**31 - 1)
-    opened = _open(spec)
-    chosen = _choose(indices, opened.size, spec)[:max_images]
-    if len(chosen) * image_size**2 * 12 > MAX_BYTES:
-        raise GGLError(
-            f"data={spec!r}: {len(chosen)} images of {image_size}x{image_size} need more than "
-            f"{MAX_BYTES >> 30} GiB; name fewer with indices, e.g. 0:8"
-        )
-    images = np.empty((len(chosen), image_size, image_size, 3), np.float32)
-    found: list[int | None] = []
-    for row, index in enumerate(chosen):
-        image, label = opened.read(index)
-        if not (opened.keep_size and image.size == (image_size, image_size)):
-            image = preprocess(image, image_size)
-        images[row] = np.asarray(image, np.float32) / 255.0
-        found.append(label)
-    num_classes = opened.num_classes
-    if labels is not None:
-        found = [int(labels)] * len(chosen)
-        num_classes = max(num_classes or 2, int(labels) + 1)
-    known = [label for label in found if label is not None]
-    if known and len(known) < len(found):
-        unlabelled = opened.name(chosen[found.index(None)])
-        raise GGLError(
-            f"data={spec!r}: {unlabelled} has no label while others have; "
-            "choose other indices, or give one label for all with labels"
-        )
+    with about(f"data={spec!r}"):
+        opened = _open(spec)
+        chosen = _choose(indices, opened.size)[:max_images]
+        if len(chosen) * image_size**2 * 12 > MAX_BYTES:
+            raise GGLError(
+                f"{len(chosen)} images of {image_size}x{image_size} need more than "
+                f"{MAX_BYTES >> 30} GiB; name fewer with indices, e.g. 0:8"
+            )
+        images = np.empty((len(chosen), image_size, image_size, 3), np.float32)
+        found: list[int | None] = []
+        for row, index in enumerate(chosen):
+            image, label = opened.read(index)
+            if not (opened.keep_size and image.size == (image_size, image_size)):
+                image = preprocess(image, image_size)
+            images[row] = np.asarray(image, np.float32) / 255.0
+            found.append(label)
+        num_classes = opened.num_classes
+        if labels is not None:
+            found = [int(labels)] * len(chosen)
+            num_classes = max(num_classes or 2, int(labels) + 1)
+        known = [label for label in found if label is not None]
+        if known and len(known) < len(found):
+            raise GGLError(
+                f"{opened.name(chosen[found.index(None)])} has no label while others have; "
+                "choose other indices, or give one label for all with labels"
+            )
     return Dataset(
         images=images,
         labels=np.asarray(known, np.int32) if known else None,
@@ -168,7 +170,7 @@ def load(
 def preprocess(image: Image.Image, image_size: int) -> Image.Image:
     """Resize and centre-crop an image as torchvision does.
 
-    Below 224 the short side is resized to `image_size` (CelebA in the paper's published code:
+    Below 224 the short side is resized to ``image_size`` (CelebA in the paper's published code:
     Resize(32), CenterCrop(32)); from 224 on to 8/7 of it (ImageNet: Resize(256), CenterCrop(224)).
     Bilinear with antialiasing, which is what Pillow's bilinear filter does.
 
@@ -177,7 +179,7 @@ def preprocess(image: Image.Image, image_size: int) -> Image.Image:
         image_size: height and width of the result in pixels, at least 1.
 
     Returns:
-        A PIL image in mode RGB of `image_size` x `image_size`.
+        A PIL image in mode RGB of ``image_size`` x ``image_size``.
 
     Raises:
         GGLError: an image so elongated that resizing it needs more than 89 megapixels.
@@ -202,9 +204,9 @@ def parse_indices(text: str, size: int) -> list[int]:
     """Read a choice of images.
 
     Args:
-        text: positions and ranges as in Python, separated by commas: `3`, `1,5,9`, `0:8`,
-            `0:100:10`, `:8` (the first 8, or all where there are fewer), `:` (all). Positions count
-            from 0.
+        text: positions and ranges as in Python, separated by commas: ``3``, ``1,5,9``, ``0:8``,
+            ``0:100:10``, ``:8`` (the first 8, or all where there are fewer), ``:`` (all). Positions
+            count from 0.
         size: how many images there are.
 
     Returns:
@@ -212,7 +214,7 @@ def parse_indices(text: str, size: int) -> list[int]:
 
     Raises:
         GGLError: anything else, no image at all, an image named twice, or a position outside
-            [0, size - 1]; the end of a range with a start may be `size` at most.
+            [0, size - 1]; the end of a range with a start may be ``size`` at most.
     """
     chosen: list[int] = []
     for part in text.split(","):
@@ -251,10 +253,11 @@ def check_prior_overlap(dataset: Dataset, card: Mapping, *, allow_held_out: bool
     another sha256, cannot be told: there the user answers for it.
 
     Args:
-        dataset: from `load`.
-        card: the prior's card: `trained_on`, names of data sets (training parts), and `data`, one
-            object per training file with `file`, `sha256`, `num_images` and `num_held_out`; the
-            held-out images follow from the training seed, `card["config"]["seed"]`.
+        dataset: from :func:`load`.
+        card: the prior's card: ``trained_on``, names of data sets (training parts), and ``data``,
+            one object per training file with ``file``, ``sha256``, ``num_images`` and
+            ``num_held_out``; the held-out images follow from the training seed,
+            ``card["config"]["seed"]``.
         allow_held_out: let images of a training file pass that were held out of training.
 
     Raises:
@@ -271,22 +274,13 @@ def check_prior_overlap(dataset: Dataset, card: Mapping, *, allow_held_out: bool
     for entry in card.get("data", ()):
         if dataset.sha256 is None or entry.get("sha256") != dataset.sha256:
             continue
-        held_out: set[int] = set()
-        if allow_held_out and entry.get("num_held_out"):
-            seed = card["config"]["seed"]
-            held_out = set(
-                holdout_split(entry["num_images"], entry["num_held_out"], seed)[1].tolist()
-            )
-        seen = [index for index in dataset.indices if index not in held_out]
+        held_out = held_out_of(card, entry) if allow_held_out else []
+        seen = sorted(set(dataset.indices) - set(held_out), key=dataset.indices.index)
         if seen:
-            remedy = (
-                "choose among the held-out ones"
-                if held_out
-                else "choose a file that it was not trained on"
-            )
+            which = "among the held-out ones" if held_out else "a file that it was not trained on"
             raise GGLError(
                 f"data: the prior was trained on image {seen[0]} of {entry.get('file')} "
-                f"({len(seen)} of the {len(dataset.indices)} chosen); {remedy}"
+                f"({len(seen)} of the {len(dataset.indices)} chosen); choose {which}"
             )
 
 
@@ -299,15 +293,12 @@ def _check_whole(name: str, value, low: int, high: int) -> None:
         raise GGLError(f"{name}={value!r} must be a whole number in [{low}, {high}]")
 
 
-def _choose(indices, size: int, spec: str = "", shown=None) -> list[int]:
+def _choose(indices, size: int, shown=None) -> list[int]:
     """The chosen positions, checked."""
     if indices is None:
         return list(range(size))
     if isinstance(indices, str):
-        try:
-            return parse_indices(indices, size)
-        except GGLError as error:
-            raise GGLError(f"data={spec!r}: {error}") from None
+        return parse_indices(indices, size)
     shown = list(indices) if shown is None else shown
     chosen = []
     for index in indices:
@@ -333,33 +324,23 @@ def _open(spec: str) -> _Opened:
     if spec.startswith("tfds:"):
         return _open_tfds(spec)
     path = Path(spec).expanduser()
-    try:
+    with explaining("cannot be read", "mend that or choose other data", OSError):
         if path.is_dir():
-            return _open_folder(path, spec)
+            return _open_folder(path)
+        if path.suffix.lower() == ".npz" and path.is_file():
+            return _open_npz(path)
+        if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file():
+            return _Opened(1, lambda i: (_read_image(path), None), lambda i: path.name, None)
         if path.is_file():
-            if path.suffix.lower() == ".npz":
-                return _open_npz(path, spec)
-            if path.suffix.lower() in IMAGE_SUFFIXES:
-                return _Opened(1, lambda i: (_read_image(path), None), lambda i: path.name, None)
             raise GGLError(
-                f"data={spec!r} is neither an .npz file nor an image that can be read "
-                f"({', '.join(IMAGE_SUFFIXES)})"
+                f"neither an .npz file nor an image that can be read ({', '.join(IMAGE_SUFFIXES)})"
             )
-    except OSError as error:
-        raise GGLError(f"data={spec!r} cannot be read: {error.strerror or error}") from error
-    known = [*EMBEDDED, "tfds:celeb_a", "tfds:imagenet2012"]
-    near = difflib.get_close_matches(spec, known, n=1, cutoff=0.7)
-    if not near and path.parent.is_dir():
-        try:
-            beside = [entry.name for entry in path.parent.iterdir()]
-        except OSError:
-            beside = []
-        near = difflib.get_close_matches(path.name, beside, n=1, cutoff=0.7)
-        near = [str(path.parent / name) for name in near]
-    hint = f"did you mean {near[0]!r}? " if near else ""
+        known = [*EMBEDDED, "tfds:celeb_a", "tfds:imagenet2012"]
+        if path.parent.is_dir():
+            known += [str(path.parent / entry.name) for entry in path.parent.iterdir()]
     raise GGLError(
-        f"data={spec!r} is not there: {hint}Allowed are {', '.join(EMBEDDED)}, an .npz file, a "
-        "folder of images, an image file, or tfds:NAME"
+        f"not there; {did_you_mean(spec, known, after=' ')}allowed: {', '.join(EMBEDDED)}, an .npz "
+        "file, a folder of images, an image file, or tfds:NAME"
     )
 
 
@@ -397,91 +378,14 @@ def _open_embedded(spec: str) -> _Opened:
 # --- npz --------------------------------------------------------------------------------------
 
 
-def _open_npz(path: Path, spec: str) -> _Opened:
-    arrays: dict[str, np.ndarray] = {}
-    try:
-        sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
-        # pickled arrays could run code, so they are never read
-        archive = np.load(path, allow_pickle=False)
-        if not isinstance(archive, np.lib.npyio.NpzFile):
-            raise ValueError("it is a single array")
-        with archive:
-            present = sorted(archive.files)
-            for key in ("images", "labels", "files"):
-                if key in present:
-                    try:
-                        arrays[key] = archive[key]
-                    except ValueError as error:
-                        if "allow_pickle" not in str(error):
-                            raise
-                        raise GGLError(
-                            f"data={spec!r}: `{key}` holds pickled Python objects, which are never "
-                            "loaded; save a plain array"
-                        ) from error
-    except GGLError:
-        raise
-    except (Exception, MemoryError) as error:  # zipfile, zlib and numpy each raise their own
-        if isinstance(error, zipfile.BadZipFile | EOFError) or not str(error):
-            reason = "truncated or not a zip archive"
-        else:
-            reason = " ".join(str(error).split())
-        raise GGLError(
-            f"data={spec!r} is not a readable .npz file ({reason}); "
-            "save it with numpy.savez(path, images=..., labels=...)"
-        ) from error
-    if "images" not in arrays:
-        raise GGLError(
-            f"data={spec!r} has no array `images`, only {', '.join(present) or 'nothing'}; "
-            "save it as images, uint8 [n, h, w, 3]"
-        )
-    images, labels, files = arrays["images"], arrays.get("labels"), arrays.get("files")
-    if images.dtype != np.uint8:
-        remedy = (
-            "convert with numpy.rint(255 * images).astype(numpy.uint8) if they are in [0, 1]"
-            if images.dtype.kind == "f"
-            else "convert them"
-        )
-        raise GGLError(f"data={spec!r}: `images` is {images.dtype}, must be uint8; {remedy}")
-    if images.ndim != 4 or images.shape[-1] != 3 or 0 in images.shape[1:]:
-        raise GGLError(
-            f"data={spec!r}: `images` has shape {list(images.shape)}, must be [n, h, w, 3]"
-        )
-    size = len(images)
-    if not size:
-        raise GGLError(f"data={spec!r} holds no images; [n, h, w, 3] with n at least 1 is needed")
-    num_classes = None
-    if labels is not None:
-        if labels.dtype.kind not in "iub":
-            raise GGLError(f"data={spec!r}: `labels` is {labels.dtype}, must be whole numbers")
-        if labels.shape != (size,):
-            raise GGLError(
-                f"data={spec!r}: `labels` has shape {list(labels.shape)}, must be [{size}], one "
-                "per image"
-            )
-        low, high = int(labels.min()), int(labels.max())
-        if low < 0 or high >= 2**31:
-            raise GGLError(
-                f"data={spec!r}: label {low if low < 0 else high} is not allowed; labels count "
-                "from 0"
-            )
-        num_classes = max(2, high + 1)
-    if files is not None and (files.shape != (size,) or files.dtype.kind not in "US"):
-        raise GGLError(
-            f"data={spec!r}: `files` is {files.dtype} {list(files.shape)}, must be {size} texts"
-        )
-
-    def name(index: int) -> str:
-        if files is None:
-            return f"{path.stem}[{index}]"
-        value = files[index]
-        return value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)
-
+def _open_npz(path: Path) -> _Opened:
+    images, labels, names = npz.read(path)
     return _Opened(
-        size,
+        len(images),
         lambda i: (Image.fromarray(images[i]), None if labels is None else int(labels[i])),
-        name,
-        num_classes,
-        sha256=sha256,
+        lambda i: f"{path.stem}[{i}]" if names is None else names[i],
+        None if labels is None else max(2, int(labels.max()) + 1),
+        sha256=files.sha256(path),
         keep_size=True,
     )
 
@@ -489,45 +393,49 @@ def _open_npz(path: Path, spec: str) -> _Opened:
 # --- folders ----------------------------------------------------------------------------------
 
 
-def _open_folder(folder: Path, spec: str) -> _Opened:
-    def pictures(root: Path, pattern: str) -> list[Path]:
-        return sorted(
-            path
-            for path in root.glob(pattern)
-            if path.suffix.lower() in IMAGE_SUFFIXES
-            and not path.name.startswith(".")
-            and path.is_file()
-        )
+def _pictures(root: Path, pattern: str) -> list[Path]:
+    return sorted(
+        path
+        for path in root.glob(pattern)
+        if path.suffix.lower() in IMAGE_SUFFIXES
+        and not path.name.startswith(".")
+        and path.is_file()
+    )
 
+
+def _open_folder(folder: Path) -> _Opened:
     label_file = next((folder / name for name in LABEL_FILES if (folder / name).is_file()), None)
-    files = pictures(folder, "**/*" if label_file else "*")
+    found = _pictures(folder, "**/*" if label_file else "*")
     raw: list[str] | None = None
     if label_file:
         table = _read_label_file(label_file)
-        names = [path.relative_to(folder).as_posix() for path in files]
+        names = [path.relative_to(folder).as_posix() for path in found]
         missing = next((name for name in names if _key(name) not in table), None)
         if missing is not None:
-            raise GGLError(
-                f"data={spec!r}: {label_file.name} has no line for {missing}; add one `file,label`"
-            )
+            raise GGLError(f"{label_file.name} has no line for {missing}; add one `file,label`")
         raw = [table[_key(name)] for name in names]
-    elif not files:
-        folders = sorted(
+    elif not found:
+        classes = sorted(
             path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")
         )
-        by_class = [(path.name, pictures(path, "**/*")) for path in folders]
-        files = [path for _, paths in by_class for path in paths]
+        if classes and PARTS.issuperset(path.name.lower() for path in classes):
+            raise GGLError(
+                f"its folders ({', '.join(path.name for path in classes)}) are named as parts of a "
+                f"data set, not as classes; choose one, e.g. {classes[-1]}"
+            )
+        by_class = [(path.name, _pictures(path, "**/*")) for path in classes]
+        found = [path for _, paths in by_class for path in paths]
         raw = [name for name, paths in by_class for _ in paths]
-    if not files:
+    if not found:
         raise GGLError(
-            f"data={spec!r} holds no images ({', '.join(IMAGE_SUFFIXES)}), neither itself "
-            "nor in class sub-folders"
+            f"holds no images ({', '.join(IMAGE_SUFFIXES)}), neither itself nor in class "
+            "sub-folders"
         )
-    labels = None if raw is None else _number(raw, spec, label_file)
+    labels = None if raw is None else _number(raw, label_file)
     return _Opened(
-        len(files),
-        lambda i: (_read_image(files[i]), None if labels is None else labels[i]),
-        lambda i: files[i].relative_to(folder).as_posix(),
+        len(found),
+        lambda i: (_read_image(found[i]), None if labels is None else labels[i]),
+        lambda i: found[i].relative_to(folder).as_posix(),
         None if labels is None else max(2, max(labels) + 1),
     )
 
@@ -538,36 +446,33 @@ def _key(name: str) -> str:
 
 
 def _read_label_file(path: Path) -> dict[str, str]:
-    """Reads `file,label` lines (or separated by spaces) into {file: label}."""
-    try:
-        lines = path.read_text("utf-8-sig").splitlines()
-    except UnicodeDecodeError as error:
-        raise GGLError(f"labels file {path} is not UTF-8 text: {error}") from error
-    lines = [line for line in lines if line.strip()]
-    if any("," in line for line in lines):
-        rows = [[cell.strip() for cell in row] for row in csv.reader(lines)]
-    else:
-        rows = [line.rsplit(maxsplit=1) for line in lines]
-    file_column, label_column = 0, 1
-    if rows and rows[0][0].lower() in FILE_COLUMNS:
-        header = [cell.lower() for cell in rows.pop(0)]
-        label_column = next((i for i, cell in enumerate(header) if cell in LABEL_COLUMNS), -1)
-        if label_column < 0:
-            raise GGLError(
-                f"labels file {path}: no column is called {', '.join(LABEL_COLUMNS)}; "
-                f"it has {', '.join(header)}"
-            )
-    table: dict[str, str] = {}
-    for row in rows:
-        if len(row) <= label_column or not row[label_column]:
-            raise GGLError(f"labels file {path}: no label in the line `{','.join(row)}`")
-        name, label = _key(row[file_column]), row[label_column]
-        if table.setdefault(name, label) != label:
-            raise GGLError(f"labels file {path} gives {name} two labels, {table[name]} and {label}")
-    return table
+    """Read ``file,label`` lines (or separated by spaces) into {file: label}."""
+    with about(f"labels file {path}"):
+        with explaining("not UTF-8 text", "save it as UTF-8"):
+            lines = [line for line in path.read_text("utf-8-sig").splitlines() if line.strip()]
+        if any("," in line for line in lines):
+            rows = [[cell.strip() for cell in row] for row in csv.reader(lines)]
+        else:
+            rows = [line.rsplit(maxsplit=1) for line in lines]
+        label_column = 1
+        if rows and rows[0][0].lower() in FILE_COLUMNS:
+            header = [cell.lower() for cell in rows.pop(0)]
+            label_column = next((i for i, cell in enumerate(header) if cell in LABEL_COLUMNS), -1)
+            if label_column < 0:
+                raise GGLError(
+                    f"no column is called {', '.join(LABEL_COLUMNS)}; it has {', '.join(header)}"
+                )
+        table: dict[str, str] = {}
+        for row in rows:
+            if len(row) <= label_column or not row[label_column]:
+                raise GGLError(f"no label in the line `{','.join(row)}`")
+            name, label = _key(row[0]), row[label_column]
+            if table.setdefault(name, label) != label:
+                raise GGLError(f"it gives {name} two labels, {table[name]} and {label}")
+        return table
 
 
-def _number(raw: list[str], spec: str, label_file: Path | None) -> list[int]:
+def _number(raw: list[str], label_file: Path | None) -> list[int]:
     """Whole numbers stay as they are; names are numbered in sorted order."""
     where = label_file.name if label_file else "the sub-folders"
     numbers = [text for text in raw if re.fullmatch(r"[+-]?\d+", text, re.ASCII)]
@@ -577,13 +482,11 @@ def _number(raw: list[str], spec: str, label_file: Path | None) -> list[int]:
     if len(numbers) < len(raw):
         odd = next(text for text in raw if text not in numbers)
         raise GGLError(
-            f"data={spec!r}: {where} mixes numbers and names as labels ({numbers[0]} and {odd}); "
-            "use one kind"
+            f"{where}: numbers and names mixed as labels ({numbers[0]} and {odd}); use one kind"
         )
     labels = [int(text) for text in raw]
-    wrong = next((label for label in labels if not 0 <= label < 2**31), None)
-    if wrong is not None:
-        raise GGLError(f"data={spec!r}: {where} has the label {wrong}; labels count from 0")
+    if wrong := [label for label in labels if not 0 <= label < 2**31]:
+        raise GGLError(f"{where}: the label {wrong[0]} is not allowed; labels count from 0")
     return labels
 
 
@@ -592,27 +495,20 @@ def _read_image(path: Path) -> Image.Image:
 
 
 def _decode(file: Path | BytesIO, shown: str, *, exif: bool) -> Image.Image:
-    """Decodes the first frame into mode RGB, or says which file is at fault."""
-    try:
-        with warnings.catch_warnings():
-            # Pillow only warns of an image of up to twice the limit
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
+    """The first frame in mode RGB, or an error that says which file is at fault."""
+    # on corrupt bytes Pillow's decoders raise nearly anything
+    damaged = explaining("corrupt, unreadable or not an image", "replace or remove it")
+    with about(f"image {shown}"), damaged, warnings.catch_warnings():
+        # Pillow only warns of an image of up to twice the limit
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        try:
             with Image.open(file) as image:
                 image.load()
                 return _to_rgb(ImageOps.exif_transpose(image) if exif else image)
-    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
-        raise GGLError(
-            f"image {shown} is too large, more than {MAX_PIXELS} pixels; scale it down first"
-        ) from error
-    except GGLError as error:
-        raise GGLError(f"image {shown}: {error}") from None
-    except PermissionError as error:
-        raise GGLError(f"image {shown} cannot be read: {error.strerror}") from error
-    except Exception as error:  # on corrupt bytes Pillow's decoders raise nearly anything
-        raise GGLError(
-            f"image {shown} is corrupt or not an image ({' '.join(str(error).split())}); "
-            "replace or remove it"
-        ) from error
+        except (Image.DecompressionBombWarning, Image.DecompressionBombError):
+            raise GGLError(
+                f"too large, more than {MAX_PIXELS} pixels; scale it down first"
+            ) from None
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -635,7 +531,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _canonical(name: str) -> str:
-    """One spelling per public data set; another part than the training part is kept after `:`."""
+    """One spelling per public data set; another part than the training part is kept after ``:``."""
     name, _, part = name.lower().partition(":")
     plain = re.sub(r"[^a-z0-9]", "", name)
     for family in ("celeba", "imagenet", "lfw"):
@@ -652,98 +548,67 @@ def _open_tfds(spec: str) -> _Opened:
     option_name, _, given_dir = option.partition("=")
     if not match or (question and (option_name != "data_dir" or not given_dir)):
         raise GGLError(
-            f"data={spec!r} cannot be read; write tfds:NAME[/CONFIG][:VERSION][:SPLIT]"
-            "[?data_dir=DIR], for example tfds:celeb_a:test"
+            "write tfds:NAME[/CONFIG][:VERSION][:SPLIT][?data_dir=DIR], for example "
+            "tfds:celeb_a:test"
         )
+    import tensorflow_datasets as tfds  # here and not above: the import takes seconds
+
     name, version, split = match.group("name", "version", "split")
     data_dir = given_dir or os.environ.get("TFDS_DATA_DIR")
-    try:
-        # here and not above: the import takes seconds
-        import tensorflow_datasets as tfds
-    except ImportError as error:
-        raise GGLError(
-            f"data={spec!r} needs tensorflow-datasets: pip install 'ggl-jax[data]'"
-        ) from error
     where = os.path.expanduser(data_dir or "~/tensorflow_datasets")
     remedy = (
-        f"prepare it with: tfds build {name} --file_format=array_record --data_dir={where}, "
-        "or name its folder with ?data_dir=DIR or TFDS_DATA_DIR"
+        f"prepare it with: tfds build {name} --file_format=array_record --data_dir={where} (which "
+        "needs TensorFlow, once: pip install tensorflow), or name its folder with ?data_dir=DIR or "
+        "TFDS_DATA_DIR"
     )
-    try:
+    with explaining(f"no such data set in {where}", remedy):
         builder = tfds.builder(
             name if version is None else f"{name}:{version}",
             **({"data_dir": where} if data_dir else {}),
         )
         splits = sorted(builder.info.splits)
-    except Exception as error:  # tfds and its data sets raise many kinds
-        raise GGLError(
-            f"data={spec!r}: no such data set in {where} ({_first_line(error)}); {remedy}"
-        ) from error
     if not splits:
-        raise GGLError(f"data={spec!r} is not prepared in {where}; {remedy}")
-    if not split:
-        split = next(
-            (part for part in ("test", "validation", "train") if part in splits), splits[0]
-        )
+        raise GGLError(f"not prepared in {where}; {remedy}")
+    split = split or next((s for s in ("test", "validation", "train") if s in splits), splits[0])
     features = builder.info.features
     image_key = _find(features, tfds.features.Image, "image")
     if image_key is None:
-        raise GGLError(f"data={spec!r} has no image among its features {sorted(features)}")
+        raise GGLError(f"no image among its features {sorted(features)}")
     label_path, num_classes = _tfds_label(tfds, features)
-    try:
-        # the undecoded bytes, so that every data set is decoded by the same code
-        source = builder.as_data_source(
-            split=split, decoders={image_key: tfds.decode.SkipDecoding()}
-        )
+    allowed = f"allowed are {', '.join(splits)} and parts of them such as {splits[0]}[:100]"
+    with explaining(f"the split {split!r} cannot be opened", allowed):
+        try:
+            # the undecoded bytes, so that every data set is decoded by the same code
+            source = builder.as_data_source(
+                split=split, decoders={image_key: tfds.decode.SkipDecoding()}
+            )
+        except NotImplementedError as error:
+            raise GGLError(
+                f"{where} has it in a format without random access ({first_line(error)}); {remedy}"
+            ) from error
         size = len(source)
-    except NotImplementedError as error:
-        raise GGLError(
-            f"data={spec!r} in {where} is in a format without random access; {remedy}"
-        ) from error
-    except ImportError as error:
-        raise GGLError(
-            f"data={spec!r} needs array_record ({_first_line(error)}): pip install 'ggl-jax[data]'"
-        ) from error
-    except Exception as error:
-        raise GGLError(
-            f"data={spec!r}: the split {split!r} cannot be opened ({_first_line(error)}); "
-            f"allowed are {', '.join(splits)} and parts of them such as {splits[0]}[:100]"
-        ) from error
     if not size:
-        raise GGLError(f"data={spec!r}: the split {split!r} is empty; there are {splits}")
+        raise GGLError(f"the split {split!r} is empty; there are {splits}")
     set_name = name.split("/")[0]
 
+    def shown(index: int) -> str:
+        return f"{set_name}:{split}[{index}]"
+
     def read(index: int) -> tuple[Image.Image, int | None]:
-        shown = f"{set_name}:{split}[{index}]"
-        try:
+        with explaining(f"example {shown(index)} cannot be read", remedy):
             example = source[index]
-        except Exception as error:  # array_record reports corruption in its own types
-            raise GGLError(
-                f"data={spec!r}: example {shown} cannot be read ({_first_line(error)}); {remedy}"
-            ) from error
         data = example[image_key]
-        image = _decode(
-            BytesIO(data if isinstance(data, bytes) else data.item()), shown, exif=False
-        )
-        label = example
-        for key in label_path:
-            label = label[key]
+        content = BytesIO(data if isinstance(data, bytes) else data.item())
+        image = _decode(content, shown(index), exif=False)
+        if not label_path:
+            return image, None
+        label = int(functools.reduce(lambda part, key: part[key], label_path, example))
         # unlabelled splits, such as ImageNet's test split, are marked by -1
-        return image, int(label) if label_path and int(label) >= 0 else None
+        return image, label if label >= 0 else None
 
     trains = "train" in split or split == "all"
-    return _Opened(
-        size,
-        read,
-        lambda i: f"{set_name}:{split}[{i}]",
-        num_classes,
-        source=frozenset({_canonical(set_name if trains else f"{set_name}:{split}")}),
-    )
-
-
-def _first_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
+    part = _canonical(set_name if trains else f"{set_name}:{split}")
+    return _Opened(size, read, shown, num_classes, source=frozenset({part}))
 
 
 def _find(features, kind: type, preferred: str) -> str | None:
@@ -753,7 +618,7 @@ def _find(features, kind: type, preferred: str) -> str | None:
 
 
 def _tfds_label(tfds, features) -> tuple[tuple[str, ...], int | None]:
-    """Where in an example the label is, and the number of classes; `((), None)` if nowhere."""
+    """Where in an example the label is, and the number of classes; ``((), None)`` if nowhere."""
     if "attributes" in features and "Male" in features["attributes"]:
         return ("attributes", "Male"), 2
     key = _find(features, tfds.features.ClassLabel, "label")

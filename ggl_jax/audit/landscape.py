@@ -14,38 +14,17 @@ import numpy as np
 from scipy import stats
 
 from ggl_jax import files
-from ggl_jax.adversary import estimation
-from ggl_jax.adversary.labels import infer_labels
-from ggl_jax.adversary.search import run_stages
+from ggl_jax.adversary.reconstruct import Reconstruction, reconstruct
 from ggl_jax.adversary.strategy import AttackSettings
-from ggl_jax.audit import metrics, runner
+from ggl_jax.audit import metrics
+from ggl_jax.audit.cells import MODEL_STREAM
+from ggl_jax.audit.judge import jsonable
+from ggl_jax.audit.run import STREAM_DEFENSE, STREAM_SEARCH
 from ggl_jax.client import defenses as client_defenses
+from ggl_jax.client.share import share
 from ggl_jax.errors import GGLError
 from ggl_jax.priors.decoding import decode_each
-from ggl_jax.types import Attack, Defense, Model, Prior, Problem, PyTree
-
-
-class Center(NamedTuple):
-    """A search's result, as the middle of a landscape.
-
-    Attributes:
-        problem: what the adversary worked on.
-        attack: what it searched with, in the search's last stage.
-        point: [z], the result in the space that was searched: the latent, or what becomes the
-            latent by tanh.
-        bound: "none", or "tanh".
-        image: [h w c] in [0, 1].
-        loss: its matching loss with regularisers.
-        evaluations: gradient evaluations spent.
-    """
-
-    problem: Problem
-    attack: Attack
-    point: jax.Array
-    bound: str
-    image: np.ndarray
-    loss: float
-    evaluations: int
+from ggl_jax.types import Defense, Model, Prior, Public, PyTree
 
 
 class Landscape(NamedTuple):
@@ -70,7 +49,7 @@ class Landscape(NamedTuple):
 
     def summary(self) -> dict[str, Any]:
         """All of it as JSON's types; NaN and infinities as None."""
-        return runner.jsonable(self._asdict())
+        return jsonable(self._asdict())
 
 
 def find_center(
@@ -85,8 +64,8 @@ def find_center(
     instance_id: int = 0,
     seed: int = 0,
     progress=None,
-) -> Center:
-    """Share, estimate and search as :func:`ggl_jax.audit.runner.audit` does, for one image.
+) -> Reconstruction:
+    """Share and reconstruct as :func:`ggl_jax.audit` does, for one image: a landscape's middle.
 
     With the same seed, settings and instance id the result is that audit's.
 
@@ -101,7 +80,7 @@ def find_center(
             no latent.
         instance_id: of the image's random streams, at least 0.
         seed: of everything random.
-        progress: ``progress(steps_done, losses[1])``, called as the search goes on.
+        progress: as for :func:`ggl_jax.reconstruct`.
 
     Raises:
         GGLError: an attack on pixels, or unusable input.
@@ -117,34 +96,14 @@ def find_center(
         )
     key = jax.random.key(seed)
     instance = jax.random.fold_in(key, instance_id)
-    variables = jax.jit(model.init)(jax.random.fold_in(key, runner.MODEL_STREAM))
-    client = runner.ClientSettings()
-    programs = runner.build_programs(model, prior, defense, client, settings)
-    observed, _ = programs.share(
-        jax.random.fold_in(instance, runner.STREAM_DEFENSE),
-        variables,
-        jnp.asarray(image, jnp.float32)[None],
-        jnp.asarray([label], jnp.int32),
-    )
-    estimation.check_finite(observed)
-    labels = infer_labels(observed, model.head, fidelity=settings.fidelity)
-    estimated = estimation.estimate(defense, observed, model.head)
-    problem = Problem(observed, variables, prior_params, labels, estimated)
-    outcome = run_stages(
-        programs.stages,
-        jax.random.fold_in(instance, runner.STREAM_SEARCH)[None],
-        [problem],
-        callback=progress,
-    )
-    return Center(
-        problem=problem,
-        attack=programs.stages[-1].attack,
-        point=outcome.candidates.points[0, 0],
-        bound=programs.search.get("bound", "none"),
-        image=np.clip(np.asarray(outcome.images[0, 0]), 0.0, 1.0),
-        loss=float(outcome.losses[0]),
-        evaluations=outcome.evaluations,
-    )
+    variables = jax.jit(model.init)(jax.random.fold_in(key, MODEL_STREAM))
+    public = Public(model, variables, prior, prior_params)
+    stream = jax.random.fold_in(instance, STREAM_DEFENSE)
+    sent, _ = share(stream, public, image[None], np.asarray([label]), defense=defense)
+    stream = jax.random.fold_in(instance, STREAM_SEARCH)[None]
+    return reconstruct(
+        stream, public, [sent], defense=defense, settings=settings, progress=progress
+    )[0]
 
 
 def plane(point: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -171,7 +130,7 @@ def plane(point: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def landscape(
-    center: Center,
+    center: Reconstruction,
     original: np.ndarray,
     key: jax.Array,
     *,
@@ -221,7 +180,7 @@ def landscape(
     offsets = np.linspace(-span, span, resolution, dtype=np.float32)
     v, u = (x.reshape(-1, 1) for x in np.meshgrid(offsets, offsets, indexing="ij"))
     points = center.point + u * first + v * second
-    latents = jnp.tanh(points) if center.bound == "tanh" else points
+    latents = jnp.tanh(points) if center.search.get("bound") == "tanh" else points
     problem = center.problem
     found = decode_each(prior, problem.prior_params, latents, problem.labels[0], values)
     losses, distances = (

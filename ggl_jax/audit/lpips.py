@@ -4,8 +4,8 @@ Both images go through a classification network. At a few of its layers the feat
 unit length at each position, and their squared differences are weighted by channel, averaged over
 positions and summed over layers. The weights were fitted to human judgements.
 
-Parameters are a tree of nested dicts (see `from_torch`), kept apart from the code: none ship with
-the project, `ggl-jax weights lpips-vgg` fetches them.
+Parameters are a tree of nested dicts (see :func:`from_torch`), kept apart from the code: none ship
+with the project, ``ggl-jax weights lpips-vgg`` fetches them.
 
 Reference: Zhang, Isola, Efros, Shechtman and Wang, "The unreasonable effectiveness of deep features
 as a perceptual metric", CVPR 2018, and the weights of its published code, version 0.1.
@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ggl_jax import foreign
 from ggl_jax.errors import GGLError
 from ggl_jax.images import to_signed
 from ggl_jax.types import PyTree
@@ -46,7 +47,7 @@ class _Fire(NamedTuple):
 
 
 class _Pool(NamedTuple):
-    """Max-pooling; `ceil` lets the last window reach over the edge."""
+    """Max-pooling; ``ceil`` lets the last window reach over the edge."""
 
     size: int
     stride: int
@@ -57,23 +58,12 @@ class Backbone(NamedTuple):
     """A network in torchvision's numbering.
 
     Attributes:
-        layers: {number in torchvision's `features`: layer}, in order.
+        layers: {number in torchvision's ``features``: layer}, in order.
         taps: numbers of the layers whose outputs are compared.
-        classifier: {name: shape} of the tensors of a torchvision file that LPIPS has no use for.
     """
 
     layers: dict[str, _Conv | _Fire | _Pool]
     taps: tuple[str, ...]
-    classifier: dict[str, tuple[int, ...]]
-
-
-def _dense(**layers: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of a classifier's weights and biases, from the shapes of the weights."""
-    shapes = {}
-    for number, shape in layers.items():
-        shapes[f"classifier.{number[1:]}.weight"] = shape
-        shapes[f"classifier.{number[1:]}.bias"] = shape[:1]
-    return shapes
 
 
 def _vgg16() -> dict[str, _Conv | _Fire | _Pool]:
@@ -91,11 +81,7 @@ def _vgg16() -> dict[str, _Conv | _Fire | _Pool]:
 
 #: Backbones by name. "vgg" is the paper's; "alex" is the one that LPIPS' authors recommend.
 BACKBONES: dict[str, Backbone] = {
-    "vgg": Backbone(
-        layers=_vgg16(),
-        taps=("2", "7", "14", "21", "28"),
-        classifier=_dense(_0=(4096, 25088), _3=(4096, 4096), _6=(1000, 4096)),
-    ),
+    "vgg": Backbone(layers=_vgg16(), taps=("2", "7", "14", "21", "28")),
     "alex": Backbone(
         layers={
             "0": _Conv(64, 11, stride=4, padding=2),
@@ -107,7 +93,6 @@ BACKBONES: dict[str, Backbone] = {
             "10": _Conv(256, 3, padding=1),
         },
         taps=("0", "3", "6", "8", "10"),
-        classifier=_dense(_1=(4096, 9216), _4=(4096, 4096), _6=(1000, 4096)),
     ),
     "squeeze": Backbone(
         layers={
@@ -125,7 +110,6 @@ BACKBONES: dict[str, Backbone] = {
             "12": _Fire(64, 256),
         },
         taps=("0", "4", "7", "9", "10", "11", "12"),
-        classifier=_dense(_1=(1000, 512, 1, 1)),
     ),
 }
 
@@ -145,7 +129,7 @@ def get_backbone(name: str) -> Backbone:
 
 
 def _convolutions(backbone: Backbone) -> Iterator[tuple[tuple[str, ...], int, int, int]]:
-    """`(path, kernel size, channels in, channels out)` of each convolution."""
+    """``(path, kernel size, channels in, channels out)`` of each convolution."""
     channels = 3
     for number, layer in backbone.layers.items():
         if isinstance(layer, _Conv):
@@ -158,87 +142,49 @@ def _convolutions(backbone: Backbone) -> Iterator[tuple[tuple[str, ...], int, in
             channels = 2 * layer.expand
 
 
-def torch_shapes(backbone: str) -> dict[str, tuple[int, ...]]:
-    """Names and shapes, in torch's layout, of the tensors that `from_torch` needs.
+def torch_layout(backbone: str) -> dict[str, foreign.Tensor]:
+    """The tensors that :func:`from_torch` needs, in torch's layout.
 
     Args:
         backbone: "vgg", "alex" or "squeeze".
 
     Returns:
-        `features.*` as in torchvision's state dict of the network, convolutions as [out in h w];
-        `lin*.model.1.weight` [1 channels 1 1] as in LPIPS' own files.
+        ``features.*`` as in torchvision's state dict of the network, convolutions as
+        [out in h w]; ``lin*.model.1.weight`` [1 channels 1 1] as in LPIPS' own files.
     """
     network = get_backbone(backbone)
-    shapes: dict[str, tuple[int, ...]] = {}
+    layout: dict[str, foreign.Tensor] = {}
     channels: dict[str, int] = {}
     for path, kernel, inputs, outputs in _convolutions(network):
-        name = ".".join(("features", *path))
-        shapes[f"{name}.weight"] = (outputs, inputs, kernel, kernel)
-        shapes[f"{name}.bias"] = (outputs,)
+        name, ours = ".".join(("features", *path)), ("features", *path)
+        shape = (outputs, inputs, kernel, kernel)
+        layout[f"{name}.weight"] = foreign.Tensor(shape, (*ours, "kernel"))
+        layout[f"{name}.bias"] = foreign.Tensor((outputs,), (*ours, "bias"))
         # a Fire module's two outputs are joined
         channels[path[0]] = 2 * outputs if path[1:] == ("expand3x3",) else outputs
     for index, tap in enumerate(network.taps):
-        shapes[f"lin{index}.model.1.weight"] = (1, channels[tap], 1, 1)
-    return shapes
-
-
-def _listed(names) -> str:
-    names = sorted(names)
-    more = f" and {len(names) - 4} more" if len(names) > 4 else ""
-    return ", ".join(names[:4]) + more
+        shape = (1, channels[tap], 1, 1)
+        layout[f"lin{index}.model.1.weight"] = foreign.Tensor(shape, ("lin", str(index)), np.ravel)
+    return layout
 
 
 def from_torch(tensors: Mapping[str, np.ndarray], backbone: str) -> PyTree:
     """Parameters from tensors with torch's names and layout; every tensor is accounted for.
 
     Args:
-        tensors: those of `torch_shapes`, finite floats. The network's `classifier.*`, which a
-            torchvision file holds as well, may be there and is left out.
+        tensors: those of :func:`torch_layout`. A torchvision file's ``classifier.*``, for which
+            LPIPS has no use, is left out.
         backbone: "vgg", "alex" or "squeeze".
 
     Returns:
-        float32 numpy arrays: `features/<number>[/<part of a Fire module>]/kernel` [h w in out] and
-        `bias` [out], numbered as in torchvision; `lin/<index>` [channels].
+        float32 numpy arrays: ``features/<number>[/<part of a Fire module>]/kernel`` [h w in out]
+        and ``bias`` [out], numbered as in torchvision; ``lin/<index>`` [channels].
 
     Raises:
-        GGLError: names that are missing, unknown or of another shape, or values that are no finite
-            floats; the message names the tensors.
+        GGLError: see :func:`ggl_jax.foreign.convert`.
     """
-    expected = torch_shapes(backbone)
-    allowed = expected | BACKBONES[backbone].classifier
-    missing, unknown = expected.keys() - tensors.keys(), tensors.keys() - allowed.keys()
-    if missing:
-        raise GGLError(f"weights of lpips-{backbone}: {_listed(missing)} missing")
-    if unknown:
-        raise GGLError(
-            f"weights of lpips-{backbone}: unknown {_listed(unknown)}; is this another network?"
-        )
-    for name, tensor in tensors.items():
-        if np.shape(tensor) != allowed[name]:
-            raise GGLError(
-                f"weights of lpips-{backbone}: {name} has shape {list(np.shape(tensor))}, "
-                f"allowed: {list(allowed[name])}, torch's layout"
-            )
-    arrays = {}
-    for name in expected:
-        array = np.asarray(tensors[name])
-        if array.dtype.kind != "f" or not np.all(np.isfinite(array)):
-            raise GGLError(f"weights of lpips-{backbone}: {name} is not of finite floats")
-        arrays[name] = array.astype(np.float32)
-    features: dict = {}
-    for path, *_ in _convolutions(BACKBONES[backbone]):
-        name = ".".join(("features", *path))
-        place = features
-        for part in path:
-            place = place.setdefault(part, {})
-        # torch: [out in h w]; JAX: [h w in out]
-        place["kernel"] = np.ascontiguousarray(arrays[f"{name}.weight"].transpose(2, 3, 1, 0))
-        place["bias"] = arrays[f"{name}.bias"]
-    lin = {
-        str(index): arrays[f"lin{index}.model.1.weight"].reshape(-1)
-        for index in range(len(BACKBONES[backbone].taps))
-    }
-    return {"features": features, "lin": lin}
+    used = {name: x for name, x in tensors.items() if not name.startswith("classifier.")}
+    return foreign.convert(used, torch_layout(backbone), what=f"lpips-{backbone}")
 
 
 # --- the distance -----------------------------------------------------------------------------
@@ -317,9 +263,9 @@ def _features(params: PyTree, images: jax.Array, network: Backbone) -> list[jax.
 
 @partial(jax.jit, static_argnames="backbone")
 def layer_distances(params: PyTree, a: jax.Array, b: jax.Array, *, backbone: str) -> jax.Array:
-    """The share of each compared layer in `lpips`.
+    """The share of each compared layer in :func:`lpips`.
 
-    Args, errors and edge cases as for `lpips`.
+    Args, errors and edge cases as for :func:`lpips`.
 
     Returns:
         [... layers]: 5 for vgg and alex, 7 for squeeze.
@@ -361,9 +307,10 @@ def lpips(params: PyTree, a: jax.Array, b: jax.Array, *, backbone: str = "vgg") 
     """Learned perceptual image patch similarity, version 0.1; lower is more alike.
 
     Args:
-        params: of the backbone, from `from_torch` or `ggl_jax.audit.weights.load_lpips`.
+        params: of the backbone, from :func:`from_torch` or
+            :func:`ggl_jax.audit.weights.load_lpips`.
         a: [... h w 3] in [0, 1]. One channel counts as three equal ones.
-        b: as `a`; leading dimensions are broadcast, so one image may meet many.
+        b: as ``a``; leading dimensions are broadcast, so one image may meet many.
         backbone: "vgg" (the paper's), "alex" or "squeeze".
 
     Returns:
@@ -373,6 +320,6 @@ def lpips(params: PyTree, a: jax.Array, b: jax.Array, *, backbone: str = "vgg") 
         of a position are zero.
 
     Raises:
-        GGLError: an unknown backbone, other shapes, or images below `smallest_side`.
+        GGLError: an unknown backbone, other shapes, or images below :func:`smallest_side`.
     """
     return layer_distances(params, a, b, backbone=backbone).sum(axis=-1)

@@ -1,24 +1,37 @@
-"""The paper's experiments at 32x32, each as one frozen dataclass.
+"""The paper's tables and figures, in its own numbering, each as one frozen dataclass.
 
-An experiment is a set of searches, run on the same images against the same defenses. Its docstring
-states what the paper claims, the command, what it costs and which number to expect. Published
-numbers and those in the docstrings count images in [-1, 1], so PSNR is 6.02 dB below the usual one
-and MSE four times as large. (``--scale paper`` is another matter: the searches' lengths.)
+An experiment is a list of :class:`Run`: searches on the same images under the same defenses. Its
+docstring states what the paper claims and what it costs; its published numbers stand beside ours in
+the table. All of them count images in [-1, 1] with peak 1, so PSNR is 6.02 dB below the usual one
+and MSE four times as large. (``scale="paper"`` is another matter: the searches' lengths.)
+
+A new experiment is a subclass of :class:`Experiment` and one line in :data:`EXPERIMENTS`.
 """
 
+import csv
 import dataclasses
+import inspect
+import itertools
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
 
 from ggl_jax import files
 from ggl_jax.adversary.strategy import AttackSettings
-from ggl_jax.audit.metrics import confidence_interval
-from ggl_jax.audit.runner import AuditResult
+from ggl_jax.audit import metrics
+from ggl_jax.audit.run import AuditResult
+from ggl_jax.priors.decoding import decode_each
+from ggl_jax.types import Model, Prior, PyTree
 
 SCALES = ("quick", "paper")
-#: The paper's columns, and how many decimals it gives.
+#: The paper's data sets.
+HALVES = {"celeba": "CelebA", "imagenet": "ImageNet"}
+#: The paper's columns: name in the results, heading, our decimals.
 COLUMNS = (
     ("mse_i", "MSE-I", 4),
     ("psnr_paper", "PSNR", 2),
@@ -26,16 +39,26 @@ COLUMNS = (
     ("mse_r", "MSE-R", 4),
 )
 DEFENSES = ("noise:0.1", "clip:4", "sparsify:0.9", "soteria:0.8")
-
-_NUMBERS = ("mse_i", "psnr_paper", "lpips", "mse_r")
-
-
-def _published(*values: float | None) -> dict[str, float]:
-    return {k: v for k, v in zip(_NUMBERS, values, strict=False) if v is not None}
+#: What stands behind a ±.
+INTERVAL = "half of the 95 % interval over images"
+IMAGES_STD = "standard deviation over images"
+SEEDS_STD = "standard deviation over seeds of single runs"
 
 
-def _psnr(value: float) -> dict[str, float]:
-    return {"psnr_paper": value}
+class Run(NamedTuple):
+    """One audit of an experiment.
+
+    Attributes:
+        name: of the search, its row in the table.
+        settings: the search.
+        defenses: the client's, each on all images.
+        seed: of everything random: the model's weights, the noise and the search.
+    """
+
+    name: str
+    settings: AttackSettings
+    defenses: tuple[str, ...]
+    seed: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,326 +66,525 @@ class Experiment:
     """What all experiments share.
 
     Attributes:
+        scale: "quick" (shorter searches, for CPUs) or "paper" (the published lengths).
+        half: the paper's data set: "celeba" (32x32) or "imagenet" (224x224).
+        fidelity: "paper" or "code", where the two differ. "code" clips by one global norm and
+            prunes by the code's form of Soteria, for example.
         title: heads the table.
-        defenses: columns of the experiment.
-        published: the paper's numbers by search and defense.
-        data: private images, where the command names none; None where it must.
+        default_half: the half that runs where none is named.
+        data: private images of that half, where the command names none; None where it must.
         label: class of images without labels; None where they need labels.
-        images: how many images, where the command does not say.
+        images: how many images at each scale, where the command does not say.
+        seeds: how many seeds, likewise.
+        spread: what stands behind a ±.
+        defenses: the client's.
+        table: the paper's numbers, the experiment's name in ``published.csv``; "" for none.
     """
 
-    title: ClassVar[str]
-    data: ClassVar[str | None] = None
-    label: ClassVar[int | None] = None
-    images: ClassVar[int] = 4
-    defenses: tuple[str, ...] = ("none",)
-    published: ClassVar[Mapping[tuple[str, str], dict[str, float]]] = {}
+    scale: str = "quick"
+    half: str = "celeba"
+    fidelity: str = "paper"
 
-    def searches(self, scale: str) -> dict[str, AttackSettings]:
+    title: ClassVar[str]
+    default_half: ClassVar[str] = "celeba"
+    data: ClassVar[Mapping[str, str]] = {}
+    label: ClassVar[int | None] = None
+    images: ClassVar[Mapping[str, int]] = {"quick": 4, "paper": 4}
+    seeds: ClassVar[Mapping[str, int]] = {"quick": 1, "paper": 1}
+    spread: ClassVar[str] = INTERVAL
+    defenses: ClassVar[tuple[str, ...]] = ("none",)
+    table: ClassVar[str] = ""
+
+    def searches(self) -> dict[str, AttackSettings]:
         """The searches by their name in the table."""
         raise NotImplementedError
 
+    def runs(self, seeds: Sequence[int] = (0,)) -> list[Run]:
+        """The experiment's audits, search by search."""
+        return [
+            Run(name, dataclasses.replace(settings, fidelity=self.fidelity), self.defenses, seed)
+            for name, settings in self.searches().items()
+            for seed in seeds
+        ]
 
-def _ggl(scale: str, **options) -> AttackSettings:
-    """GGL: by CMA-ES as published, or at quick scale by the default search."""
-    if scale == "paper":
-        settings = {"optimizer": "cma_es", "population": 50, "steps": 800}
-    else:
-        settings = {
-            **{"optimizer": "adam", "signed": False, "schedule": "ramp"},
-            **{"pool": 200, "restarts": 4, "steps": 60},
+    def published(self) -> dict[tuple[str, str], dict[str, str]]:
+        """The paper's values by attack and defense, then column, as printed there."""
+        with (Path(__file__).parent / "published.csv").open(encoding="utf-8") as file:
+            return {
+                (row["attack"], row["defense"]): row
+                for row in csv.DictReader(file)
+                if (row["experiment"], row["half"]) == (self.table, self.half)
+            }
+
+    @property
+    def quick(self) -> bool:
+        """Whether searches are shorter than published."""
+        return self.scale == "quick"
+
+    def optimizers(self, restarts: int = 1) -> dict[str, AttackSettings]:
+        """GGL by the paper's three optimisers, each in its published form for this half.
+
+        The forms are the published code's, as the paper gives only the numbers of updates: Adam
+        starts at N(0, I) (with signs and a rate in steps at 32x32, with a ramp at 224x224); CMA-ES
+        has 50 samples an update (in effect populations of 18, the code's fidelity), and at 224x224
+        latents bounded by tanh and no regulariser.
+        """
+        large = self.half == "imagenet"
+        # populations of 18 spend the same 40,000 evaluations in more steps
+        population, steps, few = (18, 2222, 56) if self.fidelity == "code" else (50, 800, 20)
+        cma_es = AttackSettings(
+            optimizer="cma_es",
+            population=population,
+            steps=few if self.quick else steps,
+            restarts=restarts,
+        )
+        if large:
+            cma_es = dataclasses.replace(cma_es, start="uniform", bound="tanh", regularizer="none")
+        return {
+            "Adam": AttackSettings(
+                optimizer="adam",
+                start="prior",
+                steps=300 if self.quick else 2500,
+                signed=not large,
+                schedule="ramp" if large else "step",
+                restarts=restarts,
+            ),
+            "BO": AttackSettings(optimizer="turbo", steps=100, restarts=restarts),
+            "CMA-ES": cma_es,
         }
-    return AttackSettings(**{**settings, **options})
+
+    def ggl(self) -> AttackSettings:
+        """GGL: CMA-ES, the best of four trials by loss; at quick scale by Adam from a pool."""
+        if not self.quick:
+            return self.optimizers(restarts=4)["CMA-ES"]
+        return AttackSettings(
+            optimizer="adam", signed=False, schedule="ramp", pool=200, restarts=4, steps=60
+        )
+
+    def baselines(self) -> dict[str, AttackSettings]:
+        """The paper's attacks on pixels; at quick scale of some 300 evaluations, in one trial."""
+        # GI's group term needs two restarts. L-BFGS counts evaluations, up to 20 an iteration.
+        quick = {"dlg": (420, 1), "idlg": (420, 1), "ig": (300, 1), "gi": (150, 2)}
+        published = 24000 if self.half == "imagenet" else None  # at 32x32 the attack's own
+
+        def settings(attack: str) -> AttackSettings:
+            steps, restarts = quick[attack] if self.quick else (published, None)
+            return AttackSettings(attack=attack, steps=steps, restarts=restarts)
+
+        return {name: settings(name.lower()) for name in ("DLG", "iDLG", "IG", "GI")}
 
 
-def _baseline(name: str, scale: str, **options) -> AttackSettings:
-    # On pixels, one long trial leaks more than several short ones.
-    steps, restarts = {"dlg": (100, 2), "idlg": (100, 2), "ig": (250, 1), "gi": (250, 1)}[name]
-    settings: dict[str, Any] = {} if scale == "paper" else {"steps": steps, "restarts": restarts}
-    if name == "ig" and scale == "quick":
-        # The published schedule cuts the rate at 3/8 of the steps, too early for so few of them.
-        settings["schedule"] = "ramp"
-    return AttackSettings(**{"attack": name, **settings, **options})
-
-
-@dataclasses.dataclass(frozen=True)
 class Table1(Experiment):
-    """Which optimiser, without a defense.
+    """Which loss: distances D1 (squared l2), D2 (cosine) and regularisers R1 (KLD), R2 (norm).
 
-    Claim: on CelebA, Adam does best and CMA-ES better than TuRBO; on ImageNet, Adam fails.
-    Command: ``ggl-jax reproduce table1 --data celeba32_private.npz --images 4``
-    Cost: quick, about 30 minutes on two CPU cores for 4 images (1,000 evaluations a search);
-    paper scale, 2,500 steps of Adam, 1,000 evaluations of TuRBO and 40,000 of CMA-ES an image.
-    Expected: the paper has Adam 13.70 dB, TuRBO 10.95 dB, CMA-ES 11.50 dB. This command, at quick
-    scale: 11.4, 8.4 and 7.2 dB, with a tenth of Adam's budget and a fortieth of that of CMA-ES.
+    Claim: of the four, D1 with R1 has the best numbers.
+
+    Command: ``ggl-jax reproduce table1 --data celeba32_private.npz``
+
+    Cost: quick, 4 images and loss functions, 300 steps of Adam each; paper, ten images and 2,500.
+
+    The weights of R1 are the published code's (0.1 beside D1, 1e-4 beside D2). Those of R2 are
+    ours, in the same proportion: neither the paper nor the code gives any.
     """
 
-    title = "Table 1: optimisers, no defense"
-    published: ClassVar = {
-        ("Adam", "none"): _psnr(13.70),
-        ("TuRBO", "none"): _psnr(10.95),
-        ("CMA-ES", "none"): _psnr(11.50),
-    }
+    title = "Table 1: loss functions, no defense"
+    images: ClassVar = {"quick": 4, "paper": 10}
+    spread = IMAGES_STD
+    table = "table1"
 
-    def searches(self, scale):
-        quick = scale == "quick"
+    def searches(self):
+        adam = self.optimizers()["Adam"]
+        distances = {"D1": "squared_l2", "D2": "cosine"}
+        penalties = {
+            "D1 + R1": "kld:0.1",
+            "D2 + R1": "kld:1e-4",
+            "D1 + R2": "norm:1e-4",
+            "D2 + R2": "norm:1e-7",
+        }
         return {
-            "Adam": AttackSettings(optimizer="adam", steps=250 if quick else 2500, restarts=4),
-            "TuRBO": AttackSettings(optimizer="turbo", steps=100),
-            "CMA-ES": _ggl("paper", steps=20 if quick else 800),
-            "Adam, pool and restarts": _ggl("quick", restarts=4, steps=200),
+            name: dataclasses.replace(adam, distance=distances[name[:2]], regularizer=penalty)
+            for name, penalty in penalties.items()
         }
 
 
-@dataclasses.dataclass(frozen=True)
 class Table2(Experiment):
-    """Which loss: distances D1 and D2 with regularisers R1 and R2, without a defense.
+    """Which optimiser, without a defense: mean and deviation over seeds of single runs.
 
-    Claim: squared l2 with the KLD is the best or near it; the choice matters less than the search.
-    Command: ``ggl-jax reproduce table2 --data celeba32_private.npz --images 4``
-    Cost: quick, about 10 minutes on two CPU cores for 4 images; paper scale, 40,000 evaluations of
-    CMA-ES an image and loss.
-    Expected: no published numbers are at hand; at --scale paper, "D1, kld" is Table 1's CMA-ES,
-    11.50 dB.
+    Claim: on CelebA Adam is a little better than the gradient-free searches; on ImageNet it fails.
+
+    Command: ``ggl-jax reproduce table2 --data celeba32_private.npz``
+
+    Cost: quick, one image and 3 seeds: 300 steps of Adam, 1,000 evaluations of BO (TuRBO) and of
+    CMA-ES; paper, 2,500 steps, 1,000 evaluations and 800 updates of 50.
+
+    A seed changes the model's weights, too, as in the published code.
     """
 
-    title = "Table 2: distances and regularisers, no defense"
+    title = "Table 2: optimisers, no defense"
+    images: ClassVar = {"quick": 1, "paper": 1}
+    seeds: ClassVar = {"quick": 3, "paper": 5}
+    spread = SEEDS_STD
+    table = "table2"
 
-    def searches(self, scale):
-        return {
-            f"{name}, {regularizer}": _ggl(
-                scale, distance=distance, regularizer=f"{regularizer}:{weight}"
-            )
-            for name, distance, weights in (
-                ("D1", "squared_l2", {"kld": "0.1", "norm": "1e-4"}),
-                # The cosine distance lies in [0, 2]: the same balance at a hundredth.
-                ("D2", "cosine", {"kld": "1e-3", "norm": "1e-6"}),
-            )
-            for regularizer, weight in weights.items()
-        }
+    def searches(self):
+        return self.optimizers()
 
 
-@dataclasses.dataclass(frozen=True)
 class Table3(Experiment):
-    """GGL beside the baselines under each defense (the CelebA half).
+    """GGL beside the baselines under each defense.
 
-    Claim: under every defense GGL leaks far more than attacks on pixels do; only IG under clipping
-    is better. The adaptive rows are ours: the paper's baselines ignore the defense.
-    Command: ``ggl-jax reproduce table3 --data celeba32_private.npz --images 4``
-    Cost: quick, about an hour on two CPU cores for 4 images; paper scale is meant for a GPU (GGL
-    40,000 evaluations, IG and GI 4 trials of 8,000 steps).
-    Expected: the paper has GGL 11.08, 11.19, 11.15 and 10.14 dB under noise, clipping,
-    sparsification and Soteria; IG 12.65 dB under clipping; every other baseline below 7.5 dB. This
-    command, at quick scale: GGL 7.0, 10.4, 8.1 and 9.2 dB; IG 8.1 dB under clipping.
+    Claim: GGL finds the image under each defense, the baselines do not, but for IG, which clipping
+    hardly touches: it changes only a gradient's magnitude. (That holds for one global norm,
+    ``--fidelity code``. The paper's section 3.3 clips layer by layer, ``--fidelity paper``.)
+
+    The adaptive rows are ours: the paper's baselines ignore the defense.
+
+    Command: ``ggl-jax reproduce table3 --data celeba32_private.npz``
+
+    Cost: quick, 28 cells an image of some 300 evaluations with derivatives each; paper, the best of
+    four trials: 800 updates of 50 for GGL, 8,000 steps for IG and GI, 300 iterations of L-BFGS for
+    DLG and iDLG (24,000 and 1,200 at 224x224).
     """
 
-    title = "Table 3: attacks under defenses, CelebA"
-    defenses: tuple[str, ...] = DEFENSES
-    published: ClassVar = {
-        ("GGL", "noise:0.1"): _published(0.0780, 11.08, 0.1906, 0.0010),
-        ("GGL", "clip:4"): _published(0.0760, 11.19, 0.1670, 0.0015),
-        ("GGL", "sparsify:0.9"): _published(0.0768, 11.15, 0.1620, 0.0007),
-        ("GGL", "soteria:0.8"): _published(0.0968, 10.14, 0.2561, 0.0007),
-        ("IG", "clip:4"): _published(0.0543, 12.65, 0.2998, 0.0003),
-    }
+    title = "Table 3: attacks under defenses"
+    defenses = DEFENSES
+    table = "table3"
 
-    def searches(self, scale):
-        return {
-            "DLG": _baseline("dlg", scale),
-            "iDLG": _baseline("idlg", scale),
-            "IG": _baseline("ig", scale),
-            "GI": _baseline("gi", scale),
-            "GGL": _ggl(scale),
-            "IG, adaptive": _baseline("ig", scale, adaptive=True),
-            "GI, adaptive": _baseline("gi", scale, adaptive=True),
+    def searches(self):
+        baselines = self.baselines()
+        adaptive = {
+            f"{name}, adaptive (ours)": dataclasses.replace(baselines[name], adaptive=True)
+            for name in ("IG", "GI")
         }
+        return {**baselines, "GGL": self.ggl(), **adaptive}
 
 
-@dataclasses.dataclass(frozen=True)
-class Figure4(Table1):
-    """The pictures behind Table 1: what each optimiser finds without a defense.
+class Figure3(Table2):
+    """The pictures behind Table 2: reconstructions by the three optimisers, from several seeds.
 
-    Claim: Adam's and CMA-ES's faces resemble the private ones.
-    Command: ``ggl-jax reproduce figure4 --data celeba32_private.npz --images 4``
-    Cost: as Table 1.
-    Expected: as Table 1.
+    Claim: as Table 2.
+
+    Command: ``ggl-jax reproduce figure3 --data celeba32_private.npz``
+
+    Cost: as Table 2.
     """
 
-    title = "Figure 4: reconstructions by optimiser, no defense"
+    title = "Figure 3: reconstructions by optimiser and seed, no defense"
 
 
-@dataclasses.dataclass(frozen=True)
-class Figure5(Experiment):
-    """Soteria on more samples.
+class Figure4(Table3):
+    """The pictures behind Table 3, (a) CelebA and (b) ImageNet.
 
-    Claim: Soteria does not keep GGL from finding faces that resemble the private ones, over many
-    of them and not only over those of Table 3.
-    Command: ``ggl-jax reproduce figure5 --data celeba32_private.npz``
-    Cost: quick, about 10 minutes on two CPU cores for 16 images; paper scale, 40,000 evaluations an
-    image.
-    Expected: Table 3's mean, in the paper 10.14 dB; at quick scale its 9.2 dB.
-    """
+    Claim: as Table 3.
 
-    title = "Figure 5: more samples under Soteria"
-    images: ClassVar = 16
-    defenses: tuple[str, ...] = ("soteria:0.8",)
-    published: ClassVar = {
-        key: numbers for key, numbers in Table3.published.items() if key[1] == "soteria:0.8"
-    }
+    Command: ``ggl-jax reproduce figure4 --data celeba32_private.npz``
 
-    def searches(self, scale):
-        return {"GGL": _ggl(scale)}
-
-
-@dataclasses.dataclass(frozen=True)
-class Figure6(Table3):
-    """The pictures behind Table 3's CelebA half.
-
-    Claim: GGL's faces resemble the private ones under each defense, the baselines' are noise.
-    Command: ``ggl-jax reproduce figure6 --data celeba32_private.npz --images 4``
     Cost: as Table 3.
-    Expected: as Table 3.
     """
 
-    title = "Figure 6: reconstructions under defenses, CelebA"
+    title = "Figure 4: reconstructions under defenses"
 
 
-@dataclasses.dataclass(frozen=True)
+class Figure5(Experiment):
+    """More ImageNet samples of GGL under Soteria.
+
+    Command: ``ggl-jax reproduce figure5 --data tfds:imagenet2012:validation --prior biggan224``
+
+    Cost: one search of Table 3's GGL for each image.
+    """
+
+    title = "Figure 5: more samples of GGL under Soteria"
+    default_half = "imagenet"
+    images: ClassVar = {"quick": 8, "paper": 8}
+    defenses = ("soteria:0.8",)
+
+    def searches(self):
+        return {"GGL": self.ggl()}
+
+
+class Figure6(Experiment):
+    """Defenses combined: noise, clipping, and both.
+
+    Claim: the combination comes out lowest. (The PSNR under the paper's pictures are not in its
+    text, so none stand beside ours.)
+
+    Command: ``ggl-jax reproduce figure6 --data celeba32_private.npz``
+
+    Cost: three searches of Table 3's GGL for each image.
+    """
+
+    title = "Figure 6: GGL under combined defenses"
+    defenses = ("noise:0.1", "clip:4", "clip:4+noise:0.1")
+
+    def searches(self):
+        return {"GGL": self.ggl()}
+
+
 class Figure7(Experiment):
-    """How leakage falls with a defense's strength.
+    """Soteria's pruning rate, from 0 to 80 %, against five attacks.
 
-    Claim: stronger defenses leak less, but a plausible face is found at any strength, so it needs
-    its controls beside it.
-    Command: ``ggl-jax reproduce figure7 --data celeba32_private.npz --images 4``
-    Cost: quick, about 40 minutes on two CPU cores for 4 images; paper scale, 40,000 evaluations an
-    image and strength, is meant for a GPU.
-    Expected: no published numbers are at hand; the strengths of Table 3 are among these.
+    Claim: a rate of 10 % already breaks the baselines, while GGL recovers the person's profile at
+    any rate. Without defense DLG reaches 15.3 dB on this ResNet-18 (21.4 on the usual scale): its
+    failures come from the defenses, not from ReLU.
+
+    Command: ``ggl-jax reproduce figure7 --data celeba32_private.npz``
+
+    Cost: 25 searches of Table 3 for each image.
     """
 
-    title = "Figure 7: leakage by strength of the defense"
-    defenses: tuple[str, ...] = (
-        *("noise:0.01", "noise:0.1", "noise:1"),
-        *("clip:16", "clip:4", "clip:1"),
-        *("sparsify:0.5", "sparsify:0.9", "sparsify:0.99"),
-        *("soteria:0.4", "soteria:0.8", "soteria:0.95"),
-    )
+    title = "Figure 7: Soteria's pruning rate"
+    images: ClassVar = {"quick": 1, "paper": 1}
+    defenses = ("soteria:0", "soteria:0.1", "soteria:0.2", "soteria:0.4", "soteria:0.8")
+    table = "figure7"
 
-    def searches(self, scale):
-        return {"GGL": _ggl(scale)}
+    def searches(self):
+        return {**self.baselines(), "GGL": self.ggl()}
 
 
-@dataclasses.dataclass(frozen=True)
 class Figure8(Experiment):
-    """Out-of-distribution images: private images of another kind than the prior's.
+    """Two photographs outside the generator's distribution, under Soteria.
 
-    Here they are grey pieces of background without faces, which ship with scikit-image; they have
-    no labels, so all count as class 0.
-    Claim: GGL finds the nearest that its generator can show, which tells less of such images; an
-    attack on pixels (ours beside it) does not depend on the generator.
-    Command: ``ggl-jax reproduce figure8 --images 4``, whose default data is embedded:nonfaces
-    Cost: quick, about 20 minutes on two CPU cores for 4 images; paper scale is meant for a GPU.
-    Expected: no published numbers are at hand; the prior's ceiling, the table's last line, bounds
-    GGL.
+    At 32x32 they are grey pieces of background without faces, which ship with scikit-image. Images
+    without labels count as class 0.
+
+    Command: ``ggl-jax reproduce figure8 --half celeba``, or ``--data FOLDER --prior biggan224``
+
+    Cost: one search of Table 3's GGL for each image.
     """
 
-    title = "Figure 8: out-of-distribution images"
-    data: ClassVar = "embedded:nonfaces"
-    label: ClassVar = 0
-    defenses: tuple[str, ...] = ("none", *DEFENSES)
+    title = "Figure 8: images outside the generator's distribution, under Soteria"
+    default_half = "imagenet"
+    data: ClassVar = {"celeba": "embedded:nonfaces"}
+    label = 0
+    images: ClassVar = {"quick": 2, "paper": 2}
+    defenses = ("soteria:0.8",)
 
-    def searches(self, scale):
-        return {"GGL": _ggl(scale), "IG, adaptive": _baseline("ig", scale, adaptive=True)}
+    def searches(self):
+        return {"GGL": self.ggl()}
 
 
-EXPERIMENTS: dict[str, Callable[[], Experiment]] = {
+class Figure9(Experiment):
+    """Matching loss and LPIPS on a plane of latents around GGL's result.
+
+    Claim: the matching loss has several local minima and is not quite in line with LPIPS.
+
+    Command: ``ggl-jax reproduce figure9 --data tfds:imagenet2012:validation --prior biggan224``,
+    which runs ``ggl-jax landscape`` with this search
+
+    Cost: one search of Table 3's GGL, and 441 evaluations without derivatives.
+    """
+
+    title = "Figure 9: the landscape around GGL's result"
+    default_half = "imagenet"
+    images: ClassVar = {"quick": 1, "paper": 1}
+
+    def searches(self):
+        return {"GGL": self.ggl()}
+
+
+EXPERIMENTS: dict[str, type[Experiment]] = {
     "table1": Table1,
     "table2": Table2,
     "table3": Table3,
+    "figure3": Figure3,
     "figure4": Figure4,
     "figure5": Figure5,
     "figure6": Figure6,
     "figure7": Figure7,
     "figure8": Figure8,
+    "figure9": Figure9,
 }
 
 
-def _cell(values: Sequence[float | None], decimals: int) -> str:
+def control_scores(
+    result: AuditResult,
+    model: Model,
+    variables: PyTree,
+    prior: Prior,
+    prior_params: PyTree,
+    key: jax.Array,
+    *,
+    lpips: str,
+    num: int = 64,
+) -> dict[str, list[dict[str, float]]]:
+    """What could be had without an update, by the paper's metrics: controls, then images, as rows.
+
+    Args:
+        result: of any of the experiment's audits, for the images and their controls.
+        model: the federated model.
+        variables: its variables.
+        prior: the generator.
+        prior_params: its parameters.
+        key: typed key of the random samples.
+        lpips: backbone.
+        num: random samples of the prior, of the inferred label, that are averaged, at least 1.
+    """
+    perceptual = metrics.perceptual(lpips, prior.image_shape).distance
+    found: dict[str, list[dict[str, float]]] = {}
+
+    def score(images, original):
+        images = jnp.clip(images, 0.0, 1.0)
+        same = jnp.broadcast_to(original, images.shape)
+        scores = {
+            name: np.asarray(metrics.METRICS[name](images, same, model, variables))
+            for name in ("mse_i", "psnr_paper", "mse_r", "psnr")
+        }
+        if perceptual is not None:
+            scores["lpips"] = np.asarray(perceptual(images, same))
+        return scores
+
+    for number, (name, original) in enumerate(result.originals.items()):
+        known = result.controls.get(name)
+        if known is None:  # interrupted before this image
+            continue
+        latents = prior.sample_latent(jax.random.fold_in(key, number), num)
+        private = jnp.asarray(original)
+
+        def use(images, start, private=private):
+            del start
+            return score(images, private)
+
+        parts = decode_each(prior, prior_params, latents, known.label, use)
+        kinds = {
+            "random sample of the prior": parts,
+            "the prior's mean image, the best blind guess in MSE": [
+                score(known.mean_image[None], private)
+            ],
+            "the prior's ceiling": [score(known.ceiling[None], private)],
+        }
+        for kind, scored in kinds.items():
+            found.setdefault(kind, []).append(
+                {
+                    metric: float(np.concatenate([part[metric] for part in scored]).mean())
+                    for metric in scored[0]
+                }
+            )
+    return found
+
+
+def _cell(values: Sequence[float | None], decimals: int, spread: str) -> str:
     known = [value for value in values if value is not None]
     if not known or len(known) < len(values):
         return "–"
-    mean = statistics.fmean(known)
-    low, high = confidence_interval(known) if len(known) > 1 else (mean, mean)
-    if len(known) == 1:
-        return f"{mean:.{decimals}f}"
-    return f"{mean:.{decimals}f} ± {(high - low) / 2:.{decimals}f}"
+    mean = f"{statistics.fmean(known):.{decimals}f}"
+    if len(known) == 1 or not spread:
+        return mean
+    if spread == INTERVAL:
+        low, high = metrics.confidence_interval(known)
+        return f"{mean} ± {(high - low) / 2:.{decimals}f}"
+    return f"{mean} ± {statistics.stdev(known):.{decimals}f}"
+
+
+def _gain(row: Mapping[str, Any]) -> float | None:
+    if row["psnr"] is None:  # infinite, of an exact copy
+        return None
+    return row["psnr"] - max(row["psnr_mean_image"], row["psnr_control_mean"])
 
 
 def markdown(
-    experiment: Experiment, results: Mapping[str, AuditResult], *, command: str, where: str
+    experiment: Experiment,
+    results: Mapping[Run, AuditResult],
+    controls: Mapping[str, Sequence[Mapping[str, float]]],
+    *,
+    num_images: int,
+    lpips: str,
+    command: str,
+    where: str,
 ) -> str:
-    """The table in the paper's layout and scale, ours beside the paper's.
+    """The table: ours beside the paper's, in its metrics and on its scale.
 
     Args:
         experiment: one of :data:`EXPERIMENTS`.
-        results: what :func:`ggl_jax.audit.runner.audit` returned for each search.
+        results: what :func:`ggl_jax.audit` returned for each run, seeds in order.
+        controls: from :func:`control_scores`.
+        num_images: how many images were asked for; rows of fewer say so.
+        lpips: backbone of our LPIPS. The paper's values are VGG's and stand beside that alone.
         command: shown below.
         where: date and hardware, shown below.
     """
-    headings = [f"{heading} (paper)" for _, heading, _ in COLUMNS]
-    lines = [f"# {experiment.title}", "", str(type(experiment).__doc__).strip(), ""]
-    lines += [
-        "Mean over images ± half of the 95 % interval, on the paper's scale; the paper's number in "
-        "brackets. LPIPS needs weights: `ggl-jax weights lpips-vgg`.",
+    published = experiment.published()
+    compared = {name for name, _, _ in COLUMNS if name != "lpips" or lpips == "vgg"}
+    headings = [
+        heading + f" {lpips}" * (name == "lpips") + " (paper)" * (name in compared)
+        for name, heading, _ in COLUMNS
+    ]
+    first = next(iter(results.values()))
+    notes = sorted({row.get("lpips_note") or "" for row in first.rows} - {""})
+    lines = [
+        f"# {experiment.title} ({HALVES[experiment.half]} half, scale {experiment.scale}, "
+        f"fidelity {experiment.fidelity})",
+        "",
+        inspect.cleandoc(str(type(experiment).__doc__)),
+        "",
+        f"Mean ± {experiment.spread}, on the paper's scale; the paper's value in brackets, where "
+        "it gives one.",
+        *(f"LPIPS was not measured: {note}." for note in notes),
         "",
         "| Defense | Attack | " + " | ".join(headings) + " | usual PSNR | gain over blind guess |",
         "|" + "---|" * (len(headings) + 4),
     ]
-    for defense in experiment.defenses:
-        for search, result in results.items():
-            rows = [row for row in result.rows if row["defense"] == defense]
-            if not rows:
-                continue
-            paper = experiment.published.get((search, defense), {})
-            cells = []
-            for name, _, decimals in COLUMNS:
-                number = f" ({paper[name]:.{decimals}f})" if name in paper else ""
-                cells.append(_cell([row.get(name) for row in rows], decimals) + number)
-            cells.append(_cell([row["psnr"] for row in rows], 2))
-            gains = [
-                None
-                if row["psnr"] is None
-                else row["psnr"] - max(row["psnr_mean_image"], row["psnr_control_mean"])
-                for row in rows
-            ]
-            cells.append(_cell(gains, 2))
-            lines.append(f"| {defense} | {search} | " + " | ".join(cells) + " |")
-    controls = next(iter(results.values())).rows
-    first = [row for row in controls if row["defense"] == experiment.defenses[0]]
-    for name, label in (
-        ("psnr_control_mean", "random sample of the prior"),
-        ("psnr_mean_image", "the prior's mean image, the best blind guess"),
-        ("psnr_ceiling", "the prior's ceiling"),
+    seeds = dict.fromkeys(run.seed for run in results)
+    for defense, name in itertools.product(
+        experiment.defenses, dict.fromkeys(run.name for run in results)
     ):
-        usual = _cell([row[name] for row in first], 2)
-        lines.append(
-            f"| *control* | *{label}* |" + " |" * len(COLUMNS) + f" {usual} | |",
-        )
+        by_seed = [
+            [{**row, "gain": _gain(row)} for row in result.rows if row["defense"] == defense]
+            for run, result in results.items()
+            if run.name == name
+        ]
+        by_seed = [rows for rows in by_seed if rows]
+        num = sum(len(rows) for rows in by_seed)
+        if not num:
+            continue
+
+        def ours(metric: str, decimals: int, by_seed=by_seed) -> str:
+            values = [[row.get(metric) for row in rows] for rows in by_seed]
+            if experiment.spread == SEEDS_STD:
+                means = [None if None in v else statistics.fmean(v) for v in values]
+                return _cell(means, decimals, SEEDS_STD)
+            return _cell([value for v in values for value in v], decimals, experiment.spread)
+
+        cells = []
+        for metric, _, decimals in COLUMNS:
+            theirs = published.get((name, defense), {}).get(metric) if metric in compared else None
+            cells.append(
+                ours(metric, decimals) + (f" ({theirs.replace('±', ' ± ')})" if theirs else "")
+            )
+        cells += [ours("psnr", 2), ours("gain", 2)]
+        total = num_images * len(seeds)
+        label = name if num == total else f"{name} ({num} of {total})"
+        lines.append(f"| {defense} | {label} | " + " | ".join(cells) + " |")
+    spread = "" if experiment.spread == SEEDS_STD else experiment.spread  # controls have no seeds
+    for label, scored in controls.items():
+        cells = [
+            _cell([row.get(metric) for row in scored], decimals, spread)
+            for metric, decimals in (*((m, d) for m, _, d in COLUMNS), ("psnr", 2))
+        ]
+        lines.append(f"| *control* | *{label}* | " + " | ".join(cells) + " | |")
     return "\n".join([*lines, "", f"`{command}`", "", where, ""])
 
 
 def draw(
-    experiment: Experiment, results: Mapping[str, AuditResult], path: Path, *, max_images: int = 4
+    experiment: Experiment,
+    results: Mapping[Run, AuditResult],
+    path: Path,
+    *,
+    max_images: int = 8,
 ) -> None:
-    """Reconstructions: a block of rows for each image, one row a search, one column a defense."""
-    import numpy as np
+    """Reconstructions: a block of rows for each image, one row a search.
+
+    Columns are defenses or, where there are several, seeds. Below each picture stands its PSNR on
+    the paper's scale.
+    """
     from matplotlib.figure import Figure
 
     first = next(iter(results.values()))
-    names = list(first.originals)[:max_images]
-    searches = list(results)
-    height = len(names) * len(searches)
-    width = 1 + len(experiment.defenses)
-    figure = Figure(figsize=(1.35 * width + 1.2, 1.35 * height + 0.5), layout="constrained")
+    originals = list(first.originals)[:max_images]
+    names = list(dict.fromkeys(run.name for run in results))
+    seeds = sorted({run.seed for run in results})
+    columns = [(defense, seed) for defense in experiment.defenses for seed in seeds]
+    height, width = len(originals) * len(names), 1 + len(columns)
+    figure = Figure(figsize=(1.35 * width + 1.2, 1.45 * height + 0.5), layout="constrained")
     axes = figure.subplots(height, width, squeeze=False)
     for axis in axes.flat:
         axis.set_xticks([])
@@ -374,20 +596,20 @@ def draw(
         axis.imshow(np.clip(np.asarray(image), 0, 1).squeeze(), cmap="gray", vmin=0, vmax=1)
         axis.set_xlabel(caption, fontsize=6)
 
-    for i, name in enumerate(names):
-        for s, search in enumerate(searches):
-            r = i * len(searches) + s
-            if s == 0:
-                show(axes[r, 0], first.originals[name], name)
-            axes[r, 1].set_ylabel(search, fontsize=7)
-            pairs: list[tuple[dict[str, Any], Any]] = list(
-                zip(results[search].rows, results[search].reconstructions, strict=True)
-            )
-            for row, image in pairs:
-                if row["image"] == name and row["defense"] in experiment.defenses:
-                    column = 1 + experiment.defenses.index(row["defense"])
-                    psnr = "exact" if row["psnr"] is None else f"{row['psnr']:.1f} dB"
-                    show(axes[r, column], image, psnr)
-    for column, heading in enumerate(["private image", *experiment.defenses]):
+    for i, original in enumerate(originals):
+        top = i * len(names)
+        show(axes[top, 0], first.originals[original], original)
+        for s, name in enumerate(names):
+            axes[top + s, 1].set_ylabel(name, fontsize=7)
+    for run, result in results.items():
+        for row, image in zip(result.rows, result.reconstructions, strict=True):
+            if row["image"] in originals:
+                line = originals.index(row["image"]) * len(names) + names.index(run.name)
+                column = 1 + columns.index((row["defense"], run.seed))
+                psnr = row["psnr_paper"]
+                show(axes[line, column], image, "exact" if psnr is None else f"{psnr:.2f} dB")
+    shown = [f"{defense}, seed {s}" if len(seeds) > 1 else defense for defense, s in columns]
+    for column, heading in enumerate(["private image", *shown]):
         axes[0, column].set_title(heading, fontsize=8)
+    figure.suptitle(f"{experiment.title} (PSNR on the paper's scale)", fontsize=9)
     files.write_figure(path, figure, dpi=110)

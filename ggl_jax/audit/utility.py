@@ -5,7 +5,6 @@ defense), beside an audit's or sweep's results or alone.
 """
 
 import dataclasses
-import hashlib
 import json
 import math
 import time
@@ -17,8 +16,11 @@ import jax
 import numpy as np
 
 from ggl_jax import files
-from ggl_jax.audit import privacy, results
-from ggl_jax.audit.runner import MODEL_STREAM, Progress, check_images, jsonable
+from ggl_jax.audit import folder as folders
+from ggl_jax.audit import privacy
+from ggl_jax.audit.cells import MODEL_STREAM, check_images
+from ggl_jax.audit.judge import jsonable
+from ggl_jax.audit.run import Progress
 from ggl_jax.client import defenses as client_defenses
 from ggl_jax.client import training
 from ggl_jax.errors import GGLError
@@ -185,13 +187,10 @@ def measure(
         _training(model, defense, settings)  # refuses unusable settings before any work is done
     if options is None:
         options = {**dataclasses.asdict(settings), "model": model.name, "seed": seed}
-    digest = hashlib.sha256(images.tobytes() + labels.astype(np.int64).tobytes())
-    for leaf in jax.tree.leaves(variables):
-        digest.update(np.asarray(leaf).tobytes())
     config = {
         **(about or {}),
         "options": json.loads(json.dumps(options)),
-        "inputs": {"data": digest.hexdigest()},
+        "inputs": {"data": files.digest(images, labels, jax.tree.leaves(variables))[:12]},
         "model": model.name,
         "rounds": settings.rounds,
         "clients": settings.clients,
@@ -202,17 +201,13 @@ def measure(
         "majority": majority_accuracy(labels[train_at], labels[test_at]),
         "test_indices": test_at.tolist(),
     }
-    folder = Path(out)
-    if folder.exists() and not folder.is_dir():
-        raise GGLError(f"out: {folder} is a file; choose another folder")
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = results.Lock(folder, name="lock-utility")
-    journal = None
-    interrupted = False
-    try:
-        _prepare(folder, config)
-        journal = results.Journal(folder, name=ROWS)
-        known = Utility(config, results.read_journal(folder / ROWS))
+    folder, interrupted = Path(out), False
+    with folders.lock(folder, "lock-utility"):
+        if (folder / ROWS).exists() and not (folder / CONFIG).exists():
+            raise GGLError(f"out: {folder} has {ROWS} without {CONFIG}; move it away")
+        files.claim(folder, config, name=CONFIG, guest=True)
+        rows = _read_rows(folder)
+        known = Utility(config, rows)
         todo = [(d, f) for d, f in todo if known.row_of(d.name, f) is None]
         key = jax.random.key(seed)
         if variables is None:
@@ -230,14 +225,20 @@ def measure(
                 stream = jax.random.fold_in(key, TRAINING_STREAM)
                 row |= _train(stream, model, defense, variables, data, settings, report)
                 row |= _privacy(defense, variables, settings)
-                journal.append([jsonable(row)])
+                rows.append(jsonable(row))
+                files.write_text(folder / ROWS, "".join(json.dumps(r) + "\n" for r in rows))
         except KeyboardInterrupt:
             interrupted = True
-    finally:
-        if journal is not None:
-            journal.close()
-        lock.release()
-    return Utility(config, results.read_journal(folder / ROWS), interrupted)
+    return Utility(config, rows, interrupted)
+
+
+def _read_rows(folder: Path) -> list[dict[str, Any]]:
+    path = folder / ROWS
+    try:
+        lines = path.read_text().splitlines() if path.exists() else []
+        return [json.loads(line) for line in lines]
+    except ValueError:
+        raise GGLError(f"out: {path} is damaged; move it away") from None
 
 
 def read(folder: str | Path) -> Utility | None:
@@ -251,8 +252,8 @@ def read(folder: str | Path) -> Utility | None:
     folder = Path(folder)
     if not (folder / ROWS).exists():
         return None
-    config = results.read_json(folder / CONFIG, f"{folder} is damaged")
-    rows = results.read_journal(folder / ROWS)
+    config = files.read_json(folder / CONFIG, f"{folder} is damaged")
+    rows = _read_rows(folder)
     for row in rows:
         if row["epsilon_note"] == _MISSING:
             row.update(_epsilons(row["bound"], row["sigma"], row["rounds"], row["delta"]))
@@ -285,27 +286,6 @@ def _check_data(model: Model, images: np.ndarray, labels: np.ndarray) -> None:
         raise GGLError(
             f"labels: got {labels.min()} to {labels.max()}, allowed: 0 to {model.num_classes - 1}; "
             "raise the model's number of classes"
-        )
-
-
-def _prepare(folder: Path, config: dict[str, Any]) -> None:
-    """Write ``utility.json``, or refuse a folder where it says something else."""
-    path = folder / CONFIG
-    if not path.exists():
-        if (folder / ROWS).exists():
-            raise GGLError(f"out: {folder} has {ROWS} without {CONFIG}; move it away")
-        files.write_json(path, config)
-        return
-    old = results.read_json(path, f"out: {folder} is damaged")
-    changed = results.differences(
-        {"": old.get("options", {}), "inputs": old.get("inputs", {})},
-        {"": config["options"], "inputs": config["inputs"]},
-    )
-    if changed:
-        listed = "; ".join(line.removeprefix(".") for line in changed)
-        raise GGLError(
-            f"out: {folder} holds utilities measured with another configuration: {listed}; choose "
-            f"another folder, or move {CONFIG} and {ROWS} away"
         )
 
 

@@ -1,20 +1,17 @@
 """What several subcommands share: the console, their inputs, the environment, folders, progress."""
 
 import dataclasses
-import hashlib
-import json
 import math
 import os
 import platform
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from ggl_jax import files
+from ggl_jax import machine
 from ggl_jax.errors import GGLError
 
 # Without emoji: in text of the user's, ":100:" is a range.
@@ -22,15 +19,6 @@ console = Console(emoji=False)
 
 #: Where progress is not live, no longer than this without a line.
 _QUIET_SECONDS = 60.0
-
-
-def fingerprint(*parts) -> str:
-    digest = hashlib.sha256()
-    for part in parts:
-        digest.update(
-            part if isinstance(part, bytes) else json.dumps(part, sort_keys=True).encode()
-        )
-    return digest.hexdigest()
 
 
 def fields_of(kind: type, command: Any) -> dict[str, Any]:
@@ -42,8 +30,8 @@ def fields_of(kind: type, command: Any) -> dict[str, Any]:
 #: The lowest values of options, the same in every subcommand that has them: whole numbers of at
 #: least an int, finite numbers above a float.
 LOWEST: dict[str, float] = {
-    **{"seed": 0, "index": 0, "label": 0, "num_classes": 1, "images": 1, "suspects": 0},
-    **{"batch_size": 1, "local_steps": 1, "local_learning_rate": 0.0},
+    **{"seed": 0, "seeds": 1, "index": 0, "label": 0, "num_classes": 1, "images": 1},
+    **{"suspects": 0, "batch_size": 1, "local_steps": 1, "local_learning_rate": 0.0},
     **{"steps": 1, "restarts": 1, "pool": 0, "population": 4, "finalists": 0},
     **{"final_steps": 1, "refine_steps": 1, "learning_rate": 0.0, "sigma0": 0.0},
     **{"chunk_size": 1, "memory": 0.0, "instances": 1, "num_controls": 1, "ceiling_steps": 1},
@@ -154,8 +142,6 @@ def environment() -> dict[str, str]:
     """Versions and hardware that numbers depend on."""
     import importlib.metadata as metadata
 
-    import jax
-
     packages = ("ggl-jax", "jax", "jaxlib", "flax", "optax", "evosax", "orbax-checkpoint", "numpy")
     versions = {}
     for name in packages:
@@ -163,50 +149,14 @@ def environment() -> dict[str, str]:
             versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             versions[name] = "not installed"
-    devices = jax.devices()
+    devices = machine.devices()
     return {
         **versions,
         "python": platform.python_version(),
         "platform": platform.platform(),
         "device": f"{len(devices)} x {devices[0].device_kind} ({devices[0].platform})",
-        "cpu": f"{cpu_name()}, {os.cpu_count()} cores",
+        "cpu": f"{machine.cpu_name()}, {os.cpu_count()} cores",
     }
-
-
-def cpu_name() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
-
-
-def check_config(out: Path, config: dict) -> None:
-    """Refuse a folder that holds another configuration; name what differs."""
-    path = out / "config.json"
-    if path.exists():
-        try:
-            old = json.loads(path.read_text())
-            same = {k: (old["options"].get(k), v) for k, v in config["options"].items()}
-            changed = [f"{k} ({a!r} there, {b!r} here)" for k, (a, b) in same.items() if a != b]
-            if old["inputs"] != config["inputs"]:
-                changed.append("the private images or the prior's weights")
-        except (json.JSONDecodeError, KeyError, TypeError, AttributeError):
-            raise GGLError(f"out: {path} is damaged; choose another --out") from None
-        if changed:
-            raise GGLError(
-                f"out: {out} holds an audit with other options: {', '.join(changed)}; choose "
-                "another --out or remove the folder"
-            )
-    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise GGLError(
-            f"out: {out} is not an empty folder and not an earlier audit; choose another --out"
-        )
-    out.mkdir(parents=True, exist_ok=True)
-    if not path.exists():
-        files.write_json(path, config)
 
 
 class AuditBar:

@@ -75,12 +75,13 @@ def run(command: AttackCommand, argv: list[str]) -> int:
     import jax.numpy as jnp
 
     from ggl_jax import foreign
-    from ggl_jax.adversary.reconstruct import reconstruct
+    from ggl_jax.adversary.reconstruct import expectations, reconstruct
     from ggl_jax.adversary.strategy import AttackSettings
     from ggl_jax.client.defenses import parse, summary
+    from ggl_jax.client.share import ClientSettings
     from ggl_jax.client.updates import read_update, read_variables
     from ggl_jax.priors import load_prior
-    from ggl_jax.types import STATUS_MESSAGES
+    from ggl_jax.types import STATUS_MESSAGES, Public, Shared
 
     check_ranges(command)
     if command.image is not None and command.batch_size > 1:
@@ -103,22 +104,20 @@ def run(command: AttackCommand, argv: list[str]) -> int:
     settings = AttackSettings(**given)
     defense = parse(command.defense, fidelity=settings.fidelity, compare=settings.compare)
     command.out.mkdir(parents=True, exist_ok=True)
+    public = Public(model, variables, prior, prior_params)
+    client = ClientSettings(**fields_of(ClientSettings, command))
+    search_key, samples_key = (jax.random.fold_in(jax.random.key(command.seed), i) for i in (0, 1))
     with AuditBar() as bar:
-        found = reconstruct(
-            jax.random.key(command.seed),
-            update,
-            model=model,
-            variables=variables,
-            prior=prior,
-            prior_params=prior_params,
+        (found,) = reconstruct(
+            search_key[None],
+            public,
+            [Shared(update, statistics)],
             defense=defense,
+            client=client,
             settings=settings,
-            batch_size=command.batch_size,
-            local_steps=command.local_steps,
-            local_learning_rate=command.local_learning_rate,
-            statistics=statistics,
+            expected=expectations(samples_key, public) if command.batch_size > 1 else None,
             mesh=_devices.mesh(command.shard),
-            callback=lambda done, losses: bar("search", 0, 1, 0.0, float(losses[0])),
+            progress=lambda phase, fraction, loss: bar(phase, 0, 1, fraction, loss),
         )
     norm = float(sum(jnp.sum(jnp.square(leaf)) for leaf in jax.tree.leaves(update)))
     content = {
@@ -143,9 +142,7 @@ def run(command: AttackCommand, argv: list[str]) -> int:
     content |= {"command": "ggl-jax " + shlex.join(argv), "environment": environment()}
     if original is not None:
         _write(command, content)  # whatever becomes of the controls
-        content["judged"] = _judge(
-            command, found.images[0], original, model, variables, prior, prior_params
-        )
+        content["judged"] = _judge(command, found, original, public)
         scores = content["judged"]
         lines.append(
             f"PSNR {scores['psnr']:.1f} dB; mean image {scores['psnr_mean_image']:.1f}, random "
@@ -161,7 +158,7 @@ def run(command: AttackCommand, argv: list[str]) -> int:
 
 
 def _write(command: AttackCommand, content: dict) -> None:
-    from ggl_jax.audit.runner import jsonable
+    from ggl_jax.audit.judge import jsonable
 
     files.write_json(command.out / "result.json", jsonable(content))
 
@@ -181,25 +178,25 @@ def _private_image(command: AttackCommand, prior):
     return jnp.asarray(private.images[0])
 
 
-def _judge(command: AttackCommand, image, original, model, variables, prior, prior_params) -> dict:
+def _judge(command: AttackCommand, found, original, public) -> dict:
     """Scores and controls, as in an audit."""
     import jax
-    import jax.numpy as jnp
+    import numpy as np
 
     from ggl_jax.audit import metrics
     from ggl_jax.audit.controls import prior_controls
+    from ggl_jax.audit.judge import judge
 
-    scores = {
-        name: float(function(jnp.asarray(image), original, model, variables))
-        for name, function in metrics.METRICS.items()
-    }
     controls = prior_controls(
-        prior,
-        prior_params,
+        public.prior,
+        public.prior_params,
         original,
-        command.label,
+        int(found.labels[0]),
         jax.random.key(command.seed),
         num_samples=command.num_controls,
         ceiling_steps=command.ceiling_steps,
     )
-    return {**scores, **controls.scores}
+    (row,) = judge(
+        found, original[None], np.asarray([command.label]), public=public, controls=[controls]
+    )
+    return {name: row[name] for name in (*metrics.METRICS, *controls.scores)}

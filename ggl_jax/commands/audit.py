@@ -7,15 +7,14 @@ import shlex
 from pathlib import Path
 from typing import Literal
 
+from ggl_jax import files
 from ggl_jax.commands import _devices
 from ggl_jax.commands._shared import (
     AuditBar,
-    check_config,
     check_ranges,
     console,
     environment,
     fields_of,
-    fingerprint,
     load_inputs,
 )
 from ggl_jax.errors import GGLError
@@ -40,6 +39,7 @@ SEARCHES: dict[str, dict[str, dict]] = {
         "ggl/cma_es": {"steps": 16},
         "ggl/turbo": {"steps": 60},
         "ggl/lbfgs": {"steps": 15, "restarts": 4},
+        "ggl/lbfgs_wolfe": {"steps": 15, "restarts": 4},
         "ggl/hybrid": {"steps": 8},
         "dlg": {"steps": 60},
         "idlg": {"steps": 60},
@@ -55,6 +55,7 @@ SEARCHES: dict[str, dict[str, dict]] = {
         "ggl/cma_es": {"steps": 100},
         "ggl/turbo": {"steps": 100},
         "ggl/lbfgs": {"steps": 60, "restarts": 8},
+        "ggl/lbfgs_wolfe": {"steps": 60, "restarts": 8},
         "ggl/hybrid": {"steps": 40},
         "dlg": {"steps": 400},
         "idlg": {"steps": 400},
@@ -131,8 +132,8 @@ class AuditCommand:
     """Whether candidates' gradients go through the estimated defense before they are compared
     (published: True for ggl, False for the baselines)."""
     optimizer: str | None = None
-    """Search: cma_es and turbo (gradient-free), adam, lbfgs, or hybrid (cma_es whose candidates are
-    refined by gradient steps)."""
+    """Search: cma_es and turbo (gradient-free), adam, lbfgs (torch's plain form), lbfgs_wolfe (with
+    a line search), or hybrid (cma_es whose candidates are refined by gradient steps)."""
     population: int | None = None
     """Candidates per step of cma_es and hybrid."""
     steps: int | None = None
@@ -262,27 +263,29 @@ def read_config(path: Path) -> AuditCommand:
 
 def _options(command: AuditCommand) -> dict:
     """The options that determine the results, as they go into ``config.json``."""
+    from ggl_jax.client.defenses import parse
+
     options = dataclasses.asdict(command)
     for name in ("out", "config", "shard"):
         options.pop(name)
-    options["defenses"] = list(command.defenses)
+    # By the names that they have in the results, however they were spelled.
+    options["defenses"] = [
+        parse(spec, fidelity=command.fidelity, compare=command.compare).name
+        for spec in command.defenses
+    ]
     return options
 
 
 def run(command: AuditCommand, argv: list[str]) -> int:
     """``ggl-jax audit``."""
-    import numpy as np
-
+    from ggl_jax.adversary.reconstruct import search_for
     from ggl_jax.adversary.strategy import AttackSettings, unused_options
-    from ggl_jax.audit import report, results
-    from ggl_jax.audit.runner import (
-        AuditInterrupted,
-        ClientSettings,
-        audit,
-        build_programs,
-        check_batches,
-    )
+    from ggl_jax.audit import folder as folders
+    from ggl_jax.audit import report
+    from ggl_jax.audit.cells import image_batches
+    from ggl_jax.audit.run import AuditInterrupted, audit
     from ggl_jax.client.defenses import parse
+    from ggl_jax.client.share import ClientSettings
 
     # Cheap checks first: a typing error should cost no work, and leave no folder behind.
     if not command.defenses:
@@ -303,19 +306,14 @@ def run(command: AuditCommand, argv: list[str]) -> int:
         num_classes=command.num_classes,
         batch_norm=command.batch_norm,
     )
-    check_batches(len(dataset.images), command.batch_size)
+    image_batches(len(dataset.images), command.batch_size)
     for defense in parsed:
-        build_programs(model, prior, defense, client, settings)  # for its errors
+        search_for(model, prior, defense, client, settings)  # for its errors
     options = _options(command)
-    inputs = {
-        "images": fingerprint(dataset.images.tobytes(), np.asarray(dataset.labels).tobytes()),
-        "prior": card["sha256"],
-    }
-    out = command.out or Path(f"ggl-audit-{fingerprint(options, inputs)[:8]}")
+    content = files.digest(options, dataset.images, dataset.labels, card["sha256"])
+    out = command.out or Path(f"ggl-audit-{content[:8]}")
     shown_command = "ggl-jax " + shlex.join(argv)
-    asked = {"defenses": [d.name for d in parsed], "images": list(dataset.names)}
-    config = {"command": shown_command, "options": options, "inputs": inputs}
-    check_config(out, config | {"asked": asked, "environment": environment()})
+    env = environment()
     num = len(dataset.images)
     for line in unused_options(settings):
         console.print(f"Note: {line}", markup=False, soft_wrap=True)
@@ -335,7 +333,7 @@ def run(command: AuditCommand, argv: list[str]) -> int:
                 model=model,
                 prior=prior,
                 prior_params=prior_params,
-                defenses=parsed,
+                defenses=list(options["defenses"]),
                 names=dataset.names,
                 instance_ids=dataset.indices,
                 others=_others(command, dataset, prior.image_shape[0]),
@@ -348,11 +346,12 @@ def run(command: AuditCommand, argv: list[str]) -> int:
                 out=out,
                 mesh=_devices.mesh(command.shard),
                 progress=bar,
+                about={"command": shown_command, "options": options, "environment": env},
             )
         except AuditInterrupted as stop:
             result, interrupted = stop.result, True
     if result.rows:
-        found = report.make(results.read(out))
+        found = report.make(folders.read(out))
         path = report.write(found, out)
         console.print(report.terminal(found))
         console.print(
@@ -361,6 +360,8 @@ def run(command: AuditCommand, argv: list[str]) -> int:
             markup=False,
             soft_wrap=True,
         )
+    for which, reason in result.failures.items():
+        console.print(f"failed: {which}: {reason}", markup=False, soft_wrap=True)
     if interrupted:
         console.print(
             f"Interrupted. {len(result.rows)} finished results are kept in {out}/; the same "
@@ -368,7 +369,7 @@ def run(command: AuditCommand, argv: list[str]) -> int:
             markup=False,
         )
         return 130
-    return 0
+    return 1 if result.failures else 0
 
 
 def _others(command: AuditCommand, dataset, size: int):

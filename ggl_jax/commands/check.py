@@ -39,10 +39,10 @@ class CheckCommand:
 
 def run(command: CheckCommand, argv: list[str]) -> int:
     """``ggl-jax check``."""
-    from ggl_jax.audit import results, tables
+    from ggl_jax.audit import folder, tables
     from ggl_jax.audit.check import canonical, check
 
-    records = results.read(command.folder)
+    records = folder.read(command.folder)
     bounds = {}
     for text in command.bounds:
         name, _, value = text.partition("=")

@@ -9,12 +9,10 @@ from typing import Literal
 from ggl_jax import files
 from ggl_jax.commands._shared import (
     AuditBar,
-    check_config,
     check_ranges,
     console,
     environment,
     fields_of,
-    fingerprint,
     load_inputs,
 )
 from ggl_jax.commands.audit import SEARCHES
@@ -50,7 +48,7 @@ class LandscapeCommand:
     span: float = 1.0
     """The grid's reach from the result to each side, in norms of the result's latent."""
     optimizer: str = "adam"
-    """Search for the result: adam, cma_es, turbo, lbfgs or hybrid."""
+    """Search for the result: adam, cma_es, turbo, lbfgs, lbfgs_wolfe or hybrid."""
     steps: int | None = None
     """Search steps."""
     population: int | None = None
@@ -102,10 +100,11 @@ def run(command: LandscapeCommand, argv: list[str]) -> int:
     import jax.numpy as jnp
     import numpy as np
 
+    from ggl_jax.adversary.reconstruct import search_for
     from ggl_jax.adversary.strategy import AttackSettings
     from ggl_jax.audit import landscape, metrics
-    from ggl_jax.audit.runner import ClientSettings, build_programs
     from ggl_jax.client import defenses
+    from ggl_jax.client.share import ClientSettings
 
     check_ranges(command)
     defense = defenses.parse(command.defense, fidelity=command.fidelity, compare=command.compare)
@@ -128,19 +127,19 @@ def run(command: LandscapeCommand, argv: list[str]) -> int:
         # as the audit's default search, not as published
         given |= {"signed": False, "schedule": "ramp"}
     settings = AttackSettings(**given)
-    build_programs(model, prior, defense, ClientSettings(), settings)  # for its errors
+    search_for(model, prior, defense, ClientSettings(), settings)  # for its errors
     options = {k: v for k, v in dataclasses.asdict(command).items() if k != "out"}
     shown = "ggl-jax " + shlex.join(argv)
     env = environment()
-    inputs = {"images": fingerprint(dataset.images.tobytes()), "prior": card["sha256"]}
-    check_config(
+    inputs = {"images": files.digest(dataset.images)[:12], "prior": card["sha256"]}
+    files.claim(
         command.out, {"command": shown, "options": options, "inputs": inputs, "environment": env}
     )
     image, name = dataset.images[0], dataset.names[0]
     with AuditBar() as bar:
 
-        def advanced(done, losses):
-            bar("search", 0, 2, done / max(done, settings.steps or done), float(losses[0]))
+        def advanced(phase, fraction, loss):
+            bar(phase, 0, 2, fraction, loss)
 
         center = landscape.find_center(
             image,
@@ -165,7 +164,7 @@ def run(command: LandscapeCommand, argv: list[str]) -> int:
             span=command.span,
             lpips=command.lpips,
         )
-    psnr = float(metrics.psnr(jnp.asarray(center.image), jnp.asarray(image)))
+    psnr = float(metrics.psnr(jnp.asarray(center.images[0]), jnp.asarray(image)))
     correlation = found.correlation
     said = f"{correlation:.3f}" if np.isfinite(correlation) else "undefined"
     title = f"{name}, {command.defense}, {command.optimizer}, seed {command.seed}"

@@ -26,12 +26,13 @@ class ReportCommand:
 
 def run(command: ReportCommand, argv: list[str]) -> int:
     """``ggl-jax report``."""
-    from ggl_jax.audit import report, results
+    from ggl_jax.audit import folder as folders
+    from ggl_jax.audit import report
 
     wanted = 2 if command.compare else 1
     if len(command.folders) != wanted:
         raise GGLError(f"folders: got {len(command.folders)}, allowed: one, or two with --compare")
-    records = [results.read(folder) for folder in command.folders]
+    records = [folders.read(folder) for folder in command.folders]
     if command.compare:
         compared = report.comparison(*records)
         path = report.write(compared, command.out or Path("."), "comparison")

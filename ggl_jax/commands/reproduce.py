@@ -1,141 +1,227 @@
-"""``ggl-jax reproduce``: the paper's experiments, ours beside the paper's numbers."""
+"""``ggl-jax reproduce``: the paper's tables and figures, ours beside the paper's numbers."""
 
 import dataclasses
 import datetime
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import tyro
 
 from ggl_jax import files
+from ggl_jax.commands import landscape
 from ggl_jax.commands._shared import (
     AuditBar,
-    check_config,
     check_ranges,
     console,
     environment,
-    fingerprint,
+    fields_of,
     load_inputs,
 )
-from ggl_jax.errors import GGLError
+from ggl_jax.errors import GGLError, did_you_mean
 
 
 @dataclasses.dataclass(frozen=True)
 class ReproduceCommand:
-    """Run one of the paper's experiments at 32x32: its table or figure, ours beside the paper's.
+    """Run one of the paper's experiments: its table or figure, ours beside the paper's numbers.
 
     Writes table.md, figure.png and one folder for each search; the same command goes on where it
-    was interrupted.
+    was interrupted. figure9 writes what ggl-jax landscape does.
     """
 
-    experiment: tyro.conf.Positional[
-        Literal["table1", "table2", "table3", "figure4", "figure5", "figure6", "figure7", "figure8"]
-    ]
-    """table1 and figure4: optimisers; table2: distances and regularisers; table3 and figure6:
-    attacks under defenses; figure5: Soteria on more samples; figure7: leakage by a defense's
-    strength; figure8: out-of-distribution images."""
+    experiment: tyro.conf.Positional[str]
+    """In the paper's numbering. table1: loss functions; table2, figure3: optimisers; table3,
+    figure4: attacks under defenses; figure5: more samples under Soteria; figure6: combined
+    defenses; figure7: Soteria's pruning rate; figure8: images outside the generator's distribution;
+    figure9: the loss landscape."""
+    half: Literal["celeba", "imagenet"] | None = None
+    """The paper's data set: celeba (32x32) or imagenet (224x224; docs/imagenet.md). By default
+    celeba, but imagenet for figures 5, 8 and 9, which the paper has of it alone."""
     data: str | None = None
-    """Private images, as for ggl-jax audit: a .npz file, a folder, or tfds:celeb_a. Only figure8
-    has a default, embedded:nonfaces."""
+    """Private images, as for ggl-jax audit: a .npz file, a folder, or tfds:celeb_a. Only figure8's
+    celeba half has a default, embedded:nonfaces."""
     images: int | None = None
-    """How many of them, the first ones; by default 4, for figure5 16."""
+    """How many of them, the first ones; by default the experiment's own number."""
+    seeds: int | None = None
+    """How many seeds, from --seed on; by default 1, but 3 (paper scale: 5) for table2, figure3."""
     scale: Literal["quick", "paper"] = "quick"
     """quick (shorter searches, for CPUs) or paper (the published lengths, meant for a GPU)."""
-    prior: str = "dcgan32_faces"
-    """The adversary's generator, as for ggl-jax audit."""
+    fidelity: Literal["paper", "code"] = "paper"
+    """Where the paper and its published code differ: follow the paper (clipping layer by layer), or
+    the code (one global norm)."""
+    prior: str | None = None
+    """The adversary's generator, as for ggl-jax audit; by default dcgan32_faces for celeba."""
     lpips: Literal["vgg", "alex", "squeeze"] = "vgg"
-    """Network behind the LPIPS score."""
+    """Network behind the LPIPS score; the paper's values are vgg's."""
+    num_controls: int = 400
+    """Random samples of the prior for the controls."""
+    ceiling_steps: int = 300
+    """Steps of the prior's direct fit to the private image, its ceiling."""
     seed: int = 0
     """Seed of the model's weights, the noise and the searches."""
     out: Path | None = None
-    """Folder for the results; by default ggl-EXPERIMENT-SCALE here."""
+    """Folder for the results; by default ggl-EXPERIMENT-HALF-SCALE here."""
 
 
 def run(command: ReproduceCommand, argv: list[str]) -> int:
     """``ggl-jax reproduce``."""
+    import jax
     from rich.markdown import Markdown
 
     from ggl_jax.audit import paper
-    from ggl_jax.audit.runner import AuditInterrupted, AuditResult, audit
+    from ggl_jax.audit import run as cell_runs
+    from ggl_jax.audit.cells import MODEL_STREAM, Inputs
 
-    experiment = paper.EXPERIMENTS[command.experiment]()
-    check_ranges(command)
-    num = experiment.images if command.images is None else command.images
-    data = experiment.data if command.data is None else command.data
-    if data is None:
-        raise GGLError(
-            f"data: {command.experiment} needs --data, private images with labels such as "
-            "tfds:celeb_a"
-        )
-    dataset, prior, prior_params, card, model = load_inputs(
-        data,
-        command.prior,
-        indices=f":{num}",
+    chosen: Any = _resolve(command)
+    experiment = paper.EXPERIMENTS[chosen.experiment](chosen.scale, chosen.half, chosen.fidelity)
+    runs = experiment.runs(range(chosen.seed, chosen.seed + chosen.seeds))
+    if chosen.experiment == "figure9":
+        return _landscape(chosen, runs[0].settings, argv)
+    inputs = load_inputs(
+        chosen.data,
+        chosen.prior,
+        indices=f":{chosen.images}",
         unlabelled=experiment.label,
-        remedy=f"{command.experiment} needs them",
+        remedy=f"{chosen.experiment} needs them",
     )
-    if len(dataset.images) < num:
+    found = len(inputs.dataset.images)
+    if found < chosen.images:
         raise GGLError(
-            f"images: got {num}, but {data} has {len(dataset.images)}; give --images "
-            f"{len(dataset.images)} or other --data"
+            f"images: got {chosen.images}, but {chosen.data} has {found}; give --images {found} "
+            "or other --data"
         )
-    out = command.out or Path(f"ggl-{command.experiment}-{command.scale}")
-    options = dataclasses.asdict(command)
-    options.pop("out")
+    out = chosen.out
+    options = {k: v for k, v in dataclasses.asdict(chosen).items() if k != "out"}
     shown = "ggl-jax " + shlex.join(argv)
     env = environment()
-    inputs = {"images": fingerprint(dataset.images.tobytes()), "prior": card["sha256"]}
-    check_config(out, {"command": shown, "options": options, "inputs": inputs, "environment": env})
-    searches = experiment.searches(command.scale)
+    given = Inputs(
+        inputs.dataset.images,
+        inputs.dataset.labels,
+        inputs.model,
+        inputs.prior,
+        inputs.prior_params,
+        names=inputs.dataset.names,
+        instance_ids=inputs.dataset.indices,
+        num_controls=chosen.num_controls,
+        ceiling_steps=chosen.ceiling_steps,
+        lpips=chosen.lpips,
+        about={"command": shown, "environment": env},
+    )
+    cells = _cells(runs, given)
     console.print(
-        f"{experiment.title}: {len(searches)} searches, {len(experiment.defenses)} defenses, "
-        f"{num} images, scale {command.scale}. Results: {out}/",
+        f"{experiment.title}: {len(runs)} searches, {len(experiment.defenses)} defenses, "
+        f"{found} images, scale {chosen.scale}. Results: {out}/",
         markup=False,
         soft_wrap=True,
     )
-    results: dict[str, AuditResult] = {}
-    interrupted = False
-    with AuditBar(len(searches)) as bar:
-        for number, (name, settings) in enumerate(searches.items()):
-            bar.begin(name, number)
-            try:
-                results[name] = audit(
-                    dataset.images,
-                    dataset.labels,
-                    model=model,
-                    prior=prior,
-                    prior_params=prior_params,
-                    defenses=experiment.defenses,
-                    names=dataset.names,
-                    instance_ids=dataset.indices,
-                    settings=settings,
-                    lpips=command.lpips,
-                    seed=command.seed,
-                    out=out / _folder(name),
-                    progress=bar,
-                )
-            except AuditInterrupted as stop:
-                interrupted = True
-                if stop.result.rows:
-                    results[name] = stop.result
-                break
-    if results:
-        date = datetime.date.today().isoformat()
-        where = (
-            f"{date}; {env['device']}; {env['cpu']}; jax {env['jax']}; {num} images; "
-            f"seed {command.seed}; prior {card['name']}"
+    with AuditBar() as bar:
+        done = cell_runs.run(
+            cells, given, out, config=cell_runs.config_of(cells, given, options), progress=bar
         )
-        text = paper.markdown(experiment, results, command=shown, where=where)
+    for cell, reason in done.failures.items():
+        console.print(f"failed: {done.records.cells[cell]}: {reason}", markup=False)
+    results = {
+        one: result
+        for one in runs
+        if (result := cell_runs.result_of(done.records, given, search=one.name, seed=one.seed)).rows
+    }
+    if results:
+        key = jax.random.key(chosen.seed)
+        controls = paper.control_scores(
+            next(iter(results.values())),
+            inputs.model,
+            jax.jit(inputs.model.init)(jax.random.fold_in(key, MODEL_STREAM)),
+            inputs.prior,
+            inputs.prior_params,
+            # folded away from the streams of the images' indices
+            jax.random.fold_in(key, 2**31 - 4),
+            lpips=chosen.lpips,
+        )
+        text = paper.markdown(
+            experiment,
+            results,
+            controls,
+            num_images=found,
+            lpips=chosen.lpips,
+            command=shown,
+            where=(
+                f"{datetime.date.today().isoformat()}; {env['device']}; {env['cpu']}; "
+                f"jax {env['jax']}; images: {found}; seeds: {chosen.seeds}, from {chosen.seed} "
+                f"on; prior {inputs.card['name']}"
+            ),
+        )
         files.write_text(out / "table.md", text)
         paper.draw(experiment, results, out / "figure.png")
         console.print(Markdown(text))
         console.print(f"Table: {out}/table.md; pictures: {out}/figure.png", markup=False)
-    if interrupted:
+    if done.interrupted:
         console.print("Interrupted. The same command goes on from here.", markup=False)
         return 130
     return 0
 
 
-def _folder(name: str) -> str:
-    return "".join(c if c.isalnum() else "_" for c in name.lower())
+def _resolve(command: ReproduceCommand) -> ReproduceCommand:
+    """The command with the experiment's own defaults filled in.
+
+    Raises:
+        GGLError: an unknown experiment, an option out of its range, or no data or prior.
+    """
+    from ggl_jax.audit import paper
+
+    name = command.experiment
+    if name not in paper.EXPERIMENTS:
+        hint = did_you_mean(name, paper.EXPERIMENTS, before="; ")
+        raise GGLError(f"experiment: got {name!r}, allowed: {', '.join(paper.EXPERIMENTS)}{hint}")
+    check_ranges(command)
+    kind = paper.EXPERIMENTS[name]
+    half: Any = command.half or kind.default_half
+    data = command.data or kind.data.get(half)
+    prior = command.prior or ("dcgan32_faces" if half == "celeba" else None)
+    if data is None:
+        example = "tfds:celeb_a" if half == "celeba" else "tfds:imagenet2012:validation"
+        raise GGLError(f"data: {name} needs --data, private images with labels such as {example}")
+    if prior is None:
+        raise GGLError(
+            "prior: the ImageNet half needs --prior, a generator of such images (docs/imagenet.md "
+            "says how to get BigGAN-deep); or give --half celeba"
+        )
+    return dataclasses.replace(
+        command,
+        half=half,
+        data=data,
+        prior=prior,
+        images=command.images or kind.images[command.scale],
+        seeds=command.seeds or kind.seeds[command.scale],
+        out=command.out or Path(f"ggl-{name}-{half}-{command.scale}"),
+    )
+
+
+def _landscape(command: Any, settings: Any, argv: list[str]) -> int:
+    """Figure 9, by ``ggl-jax landscape``."""
+    if (command.images, command.seeds) != (1, 1):
+        raise GGLError("images, seeds: figure9 is of one image and one seed; leave them out")
+    options = landscape.LandscapeCommand
+    given = fields_of(options, settings) | fields_of(options, command)
+    return landscape.run(options(**given), argv)
+
+
+def _cells(runs: Sequence[Any], inputs: Any) -> list[Any]:
+    """The experiment's cells: every search under every one of its defenses, on every image."""
+    from ggl_jax.audit.cells import Cells, image_batches
+    from ggl_jax.client.share import ClientSettings
+
+    maker, client = Cells(inputs), ClientSettings()
+    return [
+        maker.make(
+            {"search": one.name},
+            one.settings,
+            client,
+            maker.defense(defense, one.settings),
+            one.seed,
+            batch,
+        )
+        for one in runs
+        for defense in one.defenses
+        for batch in image_batches(len(inputs.images), client.batch_size)
+    ]

@@ -4,6 +4,7 @@ import dataclasses
 from pathlib import Path
 
 from ggl_jax.commands._shared import console
+from ggl_jax.errors import GGLError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,12 +18,14 @@ class SamplePriorCommand:
     seed: int = 0
     """Seed of the samples."""
     out: Path = Path("samples.png")
-    """The PNG to write."""
+    """The PNG to write; one that exists is left alone."""
 
 
 def run(command: SamplePriorCommand, argv: list[str]) -> int:
     """``ggl-jax sample-prior``."""
     del argv
+    if command.out.exists():
+        raise GGLError(f"out: {command.out} exists; choose another --out, or remove it first")
     import jax
 
     from ggl_jax.priors import load_prior, samples

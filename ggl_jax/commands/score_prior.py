@@ -41,7 +41,7 @@ def run(command: ScorePriorCommand, argv: list[str]) -> int:
     from ggl_jax.audit import metrics
     from ggl_jax.audit.data import load
     from ggl_jax.priors import load_prior
-    from ggl_jax.priors.wgan_gp import held_out_indices
+    from ggl_jax.priors.holdout import held_out_indices
 
     prior, params, card = load_prior(command.prior)
     size = prior.image_shape[0]

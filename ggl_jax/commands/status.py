@@ -1,4 +1,4 @@
-"""``ggl-jax status``: how far a sweep is."""
+"""``ggl-jax status``: how far a sweep or audit is."""
 
 import dataclasses
 import datetime
@@ -11,23 +11,23 @@ from ggl_jax.commands._shared import console
 
 @dataclasses.dataclass(frozen=True)
 class StatusCommand:
-    """Say what of a sweep is done, failed and left, and how long the rest takes."""
+    """Say what of a sweep or audit is done, failed and left, and how long the rest takes."""
 
     folder: tyro.conf.Positional[Path]
-    """Folder of ggl-jax sweep (or audit), finished or running."""
+    """Folder of ggl-jax sweep or audit, finished or running."""
 
 
 def run(command: StatusCommand, argv: list[str]) -> int:
     """``ggl-jax status``."""
-    from ggl_jax.audit import results
+    from ggl_jax.audit import folder
 
-    records = results.read(command.folder)
+    records = folder.read(command.folder)
     done, failed, left = len(records.finished), len(records.failures), len(records.left)
     console.print(
         f"{len(records.cells):,} cells: {done:,} done, {failed:,} failed, {left:,} left.",
         markup=False,
     )
-    seconds = remaining(records) if records.kind == "sweep" else None
+    seconds = remaining(records)
     if left and seconds is not None:
         left_time = datetime.timedelta(seconds=round(seconds))
         console.print(f"About {left_time} left at the pace of the finished cells.", markup=False)

@@ -37,8 +37,8 @@ class SweepCommand:
     out: Path | None = None
     """Folder for the results; by default the grid's name without .toml, here."""
     dry_run: bool = False
-    """Only say how many cells and gradient evaluations it would be, and roughly how long they would
-    take, by a calibration of about half a minute."""
+    """Only say how many cells, programs and gradient evaluations it would be, and which cells
+    cannot run. ggl-jax status tells the pace once some are finished."""
     extend: bool = False
     """Go on in a folder of another configuration: what is finished there stays."""
     retry_failed: bool = False
@@ -159,11 +159,12 @@ def read_grid(path: Path) -> GridFile:
     )
 
 
-def load_grid(path: Path):
+def load_grid(path: Path, about: dict[str, Any] | None = None):
     """A :class:`ggl_jax.audit.sweep.Grid` of a grid file, with images, model and prior loaded."""
     from ggl_jax.adversary.strategy import AttackSettings
     from ggl_jax.audit import sweep
-    from ggl_jax.audit.runner import ClientSettings
+    from ggl_jax.audit.cells import Inputs
+    from ggl_jax.client.share import ClientSettings
 
     file = read_grid(path)
     command = file.command
@@ -191,14 +192,10 @@ def load_grid(path: Path):
         base = audit_command.defaults(chosen)
         return AttackSettings(**(fields_of(AttackSettings, base) | own))
 
-    return sweep.plan(
+    inputs = Inputs(
         dataset.images,
         dataset.labels,
-        model=model,
-        axes=file.axes,
-        exclude=file.exclude,
-        settings=settings,
-        client=ClientSettings(**fields_of(ClientSettings, command)),
+        model,
         prior=prior,
         prior_params=prior_params,
         names=dataset.names,
@@ -207,7 +204,14 @@ def load_grid(path: Path):
         num_controls=command.num_controls,
         ceiling_steps=command.ceiling_steps,
         lpips=command.lpips,
-        options=file.options,
+        about={**(about or {}), "options": file.options},
+    )
+    return sweep.plan(
+        inputs,
+        file.axes,
+        exclude=file.exclude,
+        settings=settings,
+        client=ClientSettings(**fields_of(ClientSettings, command)),
     )
 
 
@@ -218,15 +222,16 @@ def run(command: SweepCommand, argv: list[str]) -> int:
     )
     import jax
 
-    from ggl_jax.audit import cost, report, results, sweep
+    from ggl_jax.audit import folder, report
+    from ggl_jax.audit.run import run as run_cells
 
-    grid = load_grid(command.grid)
-    mesh = _devices.mesh(command.shard)
+    about = {"command": "ggl-jax " + shlex.join(argv), "environment": environment()}
+    grid = load_grid(command.grid, about)
     out = command.out or Path(command.grid.stem)
     first = jax.process_index() == 0
     if command.dry_run:
-        done = results.read(out).finished if (out / "plan.json").exists() else set()
-        return _dry_run(grid, cost.estimate(grid, finished=sorted(done), mesh=mesh))
+        done = folder.read(out).finished if (out / "plan.json").exists() else set()
+        return _dry_run(grid, done)
     if first:
         console.print(
             f"{len(grid.cells):,} cells, {sum(c.evaluations for c in grid.cells):,} gradient "
@@ -234,15 +239,15 @@ def run(command: SweepCommand, argv: list[str]) -> int:
             markup=False,
             soft_wrap=True,
         )
-    about = {"command": "ggl-jax " + shlex.join(argv), "environment": environment()}
     with AuditBar() as bar:
-        result = sweep.run(
-            grid,
+        result = run_cells(
+            grid.cells,
+            grid.inputs,
             out,
+            config=grid.config,
             extend=command.extend,
             retry_failed=command.retry_failed,
-            mesh=mesh,
-            about=about,
+            mesh=_devices.mesh(command.shard),
             progress=bar if first else None,
         )
     records = result.records
@@ -266,15 +271,12 @@ def run(command: SweepCommand, argv: list[str]) -> int:
     return 1 if records.failures else 0
 
 
-def _dry_run(grid, estimate) -> int:
-    hours = estimate.seconds / 3600
-    shown = f"{hours:.1f} h" if hours >= 1 else f"{estimate.seconds / 60:.1f} min"
-    done = len(grid.cells) - estimate.cells
+def _dry_run(grid, done) -> int:
+    left = [cell for cell in grid.cells if cell.id not in done]
     console.print(
-        f"{len(grid.cells):,} cells ({done:,} finished), {estimate.programs:,} programs to "
-        f"compile, {estimate.evaluations:,} gradient evaluations.\n"
-        f"Roughly {shown} on this machine, if it is as busy then as now ({estimate.measured} of "
-        f"{estimate.kinds} kinds of search stages measured, the others taken to be as fast).",
+        f"{len(grid.cells):,} cells ({len(grid.cells) - len(left):,} finished), "
+        f"{len({cell.program for cell in left}):,} programs to compile, "
+        f"{sum(cell.evaluations for cell in left):,} gradient evaluations.",
         markup=False,
         soft_wrap=True,
     )
@@ -289,10 +291,11 @@ def _dry_run(grid, estimate) -> int:
 
 def _why(grid, cell) -> GGLError | None:
     """Why the cell's search cannot be built."""
-    from ggl_jax.audit.runner import build_programs
+    from ggl_jax.adversary.reconstruct import search_for
 
+    given = grid.inputs
     try:
-        build_programs(grid.model, grid.prior, cell.defense, cell.client, cell.settings)
+        search_for(given.model, given.prior, cell.defense, cell.client, cell.settings)
     except GGLError as error:
         return error
     return None

@@ -2,10 +2,12 @@
 
 import dataclasses
 import shlex
+import signal
 from pathlib import Path
 
-from ggl_jax.commands._shared import console, fields_of
+from ggl_jax.commands._shared import AuditBar, console
 from ggl_jax.errors import GGLError
+from ggl_jax.priors.wgan_gp import Config
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,38 +28,17 @@ class TrainPriorCommand:
     from them."""
     licence_note: str = "see the licences of the training data"
     """What the card says about using the weights."""
-    width: int = 64
-    """Channels before the generator's last layer (the paper: 128)."""
-    latent_dim: int = 128
-    """Size of the latent vector."""
-    steps: int = 20_000
-    """Generator updates."""
-    critic_steps: int = 5
-    """Critic updates for each generator update."""
-    batch_size: int = 64
-    """Images per update."""
-    learning_rate: float = 1e-4
-    """Step size of both Adams."""
-    penalty: float = 10.0
-    """Weight of the gradient penalty."""
-    ema_decay: float = 0.999
-    """Decay of the average of the generator's weights that is exported."""
-    holdout: int = 256
-    """Images of the first file to keep out of training."""
-    flips: bool = True
-    """Mirror images at random."""
     conditional: bool = False
     """Train a class-conditional generator: it learns the files' labels, and attacks give it the
     class that they inferred."""
-    seed: int = 0
-    """Seed of weights, batches and held-out images."""
     export: Path | None = None
     """Write the trained prior (weights and card) to this folder when done, for --prior."""
+    config: Config = dataclasses.field(default_factory=Config)
 
 
 def run(command: TrainPriorCommand, argv: list[str]) -> int:
     """``ggl-jax train-prior``."""
-    from ggl_jax.priors import wgan_gp
+    from ggl_jax.priors import training
 
     files = []
     for entry in command.data:
@@ -66,13 +47,22 @@ def run(command: TrainPriorCommand, argv: list[str]) -> int:
             files.append((path, float(weight or 1)))
         except ValueError:
             raise GGLError(f"data: {entry!r}: the weight after * must be a number") from None
-    options = fields_of(wgan_gp.Config, command)
-    if command.conditional:
-        options["num_classes"] = wgan_gp.count_classes(files)
-    config = wgan_gp.Config(**options)
-    wgan_gp.train(config, files, command.out)
+    config = command.config
+    if command.conditional and config.num_classes is None:
+        config = dataclasses.replace(config, num_classes=training.count_classes(files))
+    # A stop by the system saves as Ctrl-C does.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    with AuditBar() as bar:
+
+        def progress(step, metrics):
+            bar("training", 0, 1, step / config.steps, metrics["wasserstein"])
+
+        state = training.train(config, files, command.out, progress=progress)
+    if state.step < config.steps:
+        console.print(f"Interrupted after {state.step} steps. The same command goes on from there.")
+        return 130
     if command.export is not None:
-        wgan_gp.export(
+        training.export(
             command.out,
             command.export,
             trained_on=command.trained_on,

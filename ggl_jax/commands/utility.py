@@ -65,34 +65,31 @@ class UtilityCommand:
 
 def _of_run(folder: Path) -> tuple[audit_command.AuditCommand, list[str], list[str]]:
     """A run's options, its defenses, and their fidelities."""
-    from ggl_jax.audit import results
+    from ggl_jax.audit import folder as folders
 
-    config = results.read_json(
-        folder / "config.json", f"{folder} is no folder of ggl-jax sweep or audit"
-    )
-    if not (folder / "plan.json").exists():
+    records = folders.read(folder)
+    options = records.config["options"]
+    defenses = list(dict.fromkeys(cell["defense"] for cell in records.cells.values()))
+    if "defenses" in options and "data" in options:
         command = audit_command.read_config(folder / "config.json")
-        return command, list(command.defenses), [command.fidelity]
-    options = config.get("options", {})
+        return command, defenses, [command.fidelity]
     if not {"preset", "fixed", "axes"} <= set(options):
         raise GGLError(
-            f"folder: {folder} was swept from Python, so its model is not known here; call "
+            f"folder: {folder} was run from Python, so its model is not known here; call "
             "ggl_jax.audit.utility.measure(..., out=folder)"
         )
     try:
         command = audit_command.AuditCommand(preset=options["preset"], **options["fixed"])
     except TypeError:
         raise GGLError(f"folder: {folder / 'config.json'} is of another version") from None
-    plan = results.read_json(folder / "plan.json", f"{folder} is damaged")
-    defenses = list(dict.fromkeys(cell["defense"] for cell in plan["cells"].values()))
     return command, defenses, options["axes"].get("fidelity", [command.fidelity])
 
 
 def run(command: UtilityCommand, argv: list[str]) -> int:
     """``ggl-jax utility``."""
-
     from ggl_jax.audit import data as audit_data
-    from ggl_jax.audit import report, results, utility
+    from ggl_jax.audit import folder as folders
+    from ggl_jax.audit import report, utility
     from ggl_jax.client.models import get_model
     from ggl_jax.priors import load_prior
 
@@ -154,7 +151,7 @@ def run(command: UtilityCommand, argv: list[str]) -> int:
             console.print(f"Epsilon {note}", markup=False)
     console.print(f"Results: {out / utility.ROWS}", markup=False, soft_wrap=True)
     if command.folder is not None and out == command.folder:
-        records = results.read(out)
+        records = folders.read(out)
         if records.rows:
             page = report.write(report.make(records), out)
             console.print(f"Report: {page}", markup=False, soft_wrap=True)

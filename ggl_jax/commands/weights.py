@@ -6,17 +6,8 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)
 
+from ggl_jax.commands._shared import console
 from ggl_jax.errors import GGLError
 
 
@@ -24,9 +15,9 @@ from ggl_jax.errors import GGLError
 class WeightsCommand:
     """Fetch published weights and keep them for later audits: those of the LPIPS metric.
 
-    They come from torchvision's and LPIPS' official addresses; size and sha256 are checked. What
-    was cut off goes on with the same command. Files are read without running code in them.
-    Downloads need torch once, to read the files: pip install 'ggl-jax[convert]'.
+    They come from torchvision's and LPIPS' official addresses; the sha256 is checked. Files are
+    read without running code in them. Downloads need torch once, to read the files:
+    pip install 'ggl-jax[convert]'.
     """
 
     name: tyro.conf.Positional[Literal["lpips-vgg", "lpips-alex", "lpips-squeeze"]]
@@ -49,37 +40,12 @@ def run(command: WeightsCommand, argv: list[str]) -> int:
 
     if command.files == ():
         raise GGLError("from: names no file; give one or more, or leave --from out to download")
-    console = Console()
-    bar = Progress(
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-        console=console,
-        disable=not console.is_terminal,
+    path = weights.install(
+        command.name,
+        given=command.files or (),
+        out=command.out,
+        command="ggl-jax " + shlex.join(argv),
     )
-    tasks: dict[str, TaskID] = {}
-
-    def progress(file: str, done: int, total: int) -> None:
-        if file not in tasks:
-            tasks[file] = bar.add_task(file, total=total)
-            if not console.is_terminal:
-                console.print(f"fetching {file} ({total:,} bytes)", markup=False, soft_wrap=True)
-        bar.update(tasks[file], completed=done)
-
-    try:
-        with bar:
-            path = weights.install(
-                command.name,
-                files=command.files or (),
-                out=command.out,
-                command="ggl-jax " + shlex.join(argv),
-                progress=progress,
-            )
-    except KeyboardInterrupt:
-        console.print("Interrupted; the same command goes on from there.")
-        return 130
     console.print(f"{command.name} is in {path}", markup=False, soft_wrap=True)
     if command.out is not None and command.out.absolute() != weights.folder().absolute():
         console.print(

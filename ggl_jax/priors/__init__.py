@@ -1,5 +1,7 @@
 """Public knowledge of what images look like: generators, their training, and their reach."""
 
+import functools
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -26,19 +28,25 @@ PRIORS: dict[str, Callable[..., Prior]] = {
 }
 
 
+@functools.lru_cache(maxsize=64)
+def _built(factory: Callable[..., Prior], arguments: str) -> Prior:
+    """One prior for the same arguments (as JSON), so that programs compiled for it are kept."""
+    return factory(**json.loads(arguments))
+
+
 def load_prior(path_or_name) -> tuple[Prior, Any, dict[str, Any]]:
-    """Loads a trained prior.
+    """Load a trained prior.
 
     Args:
-      path_or_name: a checkpoint's folder, or the name of one shipped with the project.
+        path_or_name: a checkpoint's folder, or the name of one shipped with the project.
 
     Returns:
-      `(prior, params, card)`. The card's `trained_on` lists the public data sets behind the
-      weights: private images from one of those were seen in training and prove nothing.
+        ``(prior, params, card)``. The card's ``trained_on`` lists the public data sets behind the
+        weights: private images from one of those were seen in training and prove nothing.
 
     Raises:
-      GGLError: no such checkpoint, a damaged one, one that does not match its card (see
-        `ggl_jax.checkpoint.load`), or a card of an unknown kind of prior.
+        GGLError: no such checkpoint, a damaged one, one that does not match its card (see
+            :func:`ggl_jax.checkpoint.load`), or a card of an unknown kind of prior.
     """
     path = checkpoint.find(path_or_name)
     tree, card = checkpoint.load(path)
@@ -46,7 +54,7 @@ def load_prior(path_or_name) -> tuple[Prior, Any, dict[str, Any]]:
     if kind not in PRIORS:
         raise GGLError(f"checkpoint {path}: kind={kind!r} is none of {', '.join(PRIORS)}")
     try:
-        prior = PRIORS[kind](**card["arguments"])
+        prior = _built(PRIORS[kind], json.dumps(card["arguments"], sort_keys=True))
     except (KeyError, TypeError) as error:
         raise GGLError(f"checkpoint {path}: its card's arguments do not fit {kind}") from error
     expected = jax.eval_shape(prior.init, jax.random.key(0))

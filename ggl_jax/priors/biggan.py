@@ -2,11 +2,12 @@
 
 Architecture: Brock, Donahue and Simonyan, "Large Scale GAN Training for High Fidelity Natural
 Image Synthesis", ICLR 2019, appendix B (BigGAN-deep). Names and numbers of the published weights
-are those of their PyTorch conversion (pytorch-pretrained-BigGAN: `pytorch_model.bin` and
-`config.json`).
+are those of their PyTorch conversion (pytorch-pretrained-BigGAN: ``pytorch_model.bin`` and
+``config.json``).
 """
 
 import dataclasses
+import functools
 import json
 import math
 from collections.abc import Mapping
@@ -19,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ggl_jax import foreign
-from ggl_jax.errors import GGLError
+from ggl_jax.errors import GGLError, about, explaining
 from ggl_jax.images import area_resize, from_signed
 from ggl_jax.types import Path as TreePath
 from ggl_jax.types import Prior
@@ -30,25 +31,25 @@ REDUCTION = 4
 
 @dataclasses.dataclass(frozen=True)
 class BigGANConfig:
-    """The size of a BigGAN-deep generator; the fields are those of the published `config.json`.
+    """The size of a BigGAN-deep generator; the fields are those of the published ``config.json``.
 
-    `dataclasses.replace(BIGGAN_DEEP[256], channel_width=8, num_classes=10)` is a narrow one of the
-    same layout.
+    ``dataclasses.replace(BIGGAN_DEEP[256], channel_width=8, num_classes=10)`` is a narrow one of
+    the same layout.
 
     Attributes:
-      output_dim: side of the images, 4 times two to the number of up-sampling blocks.
-      z_dim: size of the latent.
-      class_embed_dim: size of a class's embedding.
-      channel_width: channels before the last convolution; all others are multiples.
-      num_classes: classes.
-      layers: one `(up_sample, in, out)` per residual block, channels in units of
-        `channel_width`; `out` is `in` or less, and 1 in the last block.
-      attention_layer_position: the block before which the self-attention stands.
-      eps: added to variances in batch norm, above 0.
-      n_stats: truncations with stored batch norm statistics, evenly spaced from 0 to 1.
+        output_dim: side of the images, 4 times two to the number of up-sampling blocks.
+        z_dim: size of the latent.
+        class_embed_dim: size of a class's embedding.
+        channel_width: channels before the last convolution; all others are multiples.
+        num_classes: classes.
+        layers: one ``(up_sample, in, out)`` per residual block, channels in units of
+            ``channel_width``; ``out`` is ``in`` or less, and 1 in the last block.
+        attention_layer_position: the block before which the self-attention stands.
+        eps: added to variances in batch norm, above 0.
+        n_stats: truncations with stored batch norm statistics, evenly spaced from 0 to 1.
 
     Raises:
-      GGLError: a field out of its range, or layers that do not fit together.
+        GGLError: a field out of its range, or layers that do not fit together.
     """
 
     output_dim: int
@@ -110,24 +111,22 @@ class BigGANConfig:
 
     @classmethod
     def read(cls, path) -> "BigGANConfig":
-        """A published `config.json`.
+        """A published ``config.json``.
 
         Raises:
-          GGLError: no such file, no JSON, unknown or missing fields, or values out of range.
+            GGLError: no such file, no JSON, unknown or missing fields, or values out of range.
         """
-        try:
-            return cls.of(json.loads(Path(path).read_text(encoding="utf-8")))
-        except (OSError, ValueError) as error:
-            raise GGLError(f"config: {path} cannot be read: {error}") from error
-        except GGLError as error:
-            raise GGLError(f"config: {path}: {error}") from error
+        with about(f"config: {path}"):
+            with explaining("cannot be read", "give the config.json beside the weights"):
+                fields = json.loads(Path(path).read_text(encoding="utf-8"))
+            return cls.of(fields)
 
     @classmethod
     def of(cls, fields: Mapping[str, Any]) -> "BigGANConfig":
         """A config from its fields, such as those of a card.
 
         Raises:
-          GGLError: unknown or missing fields, or values out of range.
+            GGLError: unknown or missing fields, or values out of range.
         """
         known = {field.name for field in dataclasses.fields(cls)}
         if not isinstance(fields, Mapping) or not {"output_dim", "layers"} <= fields.keys():
@@ -150,7 +149,7 @@ BIGGAN_DEEP: dict[int, BigGANConfig] = {
 
 
 class _Standing(NamedTuple):
-    """Which of the stored statistics to use: `low_weight` of row `low`, the rest of `high`."""
+    """The stored statistics to use: ``low_weight`` of row ``low``, the rest of ``high``."""
 
     num: int
     low: int
@@ -171,8 +170,8 @@ def _standing(config: BigGANConfig, truncation: float, fidelity: str) -> _Standi
 class _Norm(nn.Module):
     """Batch norm with stored statistics: [b h w c] -> [b h w c].
 
-    With a `condition` [b, d] gain and bias are linear in it (gain 1 + scale(condition)), else they
-    are learnt numbers.
+    With a ``condition`` [b, d] gain and bias are linear in it (gain 1 + scale(condition)), else
+    they are learnt numbers.
     """
 
     standing: _Standing
@@ -227,7 +226,7 @@ class _Block(nn.Module):
 class _Attention(nn.Module):
     """Self-attention over positions; keys and values are max-pooled 2x2 (Zhang et al., 2019).
 
-    The logits are not scaled. `gamma` is the learnt share of the attention in the output, 0 at
+    The logits are not scaled. ``gamma`` is the learnt share of the attention in the output, 0 at
     the start of training.
     """
 
@@ -251,15 +250,15 @@ class _Attention(nn.Module):
 
 
 class Generator(nn.Module):
-    """Latents [b z] and labels [b] -> images [b s s 3] in [-1, 1], s = `config.output_dim`.
+    """Latents [b z] and labels [b] -> images [b s s 3] in [-1, 1], s = ``config.output_dim``.
 
     The latent is not split: each block sees all of it, beside the class's embedding (appendix B).
     A label outside [0, num_classes) gives an image of NaN.
 
     Attributes:
-      config: the generator's size.
-      truncation: in (0, 1]; which batch norm statistics are used.
-      fidelity: "paper" or "code", see `biggan_deep`.
+        config: the generator's size.
+        truncation: in (0, 1]; which batch norm statistics are used.
+        fidelity: "paper" or "code", see :func:`biggan_deep`.
     """
 
     config: BigGANConfig
@@ -297,28 +296,29 @@ def biggan_deep(
 ) -> Prior:
     """BigGAN-deep as a prior over the images of each ImageNet class.
 
-    `apply(params, latents[b z], labels[b])` depends on the class through the label: an attack
+    ``apply(params, latents[b z], labels[b])`` depends on the class through the label: an attack
     passes the labels that it inferred, so the federated model's classes must be the generator's
     (ImageNet's usual order, 0 to 999). A label outside [0, num_classes) gives NaN, not another
     class's image. An image does not depend on the others of its batch.
 
     Args:
-      config: the generator's size: one of `BIGGAN_DEEP`, or a mapping with a config's fields.
-      truncation: in (0, 1]. Latents are `truncation` times a standard normal truncated to
-        [-2, 2], and the batch norm statistics are those measured at this truncation, interpolated
-        between the stored ones. The paper of this library uses 1.
-      image_size: side of the images, at least 1: the generator's are resized to it by
-        averaging areas (224 for the ImageNet models, from 256); None for the generator's own.
-      fidelity: statistics at a truncation between two stored ones: "paper" interpolates
-        linearly; "code" swaps the two weights, as the published PyTorch conversion does. The same
-        at the stored truncations, such as 1, up to that conversion's rounding.
+        config: the generator's size: one of :data:`BIGGAN_DEEP`, or a mapping with a config's
+            fields.
+        truncation: in (0, 1]. Latents are ``truncation`` times a standard normal truncated to
+            [-2, 2], and the batch norm statistics are those measured at this truncation,
+            interpolated between the stored ones. The paper of this library uses 1.
+        image_size: side of the images, at least 1: the generator's are resized to it by
+            averaging areas (224 for the ImageNet models, from 256); None for the generator's own.
+        fidelity: statistics at a truncation between two stored ones: "paper" interpolates
+            linearly; "code" swaps the two weights, as the published PyTorch conversion does. The
+            same at the stored truncations, such as 1, up to that conversion's rounding.
 
     Returns:
-      A `Prior` with `params = {"params": ..., "batch_stats": ...}`. `init` gives random weights
-      (an untrained prior); see `from_torch` for the published ones.
+        A :class:`Prior` with ``params = {"params": ..., "batch_stats": ...}``. ``init`` gives
+        random weights (an untrained prior); see :func:`from_torch` for the published ones.
 
     Raises:
-      GGLError: an argument out of its range.
+        GGLError: an argument out of its range.
 
     Reference: Brock et al., 2019, appendix B and section 3.1 (truncation).
     """
@@ -355,150 +355,118 @@ def biggan_deep(
 # --------------------------------------------------------------------------------------------------
 
 
-class _Weight(NamedTuple):
-    """A layer under spectral norm: its published name, our path, torch's weight shape, its bias."""
-
-    name: str
-    path: TreePath
-    shape: tuple[int, ...]
-    bias: bool
-
-
-class _Statistics(NamedTuple):
-    """A batch norm's stored statistics: its published name, our path, its channels."""
-
-    name: str
-    path: TreePath
-    features: int
-
-
-def _published_layers(config: BigGANConfig) -> tuple[list[_Weight], list[_Statistics]]:
+def _published_layers(
+    config: BigGANConfig,
+) -> tuple[dict[TreePath, tuple[int, ...]], dict[TreePath, int]]:
+    """``(weights, norms)``: our path -> torch's shape of a weight, and channels of a batch norm."""
     width = config.channel_width
     condition = config.z_dim + config.class_embed_dim
-    first = config.layers[0][1] * width
-    weights = [_Weight("gen_z", ("gen_z",), (16 * first, condition), True)]
-    norms = []
+    weights: dict[TreePath, tuple[int, ...]] = {
+        ("gen_z",): (16 * config.layers[0][1] * width, condition)
+    }
+    norms: dict[TreePath, int] = {}
     number = 0
     for i, (_, into, out) in enumerate(config.layers):
         c = into * width
         if i == config.attention_layer_position:
-            for part, o, n in (
-                ("theta", c // 8, c),
-                ("phi", c // 8, c),
-                ("g", c // 2, c),
-                ("o_conv", c, c // 2),
-            ):
-                name = f"layers.{number}.snconv1x1_{part}"
-                weights.append(_Weight(name, (f"layers_{number}", part), (o, n, 1, 1), False))
+            for part in ("theta", "phi"):
+                weights[f"layers_{number}", part] = (c // 8, c, 1, 1)
+            weights[f"layers_{number}", "g"] = (c // 2, c, 1, 1)
+            weights[f"layers_{number}", "o_conv"] = (c, c // 2, 1, 1)
             number += 1
         middle = c // REDUCTION
-        sizes = (
-            (c, middle, 1),
-            (middle, middle, 3),
-            (middle, middle, 3),
-            (middle, out * width, 1),
-        )
-        for j, (n, o, k) in enumerate(sizes):
-            name, path = f"layers.{number}", (f"layers_{number}",)
-            norms.append(_Statistics(f"{name}.bn_{j}", (*path, f"bn_{j}"), n))
+        inputs, outputs = (c, middle, middle, middle), (middle, middle, middle, out * width)
+        for j, (n, o, k) in enumerate(zip(inputs, outputs, (1, 3, 3, 1), strict=True)):
+            norms[f"layers_{number}", f"bn_{j}"] = n
             for part in ("scale", "offset"):
-                weights.append(
-                    _Weight(
-                        f"{name}.bn_{j}.{part}", (*path, f"bn_{j}", part), (n, condition), False
-                    )
-                )
-            weights.append(_Weight(f"{name}.conv_{j}", (*path, f"conv_{j}"), (o, n, k, k), True))
+                weights[f"layers_{number}", f"bn_{j}", part] = (n, condition)
+            weights[f"layers_{number}", f"conv_{j}"] = (o, n, k, k)
         number += 1
-    norms.append(_Statistics("bn", ("bn",), width))
+    norms["bn",] = width
     # As many output channels as input channels; all but the first three are thrown away.
-    weights.append(_Weight("conv_to_rgb", ("conv_to_rgb",), (width, width, 3, 3), True))
+    weights["conv_to_rgb",] = (width, width, 3, 3)
     return weights, norms
 
 
-def published_shapes(config: BigGANConfig) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of all tensors in the published weights of this size."""
+def _published_name(path: TreePath) -> str:
+    """E.g. layers_3/theta -> generator.layers.3.snconv1x1_theta."""
+    *rest, last = path
+    if last in ("theta", "phi", "g", "o_conv"):
+        last = f"snconv1x1_{last}"
+    return ".".join(("generator", *rest, last)).replace("layers_", "layers.")
+
+
+def published_layout(
+    config: BigGANConfig, arrays: Mapping[str, np.ndarray] | None = None
+) -> dict[str, foreign.Tensor]:
+    """The tensors of the published weights of this size, and what becomes of them.
+
+    Args:
+        config: the size.
+        arrays: the weights, whose spectral norms are folded in when they are converted.
+    """
     weights, norms = _published_layers(config)
-    shapes: dict[str, tuple[int, ...]] = {
-        "embeddings.weight": (config.class_embed_dim, config.num_classes)
-    }
-    for weight in weights:
-        prefix = f"generator.{weight.name}"
-        shapes[f"{prefix}.weight_orig"] = weight.shape
-        shapes[f"{prefix}.weight_u"] = (weight.shape[0],)
-        shapes[f"{prefix}.weight_v"] = (math.prod(weight.shape[1:]),)
-        if weight.bias:
-            shapes[f"{prefix}.bias"] = (weight.shape[0],)
-    for norm in norms:
-        for part in ("running_means", "running_vars"):
-            shapes[f"generator.{norm.name}.{part}"] = (config.n_stats, norm.features)
-    shapes["generator.bn.weight"] = shapes["generator.bn.bias"] = (config.channel_width,)
+    table = (config.class_embed_dim, config.num_classes)
+    layout = {"embeddings.weight": foreign.Tensor(table, ("params", "embeddings"))}
+
+    def folded(name: str, kept: int | None, matrix: np.ndarray) -> np.ndarray:
+        assert arrays is not None
+        matrix = matrix.astype(np.float64)
+        u, v = (arrays[f"{name}.weight_{s}"].astype(np.float64) for s in "uv")
+        sigma = u @ matrix.reshape(len(matrix), -1) @ v
+        if not np.isfinite(sigma) or sigma == 0:
+            raise GGLError(f"{name}: its spectral norm u^T W v is {sigma}; fetch the file again")
+        return foreign.channels_last(matrix / sigma)[..., :kept]
+
+    for path, shape in weights.items():
+        name, ours = _published_name(path), ("params", *path)
+        kept = 3 if path == ("conv_to_rgb",) else None
+        fold = functools.partial(folded, name, kept)
+        layout[f"{name}.weight_orig"] = foreign.Tensor(shape, (*ours, "kernel"), fold)
+        layout[f"{name}.weight_u"] = foreign.Tensor(shape[:1])
+        layout[f"{name}.weight_v"] = foreign.Tensor((math.prod(shape[1:]),))
+        if path[-1] not in ("theta", "phi", "g", "o_conv", "scale", "offset"):
+            cut = functools.partial(lambda kept, bias: bias[:kept], kept)
+            layout[f"{name}.bias"] = foreign.Tensor(shape[:1], (*ours, "bias"), cut)
+    for path, features in norms.items():
+        for part in ("means", "vars"):
+            tensor = foreign.Tensor(
+                (config.n_stats, features), ("batch_stats", *path, part), np.asarray
+            )
+            layout[f"{_published_name(path)}.running_{part}"] = tensor
+    for part, last in (("weight", "scale"), ("bias", "bias")):
+        tensor = foreign.Tensor((config.channel_width,), ("params", "bn", last))
+        layout[f"generator.bn.{part}"] = tensor
     # torch counts the attention among the layers, at its own position
-    shapes[f"generator.layers.{config.attention_layer_position}.gamma"] = (1,)
-    return shapes
-
-
-def _put(tree: dict, path: TreePath, value) -> None:
-    for part in path[:-1]:
-        tree = tree.setdefault(part, {})
-    tree[path[-1]] = value
+    number = config.attention_layer_position
+    gamma = foreign.Tensor((1,), ("params", f"layers_{number}", "gamma"), np.squeeze)
+    layout[f"generator.layers.{number}.gamma"] = gamma
+    return layout
 
 
 def from_torch(state_dict_or_path, config: BigGANConfig | Mapping[str, Any]) -> dict:
-    """Converts published BigGAN-deep weights to the params of `biggan_deep(config)`.
+    """Convert published BigGAN-deep weights to the params of ``biggan_deep(config)``.
 
     Spectral norm is folded into the weights: each is divided by u^T W v, with the stored u and v,
     as torch does in evaluation. Of the last convolution only the three channels that become the
     image are kept.
 
     Args:
-      state_dict_or_path: names to arrays or tensors, or a file (see `ggl_jax.foreign.read`), with
-        the names of pytorch-pretrained-BigGAN.
-      config: the size of the weights (`BIGGAN_DEEP`, `BigGANConfig.read`).
+        state_dict_or_path: names to arrays or tensors, or a file (see
+            :func:`ggl_jax.foreign.read`), with the names of pytorch-pretrained-BigGAN.
+        config: the size of the weights (:data:`BIGGAN_DEEP`, :meth:`BigGANConfig.read`).
 
     Returns:
-      `{"params": ..., "batch_stats": ...}`, float32.
+        ``{"params": ..., "batch_stats": ...}``, float32.
 
     Raises:
-      GGLError: the file cannot be read; tensors are missing, unknown or of another shape; or a
-        converted weight is not finite. The message names them.
+        GGLError: the file cannot be read; tensors are missing, unknown or of another shape; or a
+            converted weight is not finite. The message names them.
     """
     if not isinstance(config, BigGANConfig):
         config = BigGANConfig.of(config)
     arrays = foreign.read_or_take(state_dict_or_path)
-    foreign.check_shapes(
-        arrays, published_shapes(config), what=f"BigGAN-deep-{config.output_dim} (this config)"
+    what = f"BigGAN-deep-{config.output_dim} (this config)"
+    return jax.tree.map(
+        jnp.asarray, foreign.convert(arrays, published_layout(config, arrays), what=what)
     )
-    weights, norms = _published_layers(config)
-    params: dict[str, Any] = {}
-    stats: dict[str, Any] = {}
-    _put(params, ("embeddings",), arrays["embeddings.weight"].T)
-    for weight in weights:
-        prefix = f"generator.{weight.name}"
-        matrix = arrays[f"{prefix}.weight_orig"].astype(np.float64)
-        u, v = (arrays[f"{prefix}.weight_{s}"].astype(np.float64) for s in "uv")
-        sigma = u @ matrix.reshape(len(matrix), -1) @ v
-        if not np.isfinite(sigma) or sigma == 0:
-            raise GGLError(f"{prefix}: its spectral norm u^T W v is {sigma}; fetch the file again")
-        kernel = np.moveaxis(matrix / sigma, (0, 1), (-1, -2))
-        bias = arrays[f"{prefix}.bias"] if weight.bias else None
-        if weight.name == "conv_to_rgb":
-            kernel, bias = kernel[..., :3], arrays[f"{prefix}.bias"][:3]
-        _put(params, (*weight.path, "kernel"), kernel)
-        if bias is not None:
-            _put(params, (*weight.path, "bias"), bias)
-    for norm in norms:
-        for part in ("means", "vars"):
-            _put(stats, (*norm.path, part), arrays[f"generator.{norm.name}.running_{part}"])
-    _put(params, ("bn", "scale"), arrays["generator.bn.weight"])
-    _put(params, ("bn", "bias"), arrays["generator.bn.bias"])
-    number = config.attention_layer_position
-    gamma = arrays[f"generator.layers.{number}.gamma"].reshape(())
-    _put(params, (f"layers_{number}", "gamma"), gamma)
-    tree = jax.tree.map(
-        lambda x: np.asarray(x, np.float32), {"params": params, "batch_stats": stats}
-    )
-    for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
-        if not np.isfinite(leaf).all():
-            name = jax.tree_util.keystr(path, simple=True, separator=".")
-            raise GGLError(f"{name} holds NaN or infinity after the import; fetch the file again")
-    return jax.tree.map(jnp.asarray, tree)

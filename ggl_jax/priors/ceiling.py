@@ -40,7 +40,7 @@ def _relative_errors(pool, flat):
 
 
 def _start(prior: Prior, params, images, labels, key, *, num: int, restarts: int):
-    """The `restarts` best of `num` random latents for each image, the same pool for all."""
+    """The ``restarts`` best of ``num`` random latents for each image, the same pool for all."""
     latents = _sample(prior, key, num=num)
     flat = images.reshape(len(images), -1)
 
@@ -83,7 +83,7 @@ def _advance(prior: Prior, params, images, labels, state, *, learning_rate, step
 
 
 def _fit_rows(prior: Prior, params, images, labels, latents, *, learning_rate, steps: int):
-    """The best latents [m z] on the way from `latents` [m z], and their errors [m]."""
+    """The best latents [m z] on the way from ``latents`` [m z], and their errors [m]."""
     state = _FitState(
         latents=latents,
         optimizer=optax.adam(optax.cosine_decay_schedule(learning_rate, steps)).init(latents),
@@ -117,33 +117,33 @@ def fit_latents(
     num_candidates: int = 4096,
     labels=None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Fits the prior's latents to known images by Adam on the mean squared pixel error.
+    """Fit the prior's latents to known images by Adam on the mean squared pixel error.
 
-    Each image starts from its `restarts` nearest among `num_candidates` random samples and is
+    Each image starts from its ``restarts`` nearest among ``num_candidates`` random samples and is
     fitted on its own, with the learning rate going down to zero on a half cosine; the best
     latent met on the way is kept. Latents are not held near the prior's mass: this is the
     reach of the generator, not the likely part of it. It is a local search, so the result is a
     lower bound on the true ceiling; more restarts can only raise it.
 
     Args:
-      prior: any prior; latents are searched without bounds.
-      params: its parameters.
-      images: [n h w c], float32 in [0, 1], n >= 1.
-      key: typed key for the random samples.
-      restarts: starting points per image, at least 1.
-      steps: Adam updates, at least 1.
-      learning_rate: of the first update, above 0, in units of the latent.
-      num_candidates: random samples to start from, at least `restarts`.
-      labels: int [n], the images' classes for a class-conditional prior.
+        prior: any prior; latents are searched without bounds.
+        params: its parameters.
+        images: [n h w c], float32 in [0, 1], n >= 1.
+        key: typed key for the random samples.
+        restarts: starting points per image, at least 1.
+        steps: Adam updates, at least 1.
+        learning_rate: of the first update, above 0, in units of the latent.
+        num_candidates: random samples to start from, at least ``restarts``.
+        labels: int [n], the images' classes for a class-conditional prior.
 
     Returns:
-      `(latents [n z], fitted images [n h w c], psnr [n])`, PSNR in dB on the [0, 1] scale;
-      infinite where the fit is exact. What a large generator needs too much memory for at once is
-      done in parts (see `ggl_jax.priors.decoding`), with the same result but for rounding.
+        ``(latents [n z], fitted images [n h w c], psnr [n])``, PSNR in dB on the [0, 1] scale;
+        infinite where the fit is exact. What a large generator needs too much memory for at once is
+        done in parts (see :mod:`ggl_jax.priors.decoding`), with the same result but for rounding.
 
     Raises:
-      GGLError: images of another shape than the prior's, a label that it does not know, or a
-        setting out of its range.
+        GGLError: images of another shape than the prior's, a label that it does not know, or a
+            setting out of its range.
     """
     images = jnp.asarray(images, jnp.float32)
     if images.ndim != 4 or images.shape[1:] != tuple(prior.image_shape) or not len(images):

@@ -8,8 +8,6 @@ that JSON holds:
      ...
      {"kind": "conv_transpose", "name": "main.12", "features": 3, "kernel": 4, "stride": 2,
       "padding": 1, "activation": "tanh"}]
-
-`CELEBA32` is a full example.
 """
 
 import dataclasses
@@ -35,26 +33,31 @@ ACTIVATIONS = {
 }
 
 
+#: Torch's names of a batch norm's arrays, and ours.
+_NORM = {"weight": "scale", "bias": "bias", "running_mean": "mean", "running_var": "var"}
+
+
 @dataclasses.dataclass(frozen=True)
 class Layer:
     """One layer of a generator, after torch's layer of the same kind.
 
     Attributes:
-      kind: "dense" (torch's Linear), "reshape" (to `shape`), "upsample" (nearest neighbour, twice
-        the size), "conv", "conv_transpose" or "batch_norm" (with the stored statistics).
-      name: what precedes `.weight` in the torch weights' names; empty for layers without weights.
-      features: output channels of dense, conv and conv_transpose.
-      kernel: side of the kernel.
-      stride: of conv and conv_transpose.
-      padding: of conv and conv_transpose, on each side, in torch's sense.
-      bias: whether there is one.
-      shape: (channels, height, width) of a reshape, in torch's order.
-      activation: applied after the layer: "", "relu", "leaky_relu", "tanh" or "sigmoid".
-      slope: of leaky_relu below zero.
-      eps: added to the variances of batch_norm.
+        kind: "dense" (torch's Linear), "reshape" (to ``shape``), "upsample" (nearest neighbour,
+            twice the size), "conv", "conv_transpose" or "batch_norm" (with the stored statistics).
+        name: what precedes ``.weight`` in the torch weights' names; empty for layers without
+            weights.
+        features: output channels of dense, conv and conv_transpose.
+        kernel: side of the kernel.
+        stride: of conv and conv_transpose.
+        padding: of conv and conv_transpose, on each side, in torch's sense.
+        bias: whether there is one.
+        shape: (channels, height, width) of a reshape, in torch's order.
+        activation: applied after the layer: "", "relu", "leaky_relu", "tanh" or "sigmoid".
+        slope: of leaky_relu below zero.
+        eps: added to the variances of batch_norm.
 
     Raises:
-      GGLError: a value out of its range.
+        GGLError: a value out of its range.
     """
 
     kind: str
@@ -109,24 +112,6 @@ class Layer:
             object.__setattr__(self, "shape", tuple(shape))
 
 
-#: An Apache-2.0 generator of 32x32 CelebA faces: the arguments of `convolutional`.
-CELEBA32: dict[str, Any] = {
-    "latent_dim": 100,
-    "latents": "uniform",
-    "layers": (
-        Layer("conv_transpose", "generator_deconv.0.0", 256, 4, bias=False),
-        Layer("batch_norm", "generator_deconv.0.1"),
-        Layer("conv", "generator_deconv.1.0", 128, 3, 1, 1, bias=False),
-        Layer("batch_norm", "generator_deconv.1.1", activation="leaky_relu"),
-        Layer("conv_transpose", "generator_deconv.2.0", 64, 4, 2, 1, bias=False),
-        Layer("batch_norm", "generator_deconv.2.1", activation="leaky_relu"),
-        Layer("conv_transpose", "generator_deconv.3.0", 32, 4, 2, 1, bias=False),
-        Layer("batch_norm", "generator_deconv.3.1", activation="leaky_relu"),
-        Layer("conv_transpose", "generator_deconv.4.0", 3, 4, 2, 1, activation="tanh"),
-    ),
-}
-
-
 def _as_layers(layers) -> tuple[Layer, ...]:
     if isinstance(layers, str | Mapping) or not isinstance(layers, Sequence) or not layers:
         raise GGLError(f"layers must be a list of at least one layer, not {type(layers).__name__}")
@@ -155,7 +140,7 @@ def _as_layers(layers) -> tuple[Layer, ...]:
 
 
 def _walk(layers: tuple[Layer, ...], latent_dim: int):
-    """Yields each layer with its input's shape in torch's order, and the final shape with None."""
+    """Yield each layer with its input's shape in torch's order, and the final shape with None."""
     if not isinstance(latent_dim, int) or latent_dim < 1:
         raise GGLError(f"latent_dim={latent_dim!r} must be a whole number of at least 1")
     spatial = {"upsample", "conv", "conv_transpose"}
@@ -187,25 +172,30 @@ def _walk(layers: tuple[Layer, ...], latent_dim: int):
     yield None, shape
 
 
-def _torch_shapes(layers: tuple[Layer, ...], latent_dim: int) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the tensors in torch's weights, without the batch norms' counters."""
-    shapes: dict[str, tuple[int, ...]] = {}
-    for layer, (channels, *_) in _walk(layers, latent_dim):
+def _torch_layout(layers: tuple[Layer, ...], latent_dim: int) -> dict[str, foreign.Tensor]:
+    """The tensors of torch's weights, and where they go."""
+    layout: dict[str, foreign.Tensor] = {}
+
+    def flip(kernel):  # [in out h w] of a transposed convolution to [h w in out] of a plain one
+        return kernel[:, :, ::-1, ::-1].transpose(2, 3, 0, 1)
+
+    for number, (layer, (channels, *_)) in enumerate(_walk(layers, latent_dim)):
         if layer is None or not layer.name:
             continue
-        side = (layer.kernel, layer.kernel)
+        place, name, out = f"layer{number}", layer.name, layer.features
         if layer.kind == "batch_norm":
-            for part in ("weight", "bias", "running_mean", "running_var"):
-                shapes[f"{layer.name}.{part}"] = (channels,)
+            for part, ours in _NORM.items():
+                layout[f"{name}.{part}"] = foreign.Tensor((channels,), (place, ours))
             continue
-        shapes[f"{layer.name}.weight"] = {
-            "dense": (layer.features, channels),
-            "conv": (layer.features, channels, *side),
-            "conv_transpose": (channels, layer.features, *side),
-        }[layer.kind]
+        side, path = (layer.kernel, layer.kernel), (place, "kernel")
+        if layer.kind == "conv_transpose":
+            kernel = foreign.Tensor((channels, out, *side), path, flip)
+        else:
+            kernel = foreign.Tensor((out, channels, *(side if layer.kind == "conv" else ())), path)
+        layout[f"{name}.weight"] = kernel
         if layer.bias:
-            shapes[f"{layer.name}.bias"] = (layer.features,)
-    return shapes
+            layout[f"{name}.bias"] = foreign.Tensor((out,), (place, "bias"))
+    return layout
 
 
 def _apply(layer: Layer, weights, x):
@@ -247,17 +237,17 @@ def convolutional(
     ignored. If the first layer is spatial, a latent is an image of 1x1 pixels.
 
     Args:
-      layers: `Layer`s, or mappings with their fields, such as those of a card. The last one's
-        activation tells the range: tanh for [-1, 1], sigmoid for [0, 1].
-      latent_dim: size of the latent, at least 1.
-      latents: their law: "normal" for N(0, I), "uniform" for U(-1, 1) in each entry.
+        layers: :class:`Layer`s, or mappings with their fields, such as those of a card. The last
+            one's activation tells the range: tanh for [-1, 1], sigmoid for [0, 1].
+        latent_dim: size of the latent, at least 1.
+        latents: their law: "normal" for N(0, I), "uniform" for U(-1, 1) in each entry.
 
     Returns:
-      A `Prior` with `params = {"layer<number>": {...}}` for the layers with weights. `init` gives
-      random weights (an untrained prior); see `from_torch` for trained ones.
+        A :class:`Prior` with ``params = {"layer<number>": {...}}`` for the layers with weights.
+        ``init`` gives random weights (an untrained prior); see :func:`from_torch` for trained ones.
 
     Raises:
-      GGLError: layers that do not fit together, or an argument out of its range.
+        GGLError: layers that do not fit together, or an argument out of its range.
     """
     made = _as_layers(layers)
     *_, (_, shape) = _walk(made, latent_dim)
@@ -268,20 +258,19 @@ def convolutional(
         )
     if latents not in ("normal", "uniform"):
         raise GGLError(f"convolutional: latents={latents!r} must be 'normal' or 'uniform'")
-    torch_shapes = _torch_shapes(made, latent_dim)
+    layout = _torch_layout(made, latent_dim)
     first = next(s for _, s in _walk(made, latent_dim))
 
     def init(key):
-        features = {f"{layer.name}.weight": layer.features for layer in made if layer.features}
-        arrays = {}
-        for number, (name, of) in enumerate(torch_shapes.items()):
-            if name in features:
-                scale = (math.prod(of) / features[name]) ** -0.5
-                arrays[name] = scale * jax.random.normal(jax.random.fold_in(key, number), of)
+        tree: dict[str, Any] = {}
+        for number, (of, (layer, part), change) in enumerate(layout.values()):
+            if part == "kernel":
+                array = change(jax.random.normal(jax.random.fold_in(key, number), of))
+                array = (array.size / array.shape[-1]) ** -0.5 * array
             else:
-                one = name.endswith(("weight", "running_var"))
-                arrays[name] = jnp.ones(of) if one else jnp.zeros(of)
-        return _to_params(made, arrays)
+                array = jnp.full(of, float(part in ("scale", "var")))
+            tree.setdefault(layer, {})[part] = array
+        return tree
 
     def apply(params, z, labels=None):
         del labels
@@ -300,54 +289,26 @@ def convolutional(
     )
 
 
-def _to_params(layers: tuple[Layer, ...], arrays: Mapping[str, Any]) -> dict:
-    """Torch's arrays under our names and axes; works on traced arrays too."""
-    params = {}
-    for number, layer in enumerate(layers):
-        if not layer.name:
-            continue
-        weight = arrays[f"{layer.name}.weight"]
-        if layer.kind == "batch_norm":
-            names = {"bias": "bias", "mean": "running_mean", "var": "running_var"}
-            entry = {ours: arrays[f"{layer.name}.{name}"] for ours, name in names.items()}
-            params[f"layer{number}"] = {"scale": weight, **entry}
-            continue
-        if layer.kind == "dense":
-            kernel = weight.T
-        elif layer.kind == "conv":
-            kernel = weight.transpose(2, 3, 1, 0)
-        else:
-            kernel = weight[:, :, ::-1, ::-1].transpose(2, 3, 0, 1)
-        params[f"layer{number}"] = {"kernel": kernel}
-        if layer.bias:
-            params[f"layer{number}"]["bias"] = arrays[f"{layer.name}.bias"]
-    return params
-
-
 def from_torch(
     state_dict_or_path, layers: Sequence[Layer | Mapping[str, Any]], *, latent_dim: int
 ) -> dict:
-    """Converts the torch weights of a generator to the params of `convolutional(layers)`.
+    """Convert the torch weights of a generator to the params of ``convolutional(layers)``.
 
     Args:
-      state_dict_or_path: names to arrays or tensors, or a file (see `ggl_jax.foreign.read`).
-        The `num_batches_tracked` counters of the declared batch norms are ignored.
-      layers: as for `convolutional`.
-      latent_dim: size of the latent.
+        state_dict_or_path: names to arrays or tensors, or a file (see
+            :func:`ggl_jax.foreign.read`). The ``num_batches_tracked`` counters of the declared
+            batch norms are ignored.
+        layers: as for :func:`convolutional`.
+        latent_dim: size of the latent.
 
     Returns:
-      The params, float32.
+        The params, float32.
 
     Raises:
-      GGLError: the file cannot be read; layers that do not fit together; or tensors that are
-        missing, unknown or of another shape. The message names them.
+        GGLError: the file cannot be read; layers that do not fit together; or tensors that are
+            missing, unknown or of another shape. The message names them.
     """
-    made = _as_layers(layers)
-    counters = {f"{e.name}.num_batches_tracked" for e in made if e.kind == "batch_norm"}
-    arrays = {
-        name: array
-        for name, array in foreign.read_or_take(state_dict_or_path).items()
-        if name not in counters
-    }
-    foreign.check_shapes(arrays, _torch_shapes(made, latent_dim), what="the declared layers")
-    return jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), _to_params(made, arrays))
+    layout = _torch_layout(_as_layers(layers), latent_dim)
+    tensors = foreign.read_or_take(state_dict_or_path)
+    tree = foreign.convert(tensors, layout, what="the declared layers")
+    return jax.tree.map(jnp.asarray, tree)

@@ -5,6 +5,7 @@ al., 2017) as the paper uses it. The paper's width is 128 (channels 512, 256, 12
 64 trains in hours on two CPU cores.
 """
 
+import functools
 from typing import cast
 
 import flax.linen as nn
@@ -52,7 +53,7 @@ class StridedConv(nn.Module):
 
     Written as nine strided slices and one matrix product: the second derivative that the
     gradient penalty needs is three times faster so on XLA's CPU backend than through
-    `lax.conv_general_dilated` (65 against 200 ms per critic step, width 64, batch 64, 2 cores).
+    ``lax.conv_general_dilated`` (65 against 200 ms per critic step, width 64, batch 64, 2 cores).
     The kernel has the usual layout [3, 3, c, features].
     """
 
@@ -74,17 +75,17 @@ class Generator(nn.Module):
     """Latents [b, latent_dim] (and labels [b]) -> images [b, 32, 32, 3] in [-1, 1].
 
     Dense to 4x4x(4 width), batch norm over those features (one mean and variance per feature
-    *and position*, as `BatchNorm1d` in the original), ReLU; then 2x2 stride-2 transposed
+    *and position*, as ``BatchNorm1d`` in the original), ReLU; then 2x2 stride-2 transposed
     convolutions to 2 width and width (batch norm, ReLU each) and to 3 channels with tanh. Batch
     norm follows the torch convention: epsilon 1e-5, momentum 0.1 (0.9 in Flax's terms).
 
     Attributes:
-      width: channels before the last layer; the paper's is 128.
-      latent_dim: size of the latent; the paper's is 128.
-      momentum: share of the old running statistics kept at an update, in [0, 1).
-      num_classes: None for an unconditional generator, which ignores labels. Else a learnt
-        embedding of the label is joined to the latent (as in BigGAN); a label outside
-        [0, num_classes) gives an image of NaN.
+        width: channels before the last layer; the paper's is 128.
+        latent_dim: size of the latent; the paper's is 128.
+        momentum: share of the old running statistics kept at an update, in [0, 1).
+        num_classes: None for an unconditional generator, which ignores labels. Else a learnt
+            embedding of the label is joined to the latent (as in BigGAN); a label outside
+            [0, num_classes) gives an image of NaN.
     """
 
     width: int = 64
@@ -120,10 +121,10 @@ class Critic(nn.Module):
     each image alone (Gulrajani et al., 2017, section 4).
 
     Attributes:
-      width: channels of the first layer.
-      num_classes: None for an unconditional critic. Else the score has, beside the usual term, the
-        features' inner product with a learnt embedding of the label (Miyato and Koyama, "cGANs
-        with Projection Discriminator", 2018).
+        width: channels of the first layer.
+        num_classes: None for an unconditional critic. Else the score has, beside the usual term,
+            the features' inner product with a learnt embedding of the label (Miyato and Koyama,
+            "cGANs with Projection Discriminator", 2018).
     """
 
     width: int = 64
@@ -145,24 +146,25 @@ class Critic(nn.Module):
         return score + jnp.sum(table[labels] * features, axis=-1)
 
 
+@functools.cache
 def dcgan(*, width: int = 64, latent_dim: int = 128, num_classes: int | None = None) -> Prior:
-    """The DCGAN generator as a prior over 32x32 RGB images.
+    """The DCGAN generator as a prior over 32x32 RGB images; the same one for the same arguments.
 
-    `apply` runs the generator in evaluation mode (stored batch norm statistics), so an image
+    ``apply`` runs the generator in evaluation mode (stored batch norm statistics), so an image
     depends on its own latent only.
 
     Args:
-      width: channels before the last layer, at least 1; the paper's is 128.
-      latent_dim: size of the latent, at least 1; latents are distributed as N(0, I).
-      num_classes: of a class-conditional generator, at least 1; None, as in the paper, for one
-        that ignores labels.
+        width: channels before the last layer, at least 1; the paper's is 128.
+        latent_dim: size of the latent, at least 1; latents are distributed as N(0, I).
+        num_classes: of a class-conditional generator, at least 1; None, as in the paper, for one
+            that ignores labels.
 
     Returns:
-      A `Prior` with `params = {"params": ..., "batch_stats": ...}`. `init` gives random weights
-      (an untrained prior); for trained ones see `load_prior`.
+        A :class:`Prior` with ``params = {"params": ..., "batch_stats": ...}``. ``init`` gives
+        random weights (an untrained prior); for trained ones see :func:`load_prior`.
 
     Raises:
-      GGLError: `width`, `latent_dim` or `num_classes` below 1.
+        GGLError: ``width``, ``latent_dim`` or ``num_classes`` below 1.
 
     Reference: the paper, section 5 (CelebA generator); Gulrajani et al., 2017.
     """
@@ -187,23 +189,24 @@ def dcgan(*, width: int = 64, latent_dim: int = 128, num_classes: int | None = N
 
 
 def from_torch(state_dict_or_path, *, prefixes=None) -> dict:
-    """Converts the weights of the torch network of the same architecture to `dcgan`'s params.
+    """Convert the weights of the torch network of the same architecture to ``dcgan``'s params.
 
-    For a DCGAN of another architecture see `ggl_jax.priors.convolutional`.
+    For a DCGAN of another architecture see :mod:`ggl_jax.priors.convolutional`.
 
     Args:
-      state_dict_or_path: name -> array (numpy arrays, or tensors that numpy can read), or a file
-        (see `ggl_jax.foreign.read`), with the entries `<layer>.weight`, `.bias` and, for the
-        norms, `.running_mean`, `.running_var`; the norms' `num_batches_tracked` are ignored.
-      prefixes: the seven layers' names in the state dict, in the network's order: dense, norm1,
-        up1, norm2, up2, norm3, up3. The default takes them in the state dict's own order.
+        state_dict_or_path: name -> array (numpy arrays, or tensors that numpy can read), or a file
+            (see :func:`ggl_jax.foreign.read`), with the entries ``<layer>.weight``, ``.bias`` and,
+            for the norms, ``.running_mean``, ``.running_var``; the norms' ``num_batches_tracked``
+            are ignored.
+        prefixes: the seven layers' names in the state dict, in the network's order: dense, norm1,
+            up1, norm2, up2, norm3, up3. The default takes them in the state dict's own order.
 
     Returns:
-      `{"params": ..., "batch_stats": ...}`. Torch's (c, 4, 4) features are reordered to
-      (4, 4, c), so the network's output is the same image with channels last.
+        ``{"params": ..., "batch_stats": ...}``. Torch's (c, 4, 4) features are reordered to
+        (4, 4, c), so the network's output is the same image with channels last.
 
     Raises:
-      GGLError: not seven layers, or an entry or a shape that does not belong.
+        GGLError: not seven layers, or an entry or a shape that does not belong.
     """
     arrays = {
         name: array
@@ -218,44 +221,44 @@ def from_torch(state_dict_or_path, *, prefixes=None) -> dict:
             "dense, norm1, up1, norm2, up2, norm3, up3; name them with prefixes="
         )
     layers = dict(zip(_LAYERS, prefixes, strict=True))
-    foreign.check_shapes(arrays, _torch_shapes(arrays, layers), what="the DCGAN generator")
+    tree = foreign.convert(arrays, _torch_layout(arrays, layers), what="the DCGAN generator")
+    return jax.tree.map(jnp.asarray, tree)
+
+
+def _torch_layout(arrays, layers: dict[str, str]) -> dict[str, foreign.Tensor]:
+    """Torch's tensors, with the width and latent size of these arrays, and where they go."""
+    last, dense = arrays.get(f"{layers['up3']}.weight"), arrays.get(f"{layers['dense']}.weight")
+    width = last.shape[0] if last is not None and last.ndim == 4 else 64
+    latent_dim = dense.shape[1] if dense is not None and dense.ndim == 2 else 128
+    sizes = {"norm1": 64 * width, "norm2": 2 * width, "norm3": width}
+    ups = {"up1": (4 * width, 2 * width), "up2": (2 * width, width), "up3": (width, 3)}
+    layout: dict[str, foreign.Tensor] = {}
 
     def to_last(x):
         # (c, 4, 4) flattened -> (4, 4, c) flattened, along the first axis
         return np.moveaxis(x.reshape(-1, 4, 4, *x.shape[1:]), 0, 2).reshape(x.shape)
 
-    params, stats = {}, {}
-    for name, prefix in layers.items():
-        weight, bias = arrays[f"{prefix}.weight"], arrays[f"{prefix}.bias"]
-        if name.startswith("norm"):
-            entries = [weight, bias, *(arrays[f"{prefix}.running_{s}"] for s in ("mean", "var"))]
-            scale, bias, mean, var = map(to_last, entries) if name == "norm1" else entries
-            params[name] = {"scale": scale, "bias": bias}
-            stats[name] = {"mean": mean, "var": var}
-        elif name == "dense":
-            params[name] = {"kernel": to_last(weight).T, "bias": to_last(bias)}
-        else:
-            params[name] = {"kernel": weight.transpose(0, 2, 3, 1), "bias": bias}
-    tree = {"params": params, "batch_stats": stats}
-    return jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), tree)
+    def put(entry, shape, *path, change=foreign.channels_last):
+        layout[f"{layers[path[1]]}.{entry}"] = foreign.Tensor(shape, path, change)
 
-
-def _torch_shapes(arrays, layers: dict[str, str]) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of torch's tensors, with the width and latent size of these arrays."""
-    last, dense = arrays.get(f"{layers['up3']}.weight"), arrays.get(f"{layers['dense']}.weight")
-    width = last.shape[0] if last is not None and last.ndim == 4 else 64
-    latent_dim = dense.shape[1] if dense is not None and dense.ndim == 2 else 128
-    norms = {"norm1": 64 * width, "norm2": 2 * width, "norm3": width}
-    ups = {"up1": (4 * width, 2 * width), "up2": (2 * width, width), "up3": (width, 3)}
-    shapes: dict[str, tuple[int, ...]] = {}
-    for name, prefix in layers.items():
-        if name == "dense":
-            shapes[f"{prefix}.weight"] = (64 * width, latent_dim)
-            shapes[f"{prefix}.bias"] = (64 * width,)
-        elif name in norms:
-            for entry in ("weight", "bias", "running_mean", "running_var"):
-                shapes[f"{prefix}.{entry}"] = (norms[name],)
-        else:
-            shapes[f"{prefix}.weight"] = (*ups[name], 2, 2)
-            shapes[f"{prefix}.bias"] = (ups[name][1],)
-    return shapes
+    put(
+        "weight",
+        (64 * width, latent_dim),
+        "params",
+        "dense",
+        "kernel",
+        change=lambda x: to_last(x).T,
+    )
+    put("bias", (64 * width,), "params", "dense", "bias", change=to_last)
+    for name, size in sizes.items():
+        change = to_last if name == "norm1" else foreign.channels_last
+        put("weight", (size,), "params", name, "scale", change=change)
+        put("bias", (size,), "params", name, "bias", change=change)
+        for part in ("mean", "var"):
+            put(f"running_{part}", (size,), "batch_stats", name, part, change=change)
+    for name, (inputs, outputs) in ups.items():
+        # [in out h w] -> [in h w out]
+        change = functools.partial(np.moveaxis, source=1, destination=-1)
+        put("weight", (inputs, outputs, 2, 2), "params", name, "kernel", change=change)
+        put("bias", (outputs,), "params", name, "bias")
+    return layout

@@ -1,8 +1,7 @@
-"""Foreign generators' weights, made into checkpoints that `load_prior` finds."""
+"""Foreign generators' weights, made into checkpoints that :func:`load_prior` finds."""
 
 import dataclasses
 import datetime
-import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,8 +9,8 @@ from typing import Any
 
 import jax
 
-from ggl_jax import checkpoint
-from ggl_jax.errors import GGLError
+from ggl_jax import checkpoint, files
+from ggl_jax.errors import GGLError, explaining
 from ggl_jax.priors.biggan import BIGGAN_DEEP, BigGANConfig, biggan_deep
 from ggl_jax.priors.biggan import from_torch as biggan_from_torch
 from ggl_jax.priors.convolutional import convolutional
@@ -25,10 +24,8 @@ GENERATORS = (*(f"biggan-deep-{size}" for size in BIGGAN_DEEP), "dcgan")
 
 
 def _json(path: Path) -> dict[str, Any]:
-    try:
+    with explaining(f"config: {path} cannot be read", "give the JSON file beside the weights"):
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise GGLError(f"config: {path} cannot be read: {error}") from error
     if not isinstance(content, dict):
         raise GGLError(f"config: {path} holds {type(content).__name__}, not an object")
     return content
@@ -80,31 +77,32 @@ def import_prior(
     command: str = "",
     num_samples: int = 8,
 ) -> dict[str, Any]:
-    """Makes a checkpoint for `load_prior` from a foreign generator's weights.
+    """Make a checkpoint for :func:`load_prior` from a foreign generator's weights.
 
     Args:
-      generator: one of `GENERATORS`.
-      source: the weights' file, see `ggl_jax.foreign.read`.
-      out: the checkpoint's folder; its last part is the prior's name.
-      config: a JSON file. For BigGAN, the `config.json` beside the weights; by default the
-        published one of this size. For a DCGAN, its layers: an object with `latent_dim`, `layers`
-        (see `ggl_jax.priors.convolutional.Layer`) and, unless latents are normal, `latents`;
-        by default it is the generator of the paper (`ggl_jax.priors.dcgan`).
-      truncation: of BigGAN, see `biggan_deep`.
-      image_size: of BigGAN, see `biggan_deep`.
-      trained_on: names of the data sets behind the weights, so that an audit can refuse private
-        images that the generator has seen; None for what is known of the generator: "imagenet"
-        for BigGAN, nothing for others.
-      licence_note: for the card.
-      command: what was run, for the card.
-      num_samples: images drawn into `samples.png`; 0 for none.
+        generator: one of :data:`GENERATORS`.
+        source: the weights' file, see :func:`ggl_jax.foreign.read`.
+        out: the checkpoint's folder; its last part is the prior's name.
+        config: a JSON file. For BigGAN, the ``config.json`` beside the weights; by default the
+            published one of this size. For a DCGAN, its layers: an object with ``latent_dim``,
+            ``layers`` (see :class:`ggl_jax.priors.convolutional.Layer`) and, unless latents are
+            normal, ``latents``; by default it is the generator of the paper
+            (:mod:`ggl_jax.priors.dcgan`).
+        truncation: of BigGAN, see :func:`biggan_deep`.
+        image_size: of BigGAN, see :func:`biggan_deep`.
+        trained_on: names of the data sets behind the weights, so that an audit can refuse private
+            images that the generator has seen; None for what is known of the generator: "imagenet"
+            for BigGAN, nothing for others.
+        licence_note: for the card.
+        command: what was run, for the card.
+        num_samples: images drawn into ``samples.png``; 0 for none.
 
     Returns:
-      The card as written.
+        The card as written.
 
     Raises:
-      GGLError: an unknown generator, an unreadable file, one that does not fit the architecture,
-        or a folder that cannot be written.
+        GGLError: an unknown generator, an unreadable file, one that does not fit the architecture,
+            or a folder that cannot be written.
     """
     source, out = Path(source), Path(out)
     config = None if config is None else Path(config)
@@ -122,21 +120,18 @@ def import_prior(
         kind, arguments, prior, params = imported
     if trained_on is None:
         trained_on = () if generator == "dcgan" else ("imagenet",)
-    with source.open("rb") as stream:
-        digest = hashlib.file_digest(stream, "sha256").hexdigest()
-    files = [checkpoint.CARD, checkpoint.WEIGHTS, *(["samples.png"] if num_samples else [])]
     card = {
         "name": out.name,
         "kind": kind,
         "arguments": arguments,
         "method": f"imported from foreign weights as {generator}",
-        "source": {"file": source.name, "sha256": digest},
+        "source": {"file": source.name, "sha256": files.sha256(source)},
         "trained_on": list(trained_on),
         "data": [],
         "licence_note": licence_note,
         "command": command,
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "files": files,
+        "files": [checkpoint.CARD, checkpoint.WEIGHTS, *["samples.png"][:num_samples]],
     }
     card = checkpoint.save(out, params, card)
     if num_samples:

@@ -1,5 +1,6 @@
 """The prior that knows nothing: an image is its own latent."""
 
+import functools
 import math
 
 import jax
@@ -26,9 +27,15 @@ def pixels(image_shape: tuple[int, int, int]) -> Prior:
     Raises:
         GGLError: not three sizes of at least 1.
     """
-    shape = tuple(int(size) for size in image_shape)
-    if len(shape) != 3 or min(shape) < 1:
+    if len(image_shape) != 3 or min(image_shape) < 1:
         raise GGLError(f"pixels: image_shape={image_shape} must be (h, w, c), each at least 1")
+    h, w, c = (int(size) for size in image_shape)
+    return _pixels((h, w, c))
+
+
+@functools.cache
+def _pixels(shape: tuple[int, int, int]) -> Prior:
+    # the same prior for the same shape, so that programs compiled for it are found again
     latent_dim = math.prod(shape)
 
     def init(key):

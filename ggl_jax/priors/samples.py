@@ -13,12 +13,12 @@ from ggl_jax.types import Prior
 
 
 def image_grid(images, *, num_columns: int | None = None, gap: int = 2) -> np.ndarray:
-    """Tiles images [n h w c] in [0, 1], row by row, into one uint8 image on white.
+    """Tile images [n h w c] in [0, 1], row by row, into one uint8 image on white.
 
     Args:
-      images: [n h w c], c = 1 or 3; values outside [0, 1] are clipped, NaN becomes black.
-      num_columns: images per row; by default the smallest square that holds them.
-      gap: pixels between images.
+        images: [n h w c], c = 1 or 3; values outside [0, 1] are clipped, NaN becomes black.
+        num_columns: images per row; by default the smallest square that holds them.
+        gap: pixels between images.
     """
     images = np.nan_to_num(np.asarray(images, np.float32))
     n, h, w, c = images.shape
@@ -32,7 +32,7 @@ def image_grid(images, *, num_columns: int | None = None, gap: int = 2) -> np.nd
 
 
 def save_grid(path, images, *, num_columns: int | None = None, scale: int = 2) -> Path:
-    """Writes `image_grid(images)` as a PNG, each pixel enlarged `scale` times; returns the path."""
+    """Write :func:`image_grid` of images as a PNG, each pixel ``scale`` times enlarged."""
     canvas = image_grid(images, num_columns=num_columns)
     canvas = canvas.repeat(scale, axis=0).repeat(scale, axis=1)
     path = Path(path)
@@ -47,22 +47,23 @@ def save_grid(path, images, *, num_columns: int | None = None, scale: int = 2) -
 def samples(
     prior: Prior, params, key, num: int, *, labels=None, path=None, num_columns: int | None = None
 ) -> jax.Array:
-    """Draws `num` images from the prior and, given a path, writes them as a PNG grid.
+    """Draw ``num`` images from the prior and, given a path, writes them as a PNG grid.
 
     Args:
-      prior: any prior.
-      params: its parameters.
-      key: typed key; the same key gives the same images.
-      num: number of images, at least 1.
-      labels: int [num] for class-conditional priors; by default classes evenly spaced over all.
-      path: where the PNG goes; nothing is written when None.
-      num_columns: images per row of the grid.
+        prior: any prior.
+        params: its parameters.
+        key: typed key; the same key gives the same images.
+        num: number of images, at least 1.
+        labels: int [num] for class-conditional priors; by default classes evenly spaced over all.
+        path: where the PNG goes; nothing is written when None.
+        num_columns: images per row of the grid.
 
     Returns:
-      Images [num h w c], float32 in [0, 1].
+        Images [num h w c], float32 in [0, 1].
 
     Raises:
-      GGLError: `num` below 1, a label that the prior does not know, or the file cannot be written.
+        GGLError: ``num`` below 1, a label that the prior does not know, or the file cannot be
+            written.
     """
     if num < 1:
         raise GGLError(f"samples: num={num} must be at least 1")

@@ -61,14 +61,21 @@ def _published(build, adaptive, steps, optimizer_settings=None, **settings):
 
 
 #: Attacks by name. The baselines' 4 trials are the paper's. Its 300 iterations of L-BFGS are
-#: torch's, of up to 20 evaluations; a step here is one evaluation, and a converged search stops.
-#: GGL's budgets for CMA-ES, Adam and TuRBO (100 rounds of 10) are the paper's; the two that it has
+#: torch's, of 20 evaluations each; a step here is one evaluation.
+#: GGL's budgets for CMA-ES, Adam and TuRBO (100 rounds of 10) are the paper's; those that it has
 #: not, L-BFGS and the hybrid, get the evaluations of Adam and of CMA-ES.
 ATTACKS: dict[str, Published] = {
     "ggl": _published(
         ggl,
         True,
-        {"cma_es": 800, "adam": 2500, "turbo": 100, "lbfgs": 2500, "hybrid": 500},
+        {
+            "cma_es": 800,
+            "adam": 2500,
+            "turbo": 100,
+            "lbfgs": 2500,
+            "lbfgs_wolfe": 2500,
+            "hybrid": 500,
+        },
         {"population": 50},
     ),
     "dlg": _published(dlg, False, {"lbfgs": 6000}, restarts=4),

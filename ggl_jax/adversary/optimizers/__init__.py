@@ -12,6 +12,7 @@ from ggl_jax.adversary.optimizers.base import BestState, best_so_far
 from ggl_jax.adversary.optimizers.cma_es import cma_es
 from ggl_jax.adversary.optimizers.hybrid import hybrid
 from ggl_jax.adversary.optimizers.lbfgs import lbfgs
+from ggl_jax.adversary.optimizers.lbfgs_wolfe import lbfgs_wolfe
 from ggl_jax.adversary.optimizers.turbo import turbo
 from ggl_jax.errors import GGLError, did_you_mean
 from ggl_jax.types import Optimizer
@@ -21,6 +22,7 @@ OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
     "cma_es": cma_es,
     "hybrid": hybrid,
     "lbfgs": lbfgs,
+    "lbfgs_wolfe": lbfgs_wolfe,
     "turbo": turbo,
 }
 
@@ -68,6 +70,7 @@ __all__ = [
     "cma_es",
     "hybrid",
     "lbfgs",
+    "lbfgs_wolfe",
     "make_optimizer",
     "optimizer_options",
     "turbo",

@@ -33,7 +33,8 @@ def cma_es(*, population: int = 50, sigma0: float = 1.0, std_min: float = 1e-6) 
     one call of the loss. One step costs ``restarts * population`` gradient evaluations.
 
     Args:
-        population: candidates per restart and step, at least 4. The paper samples 50.
+        population: candidates per restart and step, at least 4. The published code
+            asks for 50 an update, in effect populations of 4 + floor(3 ln 128) = 18.
         sigma0: initial step size, > 0. 1.0 in the paper's published code (0.47 in some versions).
         std_min: smallest step size, > 0: below it float32 candidates no longer differ.
 
@@ -46,8 +47,7 @@ def cma_es(*, population: int = 50, sigma0: float = 1.0, std_min: float = 1e-6) 
         rank last. A step without any finite loss reports the status NONFINITE.
 
     Reference:
-        Hansen, "The CMA Evolution Strategy: A Tutorial" (2016); paper, section 4 (800 updates of
-        50 samples). The published code runs a population of 4 + floor(3 ln 128) = 18.
+        Hansen, "The CMA Evolution Strategy: A Tutorial" (2016); paper, section 4 (800 updates).
     """
     require(population >= 4, "population", population, "whole numbers of at least 4")
     require(sigma0 > 0, "sigma0", sigma0, "numbers above 0")

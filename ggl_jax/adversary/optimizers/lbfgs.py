@@ -1,222 +1,161 @@
-"""L-BFGS with a line search that costs one gradient evaluation per step."""
+"""L-BFGS without a line search, in the arithmetic of ``torch.optim.LBFGS``."""
 
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from ggl_jax.adversary.optimizers.base import require
-from ggl_jax.types import NONFINITE, OK, STALLED, Info, Optimizer, PyTree
+from ggl_jax.types import NONFINITE, OK, STALLED, Info, Optimizer
 
-#: Constants of the weak Wolfe conditions: sufficient decrease and curvature (Nocedal and Wright).
-DECREASE, CURVATURE = 1e-4, 0.9
+#: torch's tolerances of the gradient (largest entry) and of the change (slope along the direction).
+TOLERANCE_GRADIENT, TOLERANCE_CHANGE = 1e-7, 1e-9
+#: Least inner product of move and change of gradient with which a pair is kept.
+LEAST_CURVATURE = 1e-10
 
 
 class LBFGSState(NamedTuple):
     """State of :func:`lbfgs`, with one row for each of ``r`` restarts.
 
     Attributes:
-        point: [r z], where the current line starts; its loss is the lowest of its restart that met
-            the sufficient decrease.
-        value: [r], the loss there; +inf before the first evaluation.
-        gradient: [r z], the gradient there.
-        direction: [r z], the line's direction of descent (0 before the first evaluation).
-        stepsize: [r], the next trial is ``point + stepsize * direction``.
-        low: [r], largest trial step that met the decrease but not the curvature condition.
-        low_value: [r], the loss at ``low``.
-        low_gradient: [r z], the gradient at ``low``.
-        high: [r], smallest trial step that did not meet the decrease; +inf if none.
-        high_value: [r], the loss at ``high``.
-        trials: [r], trials spent on this line.
-        fresh: [r], True where the direction is plain steepest descent.
-        stalled: [r], True where not even steepest descent finds a decrease.
-        memory: optax's L-BFGS memory, each leaf with a first axis of ``r``.
+        point: [r z], where the next step evaluates.
+        gradient: [r z], the gradient at the point before (0 before the first evaluation).
+        move: [r z], from the point before to ``point``.
+        moves: [r m z], past moves, the newest last; 0 where there are fewer than m.
+        changes: [r m z], the changes of the gradient that go with them.
+        inverse: [r m], one over their inner products; 0 where there is no pair.
+        scale: [r], the initial inverse Hessian, a multiple of the identity.
+        started: bool, False before the first evaluation.
     """
 
     point: jax.Array
-    value: jax.Array
     gradient: jax.Array
-    direction: jax.Array
-    stepsize: jax.Array
-    low: jax.Array
-    low_value: jax.Array
-    low_gradient: jax.Array
-    high: jax.Array
-    high_value: jax.Array
-    trials: jax.Array
-    fresh: jax.Array
-    stalled: jax.Array
-    memory: PyTree
+    move: jax.Array
+    moves: jax.Array
+    changes: jax.Array
+    inverse: jax.Array
+    scale: jax.Array
+    started: jax.Array
 
 
-def _rows(a, b):
-    """Inner products of the rows of two [r z] arrays."""
-    return jnp.sum(a * b, axis=1)
+def _direction(gradient, moves, changes, inverse, scale):
+    """Minus the inverse Hessian times ``gradient`` [z], by the two loops, for one restart."""
+
+    def newest_first(q, pair):
+        move, change, inverse = pair
+        share = inverse * jnp.vdot(move, q)
+        return q - share * change, share
+
+    def oldest_first(d, pair):
+        move, change, inverse, share = pair
+        return d + (share - inverse * jnp.vdot(change, d)) * move, None
+
+    pairs = (moves, changes, inverse)
+    q, shares = jax.lax.scan(newest_first, -gradient, pairs, reverse=True)
+    return jax.lax.scan(oldest_first, scale * q, (*pairs, shares))[0]
 
 
-def _select(condition, chosen, other):
-    """``jnp.where`` over trees whose leaves have a first axis of ``r``."""
+def lbfgs(*, memory_size: int = 100, learning_rate: float = 1.0) -> Optimizer:
+    """L-BFGS with a fixed step and no line search, as the published DLG and iDLG take it.
 
-    def each(x, y):
-        return jnp.where(condition.reshape(-1, *(1,) * (x.ndim - 1)), x, y)
-
-    return jax.tree.map(each, chosen, other)
-
-
-def lbfgs(*, memory_size: int = 10, max_trials: int = 20) -> Optimizer:
-    """Limited-memory BFGS, every restart of the batch on its own (used by DLG and iDLG).
-
-    One step evaluates loss and gradient once for each restart: the next trial of its line search.
-    Thus the budget is exact, restarts never wait for each other's line searches, and the model
-    runs in one batched call outside of any loop. A quasi-Newton iteration takes one step where the
-    unit step is good, as it mostly is, and at most ``max_trials``.
+    One step evaluates loss and gradient once for each restart and moves on along the quasi-Newton
+    direction, whether or not the loss fell; the wrapper that remembers the best does the rest. On
+    losses that jump, such as those of ReLU networks, this goes on where a line search, which asks
+    for a decrease, stops (:func:`ggl_jax.adversary.optimizers.lbfgs_wolfe`).
 
     Args:
-        memory_size: past iterations in the inverse Hessian, at least 1.
-        max_trials: steps of one line search, at least 2. When they are spent, the best point with a
-            sufficient decrease is taken and the memory is emptied.
+        memory_size: past moves in the inverse Hessian, at least 1. Two arrays of this many rows
+            are kept for each restart.
+        learning_rate: the step along each direction, > 0. The first is shortened to
+            ``min(1, 1 / |g|_1) * learning_rate``.
 
     Returns:
         An :class:`Optimizer`.
 
     Edge cases:
-        A trial whose loss or gradient is not finite counts as too long. A restart whose very start
-        is not finite stays there; the status is NONFINITE if all do. A restart that finds no
-        decrease along its direction tries steepest descent; if that fails too (float32 resolves no
-        difference any more, or the gradient is 0), it stays where it is, still evaluated. The
-        status is STALLED when no restart is left that can move.
+        A move is remembered only if its inner product with the gradient's change exceeds 1e-10. A
+        restart stays where it is, still evaluated, once its loss or gradient is not finite (torch
+        would go on with NaN; what it found before is kept), its gradient has no entry above 1e-7,
+        or its direction goes down by less than 1e-9. The status is NONFINITE when no restart's
+        loss is finite, else STALLED when none can move. torch's other tolerances only end one of
+        its calls of up to ``max_iter`` = 20 evaluations: the next call goes on from there, so that
+        20 steps here are one iteration there.
 
     Reference:
-        Liu and Nocedal (1989), by ``optax.scale_by_lbfgs``. Line search: bracketing of the weak
-        Wolfe conditions (Lewis and Overton 2013, algorithm 2.6) with quadratic interpolation.
-        PyTorch's L-BFGS, as in the published DLG code, uses no line search by default.
+        Liu and Nocedal (1989); PyTorch's ``LBFGS`` with ``line_search_fn=None`` and ``history_size
+        = 100``, its defaults, which both published codes use.
     """
     require(memory_size >= 1, "memory_size", memory_size, "whole numbers of at least 1")
-    require(max_trials >= 2, "max_trials", max_trials, "whole numbers of at least 2")
-    transform = optax.scale_by_lbfgs(memory_size=memory_size)
-
-    def start_line(state, move):
-        """Choose directions for the rows in ``move``; those in ``state.fresh`` forget the past."""
-        empty = jax.vmap(transform.init)(state.point)
-        update = jax.vmap(transform.update)
-        kept, kept_memory = update(
-            state.gradient, _select(state.fresh, empty, state.memory), state.point
-        )
-        plain, plain_memory = update(state.gradient, empty, state.point)
-        # Rounding can spoil the direction: it must go down.
-        descends = _rows(kept, state.gradient) > 0
-        fresh = state.fresh | ~descends
-        slope = _rows(plain, state.gradient)
-        zero, one = jnp.zeros_like(state.value), jnp.ones_like(state.value)
-        started = state._replace(
-            direction=-_select(fresh, plain, kept),
-            stepsize=one,
-            low=zero,
-            low_value=state.value,
-            low_gradient=state.gradient,
-            high=one * jnp.inf,
-            high_value=one * jnp.inf,
-            trials=jnp.zeros_like(state.trials),
-            fresh=fresh,
-            stalled=state.stalled | ~(slope > 0),
-            memory=_select(fresh, plain_memory, kept_memory),
-        )
-        return _select(move, started, state)
+    require(learning_rate > 0, "learning_rate", learning_rate, "numbers above 0")
 
     def init(key, latents):
         del key
-        num = latents.shape[0]
-        # Weakly typed starts (``jnp.full``) would compile the second step anew.
+        num, size = latents.shape
+        # Weakly typed starts would compile the second step anew.
         latents = jax.lax.convert_element_type(latents, latents.dtype)
-        zeros, none = jnp.zeros_like(latents), jnp.zeros_like(latents[:, 0])
+        zeros, past = jnp.zeros_like(latents), jnp.zeros((num, memory_size, size), latents.dtype)
         return LBFGSState(
             point=latents,
-            value=none + jnp.inf,
             gradient=zeros,
-            direction=zeros,
-            stepsize=none,
-            low=none,
-            low_value=none + jnp.inf,
-            low_gradient=zeros,
-            high=none + jnp.inf,
-            high_value=none + jnp.inf,
-            trials=jnp.zeros(num, jnp.int32),
-            fresh=jnp.ones(num, bool),
-            stalled=jnp.zeros(num, bool),
-            memory=jax.vmap(transform.init)(latents),
+            move=zeros,
+            moves=past,
+            changes=past,
+            inverse=past[:, :, 0],
+            scale=jnp.ones_like(latents[:, 0]),
+            started=jnp.zeros((), bool),
+        )
+
+    def remembered(state, gradient):
+        """The state with the last move among its pairs, where it is to be kept."""
+        change = gradient - state.gradient
+        curvature = jnp.sum(change * state.move, axis=1)
+        kept = curvature > LEAST_CURVATURE  # False for the first evaluation and for NaN
+        row = kept[:, None]
+        safe = jnp.where(kept, curvature, 1.0)
+
+        def push(past, new):
+            keep = row.reshape(-1, *(1,) * (past.ndim - 1))
+            return jnp.where(keep, jnp.concatenate([past[:, 1:], new[:, None]], axis=1), past)
+
+        squares = jnp.where(kept, jnp.sum(change**2, axis=1), 1.0)
+        return state._replace(
+            gradient=gradient,
+            moves=push(state.moves, state.move),
+            changes=push(state.changes, change),
+            inverse=push(state.inverse, 1.0 / safe),
+            scale=jnp.where(kept, safe / squares, state.scale),
+            started=jnp.ones((), bool),
         )
 
     def step(key, state, loss_fn):
         del key
-        trial = state.point + state.stepsize[:, None] * state.direction
 
         def total(z):
             losses = loss_fn(z)
             # Candidates are independent, so the gradient of the sum holds each one's own.
             return jnp.sum(losses), losses
 
-        (_, losses), gradient = jax.value_and_grad(total, has_aux=True)(trial)
+        point = state.point
+        (_, losses), gradient = jax.value_and_grad(total, has_aux=True)(point)
         finite = jnp.isfinite(losses) & jnp.all(jnp.isfinite(gradient), axis=1)
-        waiting = jnp.isinf(state.value)
-        slope = _rows(state.direction, state.gradient)
-        decreased = finite & (losses <= state.value + DECREASE * state.stepsize * slope)
-        # Rounding can make the two sides equal: drifting on a plateau is no progress.
-        decreased &= losses < state.value
-        # The starts themselves are the first trial: all that is asked of them is to be finite.
-        flat_enough = waiting | (_rows(state.direction, gradient) >= CURVATURE * slope)
-        active = ~state.stalled & ~(waiting & ~finite)
-        accepted = active & decreased & flat_enough
-
-        # Narrow the bracket of those that go on.
-        narrow_low = active & decreased & ~flat_enough
-        narrow_high = active & ~decreased
-        bracketed = state._replace(
-            low=jnp.where(narrow_low, state.stepsize, state.low),
-            low_value=jnp.where(narrow_low, losses, state.low_value),
-            low_gradient=_select(narrow_low, gradient, state.low_gradient),
-            high=jnp.where(narrow_high, state.stepsize, state.high),
-            high_value=jnp.where(narrow_high, jnp.where(finite, losses, jnp.inf), state.high_value),
-            trials=state.trials + active,
-        )
-        width = bracketed.high - bracketed.low
-        low_slope = _rows(state.direction, bracketed.low_gradient)
-        rise = bracketed.high_value - bracketed.low_value - low_slope * width
-        share = jnp.clip(-low_slope * width / (2 * rise), 0.1, 0.9)
-        # A value that is not finite says nothing about where the minimum lies.
-        share = jnp.where(jnp.isfinite(share) & jnp.isfinite(bracketed.high_value), share, 0.5)
-        bracketed = bracketed._replace(
-            stepsize=jnp.where(
-                jnp.isfinite(bracketed.high),
-                bracketed.low + share * width,
-                jnp.where(active, 2 * state.stepsize, state.stepsize),
-            )
-        )
-
-        # Out of trials: take the decrease that was found, or go back to steepest descent.
-        spent = active & ~accepted & (bracketed.trials >= max_trials)
-        rescued, failed = spent & (bracketed.low > 0), spent & ~(bracketed.low > 0)
-        low_point = state.point + bracketed.low[:, None] * state.direction
-        moved = bracketed._replace(
-            point=_select(accepted, trial, _select(rescued, low_point, state.point)),
-            value=jnp.where(accepted, losses, jnp.where(rescued, bracketed.low_value, state.value)),
-            gradient=_select(
-                accepted, gradient, _select(rescued, bracketed.low_gradient, state.gradient)
-            ),
-            # The first line, and the lines after a failure, start from an empty memory.
-            fresh=jnp.where(accepted, waiting, jnp.where(spent, True, state.fresh)),
-            stalled=state.stalled | (failed & state.fresh),
-        )
+        first = jnp.minimum(1.0, 1.0 / jnp.sum(jnp.abs(gradient), axis=1))
+        stepsize = learning_rate * jnp.where(state.started, 1.0, first)
         with jax.default_matmul_precision("highest"):
-            moved = start_line(moved, (accepted | spent) & ~moved.stalled)
-        moved = moved._replace(stepsize=jnp.where(moved.stalled, 0.0, moved.stepsize))
-        known = jnp.isfinite(moved.value)
-        movable = jnp.any(known & ~moved.stalled)
-        status = jnp.where(jnp.any(known), jnp.where(movable, OK, STALLED), NONFINITE)
-        return moved, Info(
-            latents=trial,
+            state = remembered(state, gradient)
+            direction = jax.vmap(_direction)(
+                gradient, state.moves, state.changes, state.inverse, state.scale
+            )
+        slope = jnp.sum(gradient * direction, axis=1)
+        steep = jnp.max(jnp.abs(gradient), axis=1) > TOLERANCE_GRADIENT
+        moving = finite & steep & (slope <= -TOLERANCE_CHANGE)
+        move = jnp.where(moving[:, None], stepsize[:, None] * direction, 0.0)
+        status = jnp.where(
+            jnp.any(jnp.isfinite(losses)), jnp.where(jnp.any(moving), OK, STALLED), NONFINITE
+        )
+        return state._replace(point=point + move, move=move), Info(
+            latents=point,
             losses=losses,
-            evaluations=jnp.asarray(trial.shape[0], jnp.int32),
+            evaluations=jnp.asarray(point.shape[0], jnp.int32),
             status=status.astype(jnp.int32),
         )
 

@@ -1,18 +1,20 @@
 """Soteria: hide the image by pruning the representation that enters the last layer."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 
 from ggl_jax import trees
 from ggl_jax.client.defenses import _checks, _traits
-from ggl_jax.client.defenses.sparsify import percentile, zero_count
+from ggl_jax.client.defenses.sparsify import zero_count
 from ggl_jax.client.gradients import cross_entropy
 from ggl_jax.types import Defense, Factored, Model, Path, PyTree
 
 
 def soteria(
     *,
-    rate: float = 0.8,
+    rate: float | None = None,
     fidelity: str = "paper",
     compare: str = "published",
     chunk_size: int | None = None,
@@ -23,7 +25,8 @@ def soteria(
     weight gradient are zero. The other layers still carry the image.
 
     Args:
-        rate: share p of the d features that is pruned, 0 <= rate < 1.
+        rate: share p of the d features that is pruned, 0 <= rate < 1. None takes the paper's 0.8,
+            or 0.1 (the default of the published code) with ``fidelity="code"``.
         fidelity:
             ``"paper"``: for each image, prune the ``floor(p d)`` features with the largest
             ``|r_i (dr_i/dx)^-1| = |r_i| / |dr_i/dx|`` (the pseudo-inverse of a row vector), then
@@ -32,7 +35,9 @@ def soteria(
             update, so it must be the first stage of a chain, on a single gradient step.
             ``"code"``: ``score_i = |dr_i/dx| / (r_i + 1e-10)``, averaged over the batch; zero the
             rows of the last layer's weight gradient whose absolute score is below the p-th
-            percentile. All other tensors keep the plain gradient. It masks any update.
+            percentile of the scores themselves. So fewer than a share p are pruned where features
+            can be negative, and none where the percentile is. All other tensors keep the plain
+            gradient. It masks any update.
         compare: how the adversary simulates it. ``"undefended"`` leaves the last layer's kernel,
             the one tensor that is defended, out of the comparison. Any other value is as published.
         chunk_size: features whose derivatives are computed together; memory grows with it. None
@@ -65,10 +70,12 @@ def soteria(
     published code leaves the forward pass unperturbed.
     """
     _checks.fidelity("soteria", fidelity)
+    on_representation = fidelity == "paper"
+    if rate is None:
+        rate = 0.8 if on_representation else 0.1
     rate = _checks.number("soteria", "rate", rate, low=0, high=1, default=0.8)
     if chunk_size is not None:
         chunk_size = _checks.positive_integer("soteria", "chunk_size", chunk_size)
-    on_representation = fidelity == "paper"
     without_head = _checks.comparison("soteria", compare) == "undefended"
 
     def masks(context):
@@ -78,8 +85,9 @@ def soteria(
         )
         if on_representation:
             return jax.vmap(lambda r, n: _largest_pruned(r, n, rate))(features, norms), features
-        scores = jnp.abs(jnp.mean(norms / (features + 1e-10), axis=0))
-        return (scores >= percentile(scores, rate)).astype(features.dtype)[None], features
+        scores = jnp.mean(norms / (features + 1e-10), axis=0)
+        kept = jnp.abs(scores) >= percentile(scores, rate)
+        return kept.astype(features.dtype)[None], features
 
     def apply(key, update, context):
         del key
@@ -175,6 +183,15 @@ def _largest_pruned(features: jax.Array, norms: jax.Array, rate: float) -> jax.A
     order = jnp.argsort(-key, stable=True)
     count = zero_count(rate, features.size)
     return jnp.ones_like(features).at[order[:count]].set(0)
+
+
+def percentile(values: jax.Array, rate: float) -> jax.Array:
+    """Linearly interpolated quantile, as numpy's and torch's default; the place in float64."""
+    place = rate * (values.size - 1)
+    low, share = math.floor(place), place - math.floor(place)
+    ordered = jnp.sort(values)
+    first, second = ordered[low], ordered[min(low + 1, values.size - 1)]
+    return first + (second - first) * share
 
 
 def pruned_gradient(

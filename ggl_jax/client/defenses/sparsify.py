@@ -8,7 +8,7 @@ import numpy as np
 
 from ggl_jax import trees
 from ggl_jax.client.defenses import _checks, _traits
-from ggl_jax.selection import kth_smallest, zero_smallest
+from ggl_jax.selection import zero_smallest
 from ggl_jax.types import Defense, Factored, PyTree
 
 #: Tensors with fewer entries say too little about the rate: floor(0.9 * 2) / 2 is 0.5.
@@ -18,18 +18,20 @@ _MIN_ENTRIES = 1000
 _WITHIN_ONE = 0.6826894921370859
 
 
-def sparsify(*, rate: float = 0.9, fidelity: str = "paper", compare: str = "published") -> Defense:
+def sparsify(
+    *, rate: float | None = None, fidelity: str = "paper", compare: str = "published"
+) -> Defense:
     """Zero the entries of smallest magnitude in every tensor.
 
     What the adversary learns: the rate, from the share of zeros, and which entries were the
     largest. As published, candidates are pruned by their own largest entries at that rate.
 
     Args:
-        rate: share of entries that become zero, 0 <= rate < 1.
-        fidelity: ``"paper"`` zeroes exactly ``floor(rate * n)`` of a tensor's n entries, so that
-            no tensor vanishes; the rate is estimated for each layer. ``"code"`` zeroes the entries
-            below the tensor's ``rate`` percentile with linear interpolation (numpy, torch), which
-            is ``ceil(rate * (n - 1))`` entries if no two are equal; one rate is estimated for all.
+        rate: share of entries that become zero, 0 <= rate < 1. None takes the paper's 0.9, or 0.2
+            (the default of the published code's 32x32 script) with ``fidelity="code"``.
+        fidelity: ``"paper"`` zeroes ``floor(rate * n)`` of a tensor's n entries, so that no tensor
+            vanishes. ``"code"`` zeroes as many as lie below the tensor's ``rate`` percentile with
+            linear interpolation (numpy, torch) where no two are equal: ``ceil(rate * (n - 1))``.
         compare: how the adversary simulates it. ``"support"`` compares candidates on the entries
             that were shared, whatever the candidates' own largest ones are: a smoother loss that
             needs no selection. It takes an update without noise on top. Any other value is as
@@ -37,29 +39,36 @@ def sparsify(*, rate: float = 0.9, fidelity: str = "paper", compare: str = "publ
 
     Returns:
         A Defense, with factored form only for ``compare="support"``. Record: ``rate``. Estimate:
-        ``rate`` (see :func:`estimate_rates`) and, in the paper's form, ``layer_rates``, a pytree of
-        scalars; for ``compare="support"``, ``support``, a pytree of booleans.
+        ``rate`` (in the paper's form see :func:`estimate_rates`; in the code's, the share of zeros
+        in all tensors together), ``support``, a pytree of booleans, and, unless
+        ``compare="support"``, ``layer_counts``, a pytree of integers. The published code prunes
+        candidates in every layer by the one rate, and so the private image's own update by other
+        counts than the client, a few entries of each tensor or, where ReLUs were silent, many;
+        here each layer's own count is taken in both forms.
 
     Edge cases: entries that are zero anyway count among the smallest, so a tensor with more zeros
-    than the rate is left as it is. Ties: ``"paper"`` zeroes the first in memory order among equals
-    to meet its count; ``"code"`` keeps all entries equal to the threshold. Rate 0 changes nothing.
-    NaN counts as the largest magnitude and stays. The simulation is differentiable in the entries
-    that it keeps.
+    than the rate is left as it is. Ties: among magnitudes that agree to 1e-4 places decide, the
+    same ones in every program; and of those of a candidate that agree to 0.1 %, the entries that
+    were shared are kept. So the client's own images are pruned as the client did it, whatever
+    rounding does. Rate 0 changes nothing. NaN counts as the largest magnitude and stays. The
+    simulation is differentiable in the entries that it keeps.
 
     Reference: paper, gradient sparsification with 90 %.
     """
     _checks.fidelity("sparsify", fidelity)
+    by_share = fidelity == "paper"
+    if rate is None:
+        rate = 0.9 if by_share else 0.2
     rate = _checks.number("sparsify", "rate", rate, low=0, high=1, default=0.9)
     on_support = _checks.comparison("sparsify", compare) == "support"
-    by_count = fidelity == "paper"
+
+    # In double precision: in float32 rate * n is off by an entry for n of some millions.
+    def count(size):
+        return zero_count(rate, size) if by_share else zero_count(rate, size - 1, up=True)
 
     def apply(key, update, context):
         del key, context
-        # Positions are computed here in double precision: in float32 rate * n is off by an entry
-        # for n of some millions.
-        if by_count:
-            return trees.map_flat(lambda g: zero_smallest(g, zero_count(rate, g.size)), update)
-        return trees.map_flat(lambda g: zero_below_percentile(g, rate), update)
+        return trees.map_flat(lambda g: zero_smallest(g, count(g.size)), update)
 
     def record(key, update, context):
         del key, update, context
@@ -67,28 +76,25 @@ def sparsify(*, rate: float = 0.9, fidelity: str = "paper", compare: str = "publ
 
     def estimate(update, head, noise=0.0):
         del head
-        overall, layers = estimate_rates(update, noise)
-        if on_support:
-            return {"rate": overall, "support": jax.tree.map(lambda g: g != 0, update)}
-        if by_count:
-            return {"rate": overall, "layer_rates": layers}
-        # The published code counts the zeros of all tensors together. With noise on top there are
-        # none to count.
-        size = sum(g.size for g in jax.tree.leaves(update))
-        zeros = trees.total(jax.tree.map(lambda g: jnp.sum(g == 0), update))
-        return {"rate": jnp.where(jnp.asarray(noise) > 0, overall, zeros / size)}
+        overall, counts = estimate_rates(update, noise)
+        support = jax.tree.map(lambda g: g != 0, update)
+        if not by_share:
+            size = sum(g.size for g in jax.tree.leaves(update))
+            # With noise on top there are no zeros to count.
+            zeros = trees.total(jax.tree.map(lambda g: jnp.sum(g == 0), update))
+            overall = jnp.where(jnp.asarray(noise) > 0, overall, zeros / size)
+        found = {"rate": overall, "support": support}
+        return found if on_support else found | {"layer_counts": counts}
 
     def simulate(estimated, update):
         if on_support:
             return jax.tree.map(jnp.multiply, estimated["support"], update)
-        if by_count:
-            return trees.map_flat(
-                lambda g, r: zero_smallest(g, jnp.round(r * g.size).astype(jnp.int32)),
-                update,
-                estimated["layer_rates"],
-            )
-        found = estimated["rate"]
-        return trees.map_flat(lambda g: zero_below_percentile(g, found), update)
+        return jax.tree.map(
+            lambda g, zeros, kept: zero_smallest(g.ravel(), zeros, kept.ravel()).reshape(g.shape),
+            update,
+            estimated["layer_counts"],
+            estimated["support"],
+        )
 
     def factor(estimated):
         return Factored(mask=estimated["support"])
@@ -100,56 +106,31 @@ def sparsify(*, rate: float = 0.9, fidelity: str = "paper", compare: str = "publ
     )
 
 
-def zero_count(rate: float, size: int) -> int:
-    """``floor(rate * size)``, with 0.29 * 100 = 28.999999999999996 taken for 29."""
+def zero_count(rate: float, size: int, *, up: bool = False) -> int:
+    """``floor(rate * size)``, with 0.29 * 100 = 28.999999999999996 taken for 29; or rounded up."""
+    if up:
+        return math.ceil(rate * size * (1 - 1e-12) - 1e-9)
     return math.floor(rate * size * (1 + 1e-12) + 1e-9)
 
 
-def zero_below_percentile(g: jax.Array, rate: jax.Array | float) -> jax.Array:
-    """Zero the entries whose magnitude is below the ``rate`` quantile, linearly interpolated.
-
-    Args:
-        g: [n], a flattened tensor.
-        rate: 0 to 1, may be traced (then in float32: the position may be off by one entry in
-            tensors of millions).
-    """
-    magnitudes = jnp.abs(g)
-    return jnp.where(magnitudes < percentile(magnitudes, rate), 0, g)
-
-
-def percentile(magnitudes: jax.Array, rate: jax.Array | float) -> jax.Array:
-    """Linearly interpolated quantile of non-negative values, as numpy's and torch's default."""
-    if isinstance(rate, float):
-        # In double precision, as numpy.
-        exact = rate * (magnitudes.size - 1)
-        low, share = jnp.asarray(math.floor(exact)), jnp.asarray(exact - math.floor(exact))
-    else:
-        position = rate * (magnitudes.size - 1)
-        low = jnp.floor(position).astype(jnp.int32)
-        share = position - low
-    first = kth_smallest(magnitudes, low + 1)
-    second = kth_smallest(magnitudes, low + 2)
-    return first + (second - first) * share.astype(magnitudes.dtype)
-
-
 def estimate_rates(update: PyTree, noise: jax.Array | float = 0.0) -> tuple[jax.Array, PyTree]:
-    """Share of entries that a client zeroed: overall, and for each layer.
+    """What a client zeroed: the share of entries overall, and their number in each layer.
 
     Every layer has at least its share of zeros, and more where ReLUs were silent. So the overall
     rate is the smallest share among the layers of at least 1,000 entries, to within 0.001.
 
     Under noise no entry is zero. A zeroed entry then lies within one standard deviation with
     probability 0.683, and so the share of entries there, divided by 0.683, takes the place of the
-    share of zeros, in every layer the overall one. Kept entries that are not several times larger
-    than the noise count as zeroed: at sigma 0.1 nearly all entries of a ResNet-18's gradient are,
-    and the rate is not identifiable (the estimate tends to 1).
+    share of zeros, and each layer's count is that share of it. Kept entries that are not several
+    times larger than the noise count as zeroed: at sigma 0.1 nearly all entries of a ResNet-18's
+    gradient are, and the rate is not identifiable (the estimate tends to 1).
 
     Args:
         update: the observed update.
         noise: standard deviation of noise added after the sparsification.
 
     Returns:
-        ``(rate, layer_rates)``: a scalar and a pytree of scalars, in [0, 1).
+        ``(rate, layer_counts)``: a scalar in [0, 1] and a pytree of int32 scalars.
     """
     noise = jnp.asarray(noise, jnp.float32)
     noisy = noise > 0
@@ -164,4 +145,6 @@ def estimate_rates(update: PyTree, noise: jax.Array | float = 0.0) -> tuple[jax.
     # allowed for.
     penalised = jnp.where(telling, share + 3 * stderr / _WITHIN_ONE, jnp.inf)
     overall = share[jnp.argmin(penalised)]
-    return overall, jax.tree.unflatten(treedef, list(jnp.where(noisy, overall, share)))
+    zeros = jnp.stack([jnp.sum(g == 0, dtype=jnp.int32) for g in leaves])
+    pruned = jnp.where(noisy, jnp.round(overall * sizes).astype(jnp.int32), zeros)
+    return overall, jax.tree.unflatten(treedef, list(pruned))

@@ -1,0 +1,287 @@
+"""What a run is made of: its inputs, checked once, and its cells, named by what they compute."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from ggl_jax.adversary.reconstruct import search_for
+from ggl_jax.adversary.strategy import AttackSettings
+from ggl_jax.audit import identity, metrics
+from ggl_jax.client import defenses as client_defenses
+from ggl_jax.client.share import ClientSettings
+from ggl_jax.errors import GGLError
+from ggl_jax.files import digest
+from ggl_jax.priors import load_prior
+from ggl_jax.types import Defense, Model, Public, PyTree
+
+# Streams of the run's key: the federated model's weights, and the adversary's public samples.
+# Instances fold in their image index, which never gets as large.
+MODEL_STREAM, PUBLIC_STREAM = 2**31 - 1, 2**31 - 2
+
+#: Settings that change how fast a result comes, but not what it is.
+SPEED = ("instances", "chunk_size", "memory")
+
+
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """What all cells of a run share: the private images, what is public, and how it is judged.
+
+    Attributes:
+        images: [n h w c] the private images, floats in [0, 1].
+        labels: [n] integer class labels.
+        model: the federated model.
+        prior: the generator that the adversary has, or the name or folder of a checkpoint; its
+            images must have the model's shape.
+        prior_params: the generator's parameters, where ``prior`` is not a name.
+        variables: the global model's variables; None for a fresh initialisation by each seed.
+        names: [n], different ones, shown in the results; by default image-0, image-1, ...
+        instance_ids: [n], non-negative numbers that identify the images' random streams, so that a
+            subset gives the same rows; by default 0, 1, ...
+        others: [m h w c], images of other people among whom the private image is to be told by its
+            reconstruction (:func:`ggl_jax.audit.metrics.identification_ranks`); None for no test.
+        num_controls: random samples of the prior for the controls.
+        ceiling_steps: Adam steps of the prior's direct fit to the private image (the ceiling).
+        lpips: backbone of the LPIPS metric: "vgg" (the paper's), "alex" or "squeeze". Where its
+            weights are not installed, ``lpips`` is None and ``lpips_note`` says how to get them.
+        about: entries for the folder's ``config.json``: under "options" what was asked for (by
+            default these arguments), and the command, say.
+
+    Raises:
+        GGLError: for unusable input, in one line.
+    """
+
+    images: Any
+    labels: Any
+    model: Model
+    prior: Any = "dcgan32_faces"
+    prior_params: PyTree = None
+    variables: PyTree | None = None
+    names: Any = None
+    instance_ids: Any = None
+    others: np.ndarray | None = None
+    num_controls: int = 400
+    ceiling_steps: int = 300
+    lpips: str = "vgg"
+    about: Mapping[str, Any] | None = None
+
+    def __post_init__(self):
+        def put(name, value):
+            object.__setattr__(self, name, value)
+
+        if isinstance(self.prior, str):
+            prior, params, _ = load_prior(self.prior)
+            put("prior", prior)
+            put("prior_params", params)
+        put("images", np.asarray(self.images, np.float32))
+        put("labels", np.asarray(self.labels))
+        num = range(len(self.images))
+        put("names", [f"image-{i}" for i in num] if self.names is None else list(self.names))
+        put(
+            "instance_ids",
+            [int(i) for i in (num if self.instance_ids is None else self.instance_ids)],
+        )
+        _check(self)
+
+    @functools.cached_property
+    def perceptual(self) -> metrics.Perceptual:
+        """LPIPS, as this machine can measure it."""
+        return metrics.perceptual(self.lpips, self.model.image_shape)
+
+    @functools.cached_property
+    def digests(self) -> dict[str, Any]:
+        """What tells these inputs from others, by content; the suspects are not asked of a cell."""
+        each = zip(self.names, self.images, self.labels, self.instance_ids, strict=True)
+        return {
+            "images": {name: _short(image, int(label), i) for name, image, label, i in each},
+            "model": identity.model_digest(self.model),
+            "prior": _short(identity.prior_digest(self.prior), jax.tree.leaves(self.prior_params)),
+            "variables": "" if self.variables is None else _short(jax.tree.leaves(self.variables)),
+            "suspects": "" if self.others is None else _short(self.others),
+        }
+
+    def public(self, seed: int) -> Public:
+        """What both sides have under a seed."""
+        variables = self.variables
+        if variables is None:
+            key = jax.random.fold_in(jax.random.key(seed), MODEL_STREAM)
+            variables = _init(self.model)(key)
+        return Public(self.model, variables, self.prior, self.prior_params)
+
+
+def _short(*parts: Any) -> str:
+    return digest(*parts)[:12]
+
+
+@functools.lru_cache(maxsize=16)
+def _init(model: Model) -> Callable:
+    return jax.jit(model.init)
+
+
+def check_images(model: Model, images: np.ndarray) -> None:
+    """Raise :class:`GGLError` unless ``images`` [n h w c] fit the model and lie in [0, 1]."""
+    if images.ndim != 4 or images.shape[1:] != model.image_shape:
+        raise GGLError(
+            f"images: got shape {images.shape}, allowed: (n, *{model.image_shape}), as model "
+            f"{model.name!r} takes them"
+        )
+    if not np.all(np.isfinite(images)) or images.min() < 0.0 or images.max() > 1.0:
+        raise GGLError("images: values must be finite and lie in [0, 1]; divide uint8 by 255")
+
+
+def _check(inputs: Inputs) -> None:
+    model, prior, labels = inputs.model, inputs.prior, inputs.labels
+    check_images(model, inputs.images)
+    if prior.image_shape != model.image_shape:
+        raise GGLError(
+            f"prior: {prior.name!r} makes images of shape {prior.image_shape}, but model "
+            f"{model.name!r} takes {model.image_shape}; choose a prior of that size, or attack "
+            f"pixels, which needs none: prior=ggl_jax.pixels({model.image_shape})"
+        )
+    num = len(inputs.images)
+    if labels.shape != (num,):
+        raise GGLError(f"labels: got shape {labels.shape}, allowed: ({num},), one per image")
+    if labels.min() < 0 or labels.max() >= model.num_classes:
+        raise GGLError(
+            f"labels: got {labels.min()} to {labels.max()}, allowed: 0 to {model.num_classes - 1}; "
+            "raise the model's number of classes"
+        )
+    for name in ("names", "instance_ids"):
+        given = getattr(inputs, name)
+        if len(given) != num:
+            raise GGLError(f"{name}: got {len(given)} of them, allowed: {num}, one per image")
+    twice = [name for name in inputs.names if inputs.names.count(name) > 1]
+    if twice:
+        raise GGLError(f"names: {twice[0]!r} names two images; give each a name of its own")
+
+
+class Cell(NamedTuple):
+    """One unit of work: an update of one batch of images, attacked in one way.
+
+    Attributes:
+        id: 16 hexadecimal digits, of everything that determines the result.
+        axes: what it is, in plain values: the defense, the seed, the images' names, and whatever
+            else the run varies.
+        settings: the search.
+        client: the client.
+        defense: the client's defense.
+        seed: of everything random.
+        images: positions of the batch's images.
+        evaluations: gradient evaluations of the search; 0 where it cannot be built.
+        own: digest of the defense, where it is an object; "" where it is a specification.
+    """
+
+    id: str
+    axes: dict[str, Any]
+    settings: AttackSettings
+    client: ClientSettings
+    defense: Defense
+    seed: int
+    images: tuple[int, ...]
+    evaluations: int
+    own: str = ""
+
+    @property
+    def program(self) -> tuple:
+        """Cells of the same program and seed can run in one batch."""
+        return (self.settings, self.client, self.defense)
+
+
+class Cells:
+    """Makes cells, each named by what it computes.
+
+    Args:
+        inputs: what they share.
+        told_apart: whether their names have to follow what own models, defenses and generators
+            compute; without, they are good for one run only.
+    """
+
+    def __init__(self, inputs: Inputs, *, told_apart: bool = True):
+        self.inputs, self.told_apart = inputs, told_apart
+        self.defenses: dict[str, str] = {}
+        self._parsed: dict[tuple[str, str, str], Defense] = {}
+        self._evaluations: dict[tuple, int] = {}
+
+    def defense(self, given: Defense | str, settings: AttackSettings) -> Defense:
+        """A defense as it is given, or by its specification.
+
+        Raises:
+            GGLError: two defenses of one name.
+        """
+        if isinstance(given, str):
+            spec = (given, settings.fidelity, settings.compare)
+            if spec not in self._parsed:
+                self._parsed[spec] = client_defenses.parse(
+                    given, fidelity=settings.fidelity, compare=settings.compare
+                )
+            defense, found = self._parsed[spec], ""
+        else:
+            defense, found = given, str(id(given))
+            if self.told_apart:
+                found = identity.defense_digest(given, self.inputs.model)
+        if self.defenses.setdefault(defense.name, found) != found:
+            raise GGLError(
+                f"defenses: {defense.name!r} names two defenses; give each a name of its own"
+            )
+        return defense
+
+    def make(
+        self,
+        axes: Mapping[str, Any],
+        settings: AttackSettings,
+        client: ClientSettings,
+        defense: Defense,
+        seed: int,
+        batch: tuple[int, ...],
+    ) -> Cell:
+        """One cell; see :class:`Cell`. A search that cannot be built has no evaluations."""
+        inputs = self.inputs
+        names = [inputs.names[i] for i in batch]
+        program = (settings, client, defense)
+        if program not in self._evaluations:
+            try:
+                search = search_for(
+                    inputs.model, inputs.prior, defense, client, settings, settings.instances or 1
+                )
+                self._evaluations[program] = search.evaluations
+            except GGLError:
+                self._evaluations[program] = 0
+        parts: list[Any] = [dataclasses.asdict(settings), dataclasses.asdict(client)]
+        parts[0] = {name: value for name, value in parts[0].items() if name not in SPEED}
+        parts += [defense.name, self.defenses[defense.name], seed, names]
+        if self.told_apart:
+            known = dict(inputs.digests)
+            del known["suspects"]  # with more private images there are others; a row says how many
+            known["images"] = [known["images"][name] for name in names]
+            parts += [known, inputs.num_controls, inputs.ceiling_steps, inputs.lpips]
+        shown = {**axes, "defense": defense.name, "seed": seed, "image": ", ".join(names)}
+        return Cell(
+            digest(parts)[:16],
+            shown,
+            settings,
+            client,
+            defense,
+            seed,
+            batch,
+            self._evaluations[program],
+            self.defenses[defense.name],
+        )
+
+
+def image_batches(num_images: int, batch_size: int) -> list[tuple[int, ...]]:
+    """Positions of the images of each batch.
+
+    Raises:
+        GGLError: the images do not split into batches of that size.
+    """
+    if batch_size < 1:
+        raise GGLError(f"batch_size: got {batch_size}, allowed: whole numbers of at least 1")
+    if num_images % batch_size:
+        raise GGLError(
+            f"batch_size: {num_images} images cannot be split into batches of {batch_size}; "
+            "choose indices whose number is a multiple of it"
+        )
+    return [tuple(range(i, i + batch_size)) for i in range(0, num_images, batch_size)]

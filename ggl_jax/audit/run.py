@@ -1,0 +1,480 @@
+"""Runs cells: an audit is a list of them along the defenses, a sweep any list.
+
+Each cell is three calls: :func:`ggl_jax.share` (the client), :func:`ggl_jax.reconstruct` (the
+adversary) and :func:`ggl_jax.judge` (the audit). A cell's random streams depend on its seed and its
+images alone, so batching, order, resuming and sharding do not change a result, but for float32
+rounding in programs of different batch sizes.
+"""
+
+import contextlib
+import dataclasses
+import itertools
+import math
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ggl_jax.adversary.reconstruct import expectations, reconstruct, search_for
+from ggl_jax.adversary.resume import Checkpoints
+from ggl_jax.adversary.search import release_programs
+from ggl_jax.adversary.strategy import AttackSettings
+from ggl_jax.audit import folder as folders
+from ggl_jax.audit.cells import PUBLIC_STREAM, Cell, Cells, Inputs, image_batches
+from ggl_jax.audit.controls import Controls, batch_controls, read_controls, write_controls
+from ggl_jax.audit.judge import in_order, judge
+from ggl_jax.client.share import ClientSettings, share
+from ggl_jax.errors import GGLError, StorageError
+from ggl_jax.files import digest
+from ggl_jax.types import Defense, Model
+
+# Streams of an instance's key, so that defense noise and search never share random numbers.
+STREAM_DEFENSE, STREAM_SEARCH, STREAM_CONTROLS = 0, 1, 2
+
+#: ``progress(phase, cell_number, num_cells, fraction, loss)``, called often.
+Progress = Callable[[str, int, int, float, float | None], None]
+
+
+def default_instances(model: Model, mesh: jax.sharding.Mesh | None = None) -> int:
+    """Searches in one program: one where a single population fills the machine or its memory.
+
+    That is on a CPU, and for images of more than 64x64 pixels. On a mesh, so many for each of its
+    devices.
+    """
+    large = math.prod(model.image_shape[:2]) > 64 * 64
+    each = 1 if large or jax.default_backend() == "cpu" else 8
+    return each * (1 if mesh is None else mesh.size)
+
+
+def batches(cells: Sequence[Cell], size: int) -> Iterator[list[Cell]]:
+    """Neighbouring cells of one program and seed, in batches of nearly equal size.
+
+    Equal sizes mean equal shapes, so that a program is compiled once.
+    """
+    for _, neighbours in itertools.groupby(cells, key=lambda cell: (*cell.program, cell.seed)):
+        group = list(neighbours)
+        number = math.ceil(len(group) / (group[0].settings.instances or size))
+        each = math.ceil(len(group) / number)
+        for first in range(0, len(group), each):
+            yield group[first : first + each]
+
+
+class RunResult(NamedTuple):
+    """What a run left in its folder.
+
+    Attributes:
+        records: everything that the folder holds.
+        interrupted: Ctrl-C ended it; what is finished is kept.
+    """
+
+    records: folders.Records
+    interrupted: bool
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        """One for each image of each finished cell."""
+        return self.records.rows
+
+    @property
+    def failures(self) -> dict[str, str]:
+        """Failed cell -> reason."""
+        return self.records.failures
+
+
+def run(
+    cells: Sequence[Cell],
+    inputs: Inputs,
+    out: str | Path,
+    *,
+    config: Mapping[str, Any] | None,
+    extend: bool | None = None,
+    retry_failed: bool = False,
+    mesh: jax.sharding.Mesh | None = None,
+    progress: Progress | None = None,
+) -> RunResult:
+    """Run the cells that are not finished yet, and keep each as soon as it is.
+
+    Args:
+        cells: made by :class:`Cells`; neighbours of one program run in one batch.
+        inputs: what they share.
+        out: folder. What an earlier run finished there is kept and not repeated, however that run
+            ended.
+        config: of :func:`config_of`, to be checked against the folder's; None for a scratch folder
+            that is this call's alone.
+        extend: go on although the folder holds another configuration; its finished cells stay.
+            None: errors do not offer it.
+        retry_failed: try the cells again that failed in an earlier run.
+        mesh: of devices to share a batch's searches out to; see :func:`ggl_jax.run_search`. With
+            several processes (``jax.distributed``) each calls this with the same cells and a folder
+            that they share, and writes its share of them.
+        progress: called as it goes on.
+
+    Returns:
+        A :class:`RunResult`; Ctrl-C returns one, too.
+
+    Raises:
+        GGLError: the folder is in use or holds something else.
+        StorageError: the disk is full; nothing that was finished is lost.
+
+    Edge cases:
+        A batch that fails (out of memory, say) is split until it passes or a single cell is found
+        to be the cause; that one is recorded with its reason, and the others go on.
+    """
+    folder, process = Path(out), jax.process_index()
+    scratch = config is None
+    plan = {c.id: {**c.axes, "evaluations": c.evaluations} for c in cells}
+    with contextlib.ExitStack() as stack:
+        if not scratch:
+            stack.enter_context(folders.lock(folder, f"lock-{process:04d}"))
+        if scratch or process == 0:
+            folders.prepare(folder, config or {}, plan, extend)
+        _meet("ggl_jax: the plan is written")
+        records = folders.read(folder)
+        settled = records.finished | (set() if retry_failed else set(records.failures))
+        todo = [cell.id for cell in cells if cell.id not in settled]
+        _agree(todo)
+        interrupted = False
+        work = _Work(inputs, folder, cells, todo, scratch, mesh, progress)
+        try:
+            # Batches of all cells, so that a search that goes on finds the batch that it had.
+            for batch in batches(cells, default_instances(inputs.model, mesh)):
+                work.run([cell for cell in batch if cell.id in work.todo])
+        except KeyboardInterrupt:
+            interrupted = True
+        else:
+            _meet("ggl_jax: the run is done")
+        records = folders.read(folder)
+        if process == 0:
+            folders.export(records)
+        return RunResult(records, interrupted)
+
+
+def config_of(cells: Sequence[Cell], inputs: Inputs, options: Mapping[str, Any]) -> dict[str, Any]:
+    """A folder's ``config.json``: what was asked for, and of what, by content."""
+    own = {cell.defense.name: cell.own for cell in cells if cell.own}
+    judged = {name: getattr(inputs, name) for name in ("num_controls", "ceiling_steps", "lpips")}
+    names = {"model": inputs.model.name, "prior": inputs.prior.name}
+    return {
+        "options": {**options, **judged, **names},
+        **(inputs.about or {}),
+        "inputs": {**inputs.digests, "defenses": own},
+    }
+
+
+class _Work:
+    """Runs batches of cells and keeps what they give."""
+
+    def __init__(self, inputs, folder, cells, todo, scratch, mesh, progress):
+        self.inputs, self.folder, self.mesh, self.progress = inputs, folder, mesh, progress
+        self.todo, self.scratch, self.done = dict.fromkeys(todo), scratch, 0
+        values: dict[str, set] = {}
+        for cell in cells:
+            for name, value in cell.axes.items():
+                values.setdefault(name, set()).add(str(value))
+        self.varying = [n for n, v in values.items() if len(v) > 1 and n != "image"] or ["defense"]
+        self.largest: dict[tuple, int] = {}
+        self.known: dict[str, list[Controls]] = {}
+        self.seed: int | None = None
+
+    def run(self, cells: list[Cell]) -> None:
+        """Run a batch, in parts where it is known not to fit into memory."""
+        if cells:
+            limit = self.largest.get(cells[0].program, len(cells))
+            for first in range(0, len(cells), limit):
+                self.attempt(cells[first : first + limit])
+
+    def attempt(self, cells: list[Cell]) -> None:
+        """Run a batch at once; where that fails, in halves, to find the cell to blame."""
+        try:
+            found = self.find(cells)
+        except StorageError:
+            raise
+        except Exception as error:
+            # One cell's failure is a result; a batch's is not yet known to be any cell's.
+            if len(cells) > 1:
+                half = len(cells) // 2
+                if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+                    self.largest[cells[0].program] = half
+                self.attempt(cells[:half])
+                self.attempt(cells[half:])
+                return
+            if self.scratch or jax.process_index() == 0:
+                folders.fail(self.folder, cells[0].id, _reason(error))
+        else:
+            for number, (cell, (rows, images)) in enumerate(zip(cells, found, strict=True)):
+                # Every process has every result; each writes its share.
+                if self.scratch or number % jax.process_count() == jax.process_index():
+                    folders.keep(self.folder, cell.id, rows, images)
+            self.checkpoints(cells).clear()
+        self.done += len(cells)
+        release_programs()
+
+    def checkpoints(self, cells: list[Cell]) -> Checkpoints:
+        """Where long searches keep their state meanwhile."""
+        kept = self.folder / "searches" / cells[0].id
+        return Checkpoints(kept, write=self.scratch or jax.process_index() == 0)
+
+    def find(self, cells: list[Cell]) -> list[tuple[list[dict[str, Any]], np.ndarray]]:
+        """Share, reconstruct and judge cells of one program; rows and images of each."""
+        began, inputs, first = time.perf_counter(), self.inputs, cells[0]
+        label = " ".join(str(first.axes[name]) for name in self.varying)
+
+        def report(phase, fraction=0.0, loss=None):
+            if self.progress is not None:
+                work = fraction * len(cells)
+                self.progress(f"{label}: {phase}", self.done, len(self.todo), work, loss)
+
+        key = jax.random.key(first.seed)
+        if self.seed != first.seed:
+            self.seed, self.public, self.expected = first.seed, inputs.public(first.seed), None
+        if first.client.batch_size > 1 and self.expected is None:
+            self.expected = expectations(jax.random.fold_in(key, PUBLIC_STREAM), self.public)
+        keys = [jax.random.fold_in(key, inputs.instance_ids[cell.images[0]]) for cell in cells]
+        private = [
+            (jnp.asarray(inputs.images[list(c.images)]), inputs.labels[list(c.images)])
+            for c in cells
+        ]
+        report("client's update")
+        shared = [
+            share(
+                jax.random.fold_in(own, STREAM_DEFENSE),
+                self.public,
+                *batch,
+                defense=first.defense,
+                client=first.client,
+            )
+            for own, batch in zip(keys, private, strict=True)
+        ]
+        found = reconstruct(
+            jnp.stack([jax.random.fold_in(own, STREAM_SEARCH) for own in keys]),
+            self.public,
+            [sent for sent, _ in shared],
+            defense=first.defense,
+            client=first.client,
+            settings=first.settings,
+            expected=self.expected,
+            mesh=self.mesh,
+            checkpoints=self.checkpoints(cells),
+            progress=report,
+        )
+        # The wall-clock time of a batch is shared by its cells.
+        seconds = (time.perf_counter() - began) / len(cells)
+        judged = []
+        for cell, own, batch, one, (_, record) in zip(
+            cells, keys, private, found, shared, strict=True
+        ):
+            report("controls")
+            one = in_order(one, batch[0])
+            files, controls = self.controls(cell, own, one.labels)
+            rows = judge(
+                one,
+                *batch,
+                public=self.public,
+                controls=controls,
+                record=record,
+                others=inputs.others,
+                perceptual=inputs.perceptual,
+            )
+            names = [inputs.names[i] for i in cell.images]
+            for row, name, file in zip(rows, names, files, strict=True):
+                row |= {
+                    **{"image": name, "batch": names, "defense": cell.defense.name},
+                    **{"attack": cell.settings.attack, "fidelity": cell.settings.fidelity},
+                    **{"seed": cell.seed, "seconds": seconds, "axes": cell.axes},
+                    "controls": file,
+                }
+            judged.append((rows, one.images))
+        return judged
+
+    def controls(self, cell, key, labels) -> tuple[list[str], list[Controls]]:
+        """The controls of a cell's images, and their files: computed once, and kept on disk."""
+        inputs = self.inputs
+        batch = list(cell.images)
+        # Random batches are put in order by the whole batch, so controls are those of all of it.
+        # Labels tell something to a class-conditional prior alone.
+        own = None if inputs.prior.num_classes is None else np.asarray(labels).tolist()
+        stream = [cell.seed, inputs.instance_ids[batch[0]]]
+        prior = "" if self.scratch else inputs.digests["prior"]
+        settings = [inputs.num_controls, inputs.ceiling_steps]
+        name = digest(inputs.images[batch], own, stream, prior, settings)[:16]
+        names = [f"controls/{name}-{part}.npz" for part in range(len(batch))]
+        if name not in self.known:
+            with contextlib.suppress(OSError, ValueError, KeyError):
+                self.known[name] = [read_controls(self.folder / file)[0] for file in names]
+        if name not in self.known:
+            self.known[name] = batch_controls(
+                inputs.prior,
+                inputs.prior_params,
+                jnp.asarray(inputs.images[batch]),
+                [0] * len(batch) if own is None else own,
+                jax.random.fold_in(jax.random.fold_in(key, STREAM_CONTROLS), 0),
+                num_samples=inputs.num_controls,
+                ceiling_steps=inputs.ceiling_steps,
+            )
+            if self.scratch or jax.process_index() == 0:
+                for file, found, image in zip(names, self.known[name], batch, strict=True):
+                    write_controls(self.folder / file, found, inputs.images[image])
+        return names, self.known[name]
+
+
+def _reason(error: BaseException) -> str:
+    """One line: the exception's type, unless it is ours, and its message."""
+    text = " ".join(str(error).split())[:500] or "no message"
+    return text if isinstance(error, GGLError) else f"{type(error).__name__}: {text}"
+
+
+def _meet(what: str) -> None:
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        multihost_utils.sync_global_devices(what)
+
+
+def _agree(cells: list[str]) -> None:
+    """All processes have to run the same cells, or they would wait for each other for ever."""
+    if jax.process_count() == 1:
+        return
+    from jax.experimental import multihost_utils
+
+    number = np.asarray([int(digest(cells)[:7], 16), len(cells)], np.int32)
+    try:
+        multihost_utils.assert_equal(number)
+    except AssertionError:
+        raise GGLError(
+            "out: the processes see different results; --out has to be one folder that they share"
+        ) from None
+
+
+class AuditResult(NamedTuple):
+    """What an audit returns.
+
+    Attributes:
+        rows: one dict for each image and defense, as in ``results.jsonl``.
+        reconstructions: the images [h w c] in the order of ``rows``, float32 in [0, 1].
+        controls: the controls of each image, by the image's name.
+        originals: the private images by name.
+        failures: "defense, image" -> the reason, for the cells that failed.
+    """
+
+    rows: list[dict[str, Any]]
+    reconstructions: list[np.ndarray]
+    controls: dict[str, Controls]
+    originals: dict[str, np.ndarray]
+    failures: Mapping[str, str] = MappingProxyType({})
+
+
+class AuditInterrupted(KeyboardInterrupt):
+    """Ctrl-C during an audit; ``result`` holds the cells that were finished."""
+
+    def __init__(self, result: AuditResult):
+        super().__init__("the audit was interrupted")
+        self.result = result
+
+
+def audit(
+    images,
+    labels,
+    *,
+    model: Model,
+    defenses: Sequence[Defense | str],
+    settings: AttackSettings | None = None,
+    client: ClientSettings | None = None,
+    seed: int = 0,
+    out: str | Path | None = None,
+    mesh: jax.sharding.Mesh | None = None,
+    progress: Progress | None = None,
+    **inputs: Any,
+) -> AuditResult:
+    """Audit defenses on private images: how much of each does the shared update leak?
+
+    For each image (or batch) and defense: the client's update is computed and defended; the
+    adversary infers labels and the defense's parameters from it alone, and searches the prior's
+    latents; the audit then compares with the truth, beside its controls.
+
+    Args:
+        images: [n h w c], the private images, float in [0, 1].
+        labels: [n] integer class labels.
+        model: the federated model; see :func:`ggl_jax.from_flax` for your own.
+        defenses: specifications such as "clip:4+noise:0.1", or :class:`Defense` objects, each of
+            another name.
+        settings: the adversary's search.
+        client: batch size and local steps.
+        seed: of everything random.
+        out: folder for all results; ``ggl-jax report``, ``check`` and ``status`` read it. Cells
+            that an earlier run of the same audit finished there are kept and not repeated. None
+            keeps nothing.
+        mesh: of devices to share the searches out to; see :func:`ggl_jax.run_search`.
+        progress: called as the audit goes on.
+        **inputs: further arguments of :class:`Inputs`: the prior and its parameters, the model's
+            variables, names, controls, and so on.
+
+    Returns:
+        An :class:`AuditResult`. A cell that fails is among its failures, and the others go on.
+
+    Raises:
+        GGLError: for unusable input, a folder that holds something else, or if no cell finished.
+        AuditInterrupted: Ctrl-C; it holds what was finished.
+    """
+    given = Inputs(images, labels, model, **inputs)
+    settings, client = settings or AttackSettings(), client or ClientSettings()
+    maker = Cells(given, told_apart=out is not None)
+    parsed = [maker.defense(defense, settings) for defense in defenses]
+    names = [defense.name for defense in parsed]
+    if not names:
+        raise GGLError("defenses: got none; name at least one, e.g. 'none'")
+    twice = [name for name in names if names.count(name) > 1]
+    if twice:
+        raise GGLError(f"defenses: {twice[0]!r} is there twice; name each once")
+    at_once = default_instances(model, mesh) if settings.instances is None else settings.instances
+    if at_once < 1:
+        raise GGLError(f"instances: got {at_once}, allowed: whole numbers of at least 1")
+    for defense in parsed:  # for its errors: settings that do not fit are the call's, not a cell's
+        search_for(model, given.prior, defense, client, settings)
+    parts = image_batches(len(given.images), client.batch_size)
+    each = math.ceil(len(parts) / math.ceil(len(parts) / at_once))
+    # Those of the first images come first, so that these are complete first.
+    cells = [
+        maker.make({}, settings, client, defense, seed, batch)
+        for first in range(0, len(parts), each)
+        for defense in parsed
+        for batch in parts[first : first + each]
+    ]
+    rest: dict[str, Any] = {"mesh": mesh, "progress": progress}
+    if out is None:
+        with tempfile.TemporaryDirectory(prefix="ggl-jax-") as scratch:
+            return _result(run(cells, given, scratch, config=None, **rest), given)
+    plain = {"settings": dataclasses.asdict(settings), "client": dataclasses.asdict(client)}
+    config = config_of(cells, given, {"defenses": names, "seed": seed, **plain})
+    return _result(run(cells, given, out, config=config, **rest), given)
+
+
+def result_of(records: folders.Records, inputs: Inputs, **axes: Any) -> AuditResult:
+    """What a folder holds of the cells with these values on their axes."""
+    rows = [row for row in records.rows if axes.items() <= row["axes"].items()]
+    return AuditResult(
+        rows=rows,
+        reconstructions=[records.image(row) for row in rows],
+        controls={row["image"]: read_controls(records.folder / row["controls"])[0] for row in rows},
+        originals=dict(zip(inputs.names, inputs.images, strict=True)),
+        failures={
+            f"{records.cells[cell]['defense']}, {records.cells[cell]['image']}": reason
+            for cell, reason in records.failures.items()
+            if axes.items() <= records.cells[cell].items()
+        },
+    )
+
+
+def _result(found: RunResult, inputs: Inputs) -> AuditResult:
+    result = result_of(found.records, inputs)
+    if found.interrupted:
+        raise AuditInterrupted(result)
+    if not result.rows:
+        which, reason = next(iter(result.failures.items()))
+        raise GGLError(f"audit: no cell finished; {which}: {reason}")
+    return result
