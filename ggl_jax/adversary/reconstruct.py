@@ -32,9 +32,8 @@ class Reconstruction(NamedTuple):
         history: [steps] lowest loss so far.
         status: one of ``ggl_jax.types.OK``, ``NONFINITE``, ``STALLED``.
         seconds: wall-clock time of the search, shared evenly by those of its batch.
-        search: the attack's settings as resolved, whether the result is the restarts' mean
-            ("combined") and was refined in pixels ("refined"), and the names and steps of its
-            "stages".
+        search: the attack's settings as resolved, and whether the result is the restarts' mean
+            ("combined") and was refined in pixels ("refined", in the last "refinement_steps").
         point: [p], the result in the space that the search's last stage searched.
         attack: of that stage.
         problem: what it worked on.
@@ -105,13 +104,14 @@ def search_for(
         local_learning_rate=client.local_learning_rate,
         instances=instances,
     )
+    refined = stages[-1].attack.name == "refine"
     return Search(
         stages,
         {
             **resolved,
             "combined": combines(settings, view),
-            "refined": stages[-1].attack.name == "refine",
-            "stages": [(stage.attack.name, stage.steps) for stage in stages],
+            "refined": refined,
+            "refinement_steps": stages[-1].steps if refined else 0,
         },
     )
 
