@@ -18,13 +18,21 @@ class StorageError(GGLError):
 
 
 def did_you_mean(name: str, known: Iterable[str], *, before: str = "", after: str = "") -> str:
-    """``did you mean 'x'?``, between ``before`` and ``after``; "" where no known name is near."""
+    """``did you mean 'x'?``, between ``before`` and ``after``; "" where no known name is near.
+
+    >>> did_you_mean("cma-es", ["adam", "cma_es"])
+    "did you mean 'cma_es'?"
+    """
     near = difflib.get_close_matches(name, list(known), n=1)
     return f"{before}did you mean {near[0]!r}?{after}" if near else ""
 
 
 def first_line(error: BaseException) -> str:
-    """What an exception of another library says, in one line; its type if it says nothing."""
+    """What an exception of another library says, in one line; its type if it says nothing.
+
+    >>> first_line(ValueError("no header\\nin the file")), first_line(EOFError())
+    ('no header', 'EOFError')
+    """
     return (str(error).strip() or type(error).__name__).splitlines()[0].strip()[:200]
 
 

@@ -62,11 +62,6 @@ def sq_norms(tree: PyTree) -> PyTree:
     return jax.tree.map(lambda x: jnp.sum(jnp.square(_wide(x))), tree)
 
 
-def inner_products(a: PyTree, b: PyTree) -> PyTree:
-    """Inner product of every pair of leaves: a pytree of scalars."""
-    return jax.tree.map(lambda x, y: jnp.sum(_wide(x) * _wide(y)), a, b)
-
-
 def total(tree: PyTree) -> jax.Array:
     """Sum of a pytree of scalars."""
     return jnp.sum(jnp.stack(jax.tree.leaves(tree)))

@@ -12,7 +12,7 @@ from scipy import stats
 
 from ggl_jax import checkpoint
 from ggl_jax.cli import run
-from ggl_jax.client.models import resnet18_from_torch
+from ggl_jax.client.networks import resnet18_from_torch
 from ggl_jax.errors import GGLError
 from ggl_jax.images import area_resize, from_signed
 from ggl_jax.priors import BIGGAN_DEEP, BigGANConfig, biggan_deep, convolutional, load_prior
@@ -425,7 +425,7 @@ def test_bad_layers():
 
 def test_resnet18_from_a_file(tmp_path):
     np.savez(tmp_path / "a.npz", **{"conv1.weight": np.zeros((64, 3, 3, 3))})
-    with pytest.raises(GGLError, match=r"missing .*bn1\.weight"):
+    with pytest.raises(GGLError, match=r"missing: .*bn1\.weight"):
         resnet18_from_torch(tmp_path / "a.npz")
 
 

@@ -13,6 +13,9 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from ggl_jax import selection, trees
+from ggl_jax.adversary.estimation import noise_level
+from ggl_jax.adversary.strategy import AttackSettings, combines, make_stages
+from ggl_jax.audit import privacy
 from ggl_jax.client import defenses
 from ggl_jax.client.defenses import (
     chain,
@@ -24,11 +27,13 @@ from ggl_jax.client.defenses import (
     soteria,
     sparsify,
 )
+from ggl_jax.client.defenses.noise import noise_view
 from ggl_jax.client.defenses.soteria import jacobian_norms, pruned_gradient, pruned_variables
 from ggl_jax.client.gradients import gradient
 from ggl_jax.client.models import from_flax
 from ggl_jax.errors import GGLError
-from ggl_jax.types import Context
+from ggl_jax.priors.pixels import pixels
+from ggl_jax.types import Context, Facts
 
 FIDELITIES = ["paper", "code"]
 SPECS = ["none", "noise:0.1", "clip:0.5", "sparsify:0.8", "soteria:0.7", "clip:0.5+noise:0.1"]
@@ -443,6 +448,46 @@ def test_summary_separates_equal_names(client):
     context, update = client
     _, record = parse("clip:4+clip:2+noise:0.1").apply(jax.random.key(0), update, context)
     assert defenses.summary(record) == pytest.approx({"0.bound": 4, "1.bound": 2, "sigma": 0.1})
+
+
+def test_own_noise_counts_as_noise(client):
+    """A user's Laplace noise: combined, not refined in pixels, and known to other estimators."""
+    context, update = client
+
+    def laplace(key, g):
+        leaves, treedef = jax.tree.flatten(g)
+        keys = jax.random.split(key, len(leaves))
+        drawn = [x + jax.random.laplace(k, x.shape) for k, x in zip(keys, leaves, strict=True)]
+        return jax.tree.unflatten(treedef, drawn)
+
+    def estimate(update, head, noise=0.0):
+        return {"scale": noise_view().estimate(update, head, noise)["sigma"] / jnp.sqrt(2.0)}
+
+    named = functools.partial(from_function, laplace, name="laplace:0.1", estimate=estimate)
+    plain = named()
+    own = named(noise_std=lambda found: jnp.sqrt(2.0) * found["scale"])
+    settings = AttackSettings(combine="auto", refine="auto")
+    assert not combines(settings, plain.view)
+    for defense in (own, named(adds_noise=True), named(facts=Facts(gaussian=0.1)), noise()):
+        assert combines(settings, defense.view)
+        assert combines(settings, chain(none(), defense).view)
+        prior = pixels(context.model.image_shape)
+        stages, _ = make_stages(settings, context.model, prior, defense.view)
+        assert [stage.attack.name for stage in stages] == ["ggl"]
+    assert own.view.name == "laplace"
+    # A parameter that happens to be called sigma is none.
+    blur = from_function(lambda key, g: g, name="blur", estimate=lambda *_, **__: {"sigma": 3.0})
+    assert float(noise_level(blur.view, blur.view.estimate(update, None))) == 0
+    # Both levels of a chain add in variance.
+    both = chain(noise(sigma=0.3), own).view
+    level = noise_level(both, ({"sigma": jnp.float32(0.3)}, {"scale": jnp.float32(0.2)}))
+    assert float(level) == pytest.approx(float(np.hypot(0.3, 0.2 * np.sqrt(2))), rel=1e-6)
+    # The accountant takes a user's word, and nothing without it.
+    gaussian = Facts(gaussian=0.3, processes=True)
+    assert privacy.mechanism(chain(clip(bound=2), named(facts=gaussian)), 4)[:2] == (4.0, 0.3)
+    bounded = Facts(l2_bound=lambda num_tensors: 2.0 * num_tensors)
+    assert privacy.mechanism(chain(named(facts=bounded), noise(sigma=0.3)), 4)[:2] == (8.0, 0.3)
+    assert privacy.mechanism(chain(clip(bound=2), named()), 4).sigma == 0
 
 
 def test_from_function(client):

@@ -1,5 +1,7 @@
 """The documents' examples run, and what they name exists."""
 
+import doctest
+import importlib
 import re
 import shlex
 from pathlib import Path
@@ -23,6 +25,20 @@ def shown_commands(text):
 
 def blocks(path):
     return re.findall(r"```python\n(.*?)```", path.read_text(), re.S)
+
+
+def with_examples():
+    """The modules that show examples in their docstrings."""
+    for path in sorted((ROOT / "ggl_jax").rglob("*.py")):
+        if ">>>" in path.read_text():
+            yield ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+@pytest.mark.parametrize("module", with_examples())
+def test_examples_in_docstrings(module):
+    found = doctest.testmod(importlib.import_module(module))
+    assert found.attempted
+    assert not found.failed
 
 
 def test_extending_works_as_shown(capsys):

@@ -10,7 +10,7 @@ import pytest
 from flax import linen as nn
 from torch_resnet import evaluate, hashed_uniform, is_parameter, shapes, state_dict
 
-from ggl_jax.client import models
+from ggl_jax.client import models, networks
 from ggl_jax.client.gradients import cross_entropy, gradient
 from ggl_jax.errors import GGLError
 
@@ -37,7 +37,7 @@ def relative_error(a, b) -> float:
 
 @functools.cache
 def torch_variables(stem: str, num_classes: int):
-    return models.resnet18_from_torch(state_dict(stem, num_classes))
+    return networks.resnet18_from_torch(state_dict(stem, num_classes))
 
 
 def in_torch_layout(grads, stem: str, num_classes: int) -> dict[str, np.ndarray]:
@@ -524,19 +524,19 @@ def test_wrong_images():
 def test_resnet18_from_torch_names_what_is_wrong():
     state = state_dict("cifar", 2)
     missing = {k: v for k, v in state.items() if k != "layer2.0.shortcut.0.weight"}
-    with pytest.raises(GGLError, match=r"missing \['layer2.0.downsample.0.weight'\].*nothing"):
-        models.resnet18_from_torch(missing)
-    with pytest.raises(GGLError, match=r"unknown or repeated \['layer5.weight'\]"):
-        models.resnet18_from_torch({**state, "layer5.weight": state["linear.bias"]})
-    with pytest.raises(GGLError, match=r"unknown or repeated \['fc.bias'\]"):
-        models.resnet18_from_torch({**state, "fc.bias": state["linear.bias"]})
+    with pytest.raises(GGLError, match=r"missing: layer2\.0\.downsample\.0\.weight$"):
+        networks.resnet18_from_torch(missing)
+    with pytest.raises(GGLError, match=r"unknown: layer5\.weight$"):
+        networks.resnet18_from_torch({**state, "layer5.weight": state["linear.bias"]})
+    with pytest.raises(GGLError, match=r"fc\.bias is there twice"):
+        networks.resnet18_from_torch({**state, "fc.bias": state["linear.bias"]})
     for name, bad, words in [
         ("conv1.weight", np.zeros((64, 3, 5, 5)), "conv1.weight.*3, 3"),
-        ("layer3.1.conv2.weight", np.zeros((256, 128, 3, 3)), r"\(256, 256, 3, 3\)"),
-        ("linear.weight", np.zeros((2, 256)), r"\(2, 512\)"),
-        ("bn1.running_var", np.zeros(32), r"bn1.running_var.*\(64,\)"),
+        ("layer3.1.conv2.weight", np.zeros((256, 128, 3, 3)), r"\[256, 256, 3, 3\]"),
+        ("linear.weight", np.zeros((2, 256)), r"\[2, 512\]"),
+        ("bn1.running_var", np.zeros(32), r"bn1.running_var.*\[64\]"),
     ]:
         with pytest.raises(GGLError, match=words):
-            models.resnet18_from_torch({**state, name: bad})
+            networks.resnet18_from_torch({**state, name: bad})
     counted = {**state, "bn1.num_batches_tracked": np.array(3)}
-    assert set(models.resnet18_from_torch(counted)) == {"params", "batch_stats"}
+    assert set(networks.resnet18_from_torch(counted)) == {"params", "batch_stats"}

@@ -15,9 +15,8 @@ from test_report import Page, make_row, make_sweep, write
 import ggl_jax as gx
 from ggl_jax import files
 from ggl_jax.audit import folder as folders
-from ggl_jax.audit import privacy, report, utility
+from ggl_jax.audit import privacy, report, training, utility
 from ggl_jax.cli import run
-from ggl_jax.client import training
 from ggl_jax.client.defenses import clip, noise, parse
 
 

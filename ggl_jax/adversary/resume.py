@@ -1,10 +1,9 @@
 """A long search's state on disk, so that a run that was killed goes on from there."""
 
-import hashlib
 import shutil
 import time
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -99,14 +98,3 @@ class Checkpoints:
             except GGLError:
                 continue
         return found
-
-
-def identity(*parts: Any) -> str:
-    """sha256 of what makes a search: keys, observed updates, names and numbers."""
-    digest = hashlib.sha256()
-    for leaf in jax.tree.leaves(parts):
-        if isinstance(leaf, jax.Array) and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-            leaf = jax.random.key_data(leaf)
-        array = leaf if isinstance(leaf, str) else np.asarray(leaf)
-        digest.update(array.encode() if isinstance(array, str) else array.tobytes() + b"|")
-    return digest.hexdigest()

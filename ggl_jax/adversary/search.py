@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ggl_jax.adversary.resume import Checkpoints, Saved, identity
+from ggl_jax import files
+from ggl_jax.adversary.resume import Checkpoints, Saved
 from ggl_jax.adversary.sharding import Layout
 from ggl_jax.errors import GGLError
 from ggl_jax.types import NONFINITE, OK, STALLED, Attack, Candidates, Problem, PyTree
@@ -185,7 +186,7 @@ def run_search(
     name, saved = "", None
     own = problem._replace(variables=None, prior_params=None)
     if checkpoints is not None:
-        name = identity(attack.name, steps, keys, points, own)
+        name = files.digest(attack.name, steps, jax.tree.leaves((keys, points, own)))
         saved = checkpoints.load(name, jax.eval_shape(init, key_start, problem, points))
     key_start, key, points = layout.instances((key_start, key, points))
     problem = layout.instances(own)._replace(

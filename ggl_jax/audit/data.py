@@ -183,6 +183,9 @@ def preprocess(image: Image.Image, image_size: int) -> Image.Image:
 
     Raises:
         GGLError: an image so elongated that resizing it needs more than 89 megapixels.
+
+    >>> preprocess(Image.new("RGB", (178, 218)), 32).size
+    (32, 32)
     """
     target = image_size if image_size < 224 else round(image_size * 8 / 7)
     width, height = image.size
@@ -215,6 +218,9 @@ def parse_indices(text: str, size: int) -> list[int]:
     Raises:
         GGLError: anything else, no image at all, an image named twice, or a position outside
             [0, size - 1]; the end of a range with a start may be ``size`` at most.
+
+    >>> parse_indices("7, 0:6:2", size=10)
+    [7, 0, 2, 4]
     """
     chosen: list[int] = []
     for part in text.split(","):

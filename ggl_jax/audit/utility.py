@@ -17,12 +17,11 @@ import numpy as np
 
 from ggl_jax import files
 from ggl_jax.audit import folder as folders
-from ggl_jax.audit import privacy
+from ggl_jax.audit import privacy, training
 from ggl_jax.audit.cells import MODEL_STREAM, check_data
 from ggl_jax.audit.judge import jsonable
 from ggl_jax.audit.run import Progress
 from ggl_jax.client import defenses as client_defenses
-from ggl_jax.client import training
 from ggl_jax.errors import GGLError
 from ggl_jax.types import Defense, Model, PyTree
 
@@ -34,10 +33,10 @@ CONFIG, ROWS = "utility.json", "utility.jsonl"
 
 @dataclasses.dataclass(frozen=True)
 class UtilitySettings:
-    """How the federated model is trained; see :func:`ggl_jax.client.training.federated`.
+    """How the federated model is trained; see :func:`ggl_jax.audit.training.federated`.
 
     ``test_images`` are held out of training; None takes a fifth of the images, at most 1,000.
-    Epsilon is that at ``delta``.
+    Epsilon is that at ``delta``. ``seed`` is that of everything random.
     """
 
     rounds: int = 100
@@ -49,6 +48,7 @@ class UtilitySettings:
     local_learning_rate: float = 0.01
     test_images: int | None = None
     delta: float = 1e-5
+    seed: int = 0
 
     def __post_init__(self):
         for name in ("rounds", "clients", "batch_size"):
@@ -130,8 +130,6 @@ def measure(
     settings: UtilitySettings | None = None,
     fidelities: Sequence[str] = ("paper",),
     variables: PyTree | None = None,
-    seed: int = 0,
-    options: Mapping[str, Any] | None = None,
     about: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> Utility:
@@ -148,10 +146,9 @@ def measure(
         out: folder; what an earlier call finished there is kept and not repeated.
         settings: of the training.
         fidelities: of the defenses that are given as specifications: each is measured in each.
-        variables: the model's first weights; None for those of an audit with this seed.
-        seed: of everything random.
-        options: what ``utility.json`` shall say was asked for; by default settings, model and seed.
-        about: more entries for ``utility.json``, such as the command.
+        variables: the model's first weights; None for those of an audit with the settings' seed.
+        about: more entries for ``utility.json``, such as the command; ``"options"`` is what was
+            asked for, by default the settings and the model.
         progress: called as it goes on.
 
     Returns:
@@ -171,7 +168,7 @@ def measure(
     privacy.check_delta(settings.delta)
     images, labels = np.asarray(images, np.float32), np.asarray(labels)
     check_data(model, images, labels)
-    train_at, test_at = split(len(images), settings.test_images, settings.clients, seed)
+    train_at, test_at = split(len(images), settings.test_images, settings.clients, settings.seed)
     if train_at.shape[1] < settings.batch_size:
         raise GGLError(
             f"batch_size: {settings.batch_size} is more than the {train_at.shape[1]} training "
@@ -181,11 +178,9 @@ def measure(
     for defense, _ in todo:
         client_defenses.check_local_steps(defense, settings.local_steps)
         _training(model, defense, settings)  # refuses unusable settings before any work is done
-    if options is None:
-        options = {**dataclasses.asdict(settings), "model": model.name, "seed": seed}
     config = {
-        **(about or {}),
-        "options": json.loads(json.dumps(options)),
+        "options": {**dataclasses.asdict(settings), "model": model.name},
+        **json.loads(json.dumps(about or {})),
         "inputs": {"data": files.digest(images, labels, jax.tree.leaves(variables))[:12]},
         "model": model.name,
         "rounds": settings.rounds,
@@ -205,7 +200,7 @@ def measure(
         rows = _read_rows(folder)
         known = Utility(config, rows)
         todo = [(d, f) for d, f in todo if known.row_of(d.name, f) is None]
-        key = jax.random.key(seed)
+        key = jax.random.key(settings.seed)
         if variables is None:
             variables = jax.jit(model.init)(jax.random.fold_in(key, MODEL_STREAM))
         data = (images[train_at], labels[train_at], images[test_at], labels[test_at])

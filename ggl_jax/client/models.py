@@ -1,15 +1,14 @@
 """The federated-learning models whose gradients are audited, and the way in for your own.
 
 Every model is a :class:`ggl_jax.types.Model`: two pure functions and a description. The built-in
-ones are Flax Linen modules that return logits; :func:`from_flax` turns them, and any module of
-yours, into a ``Model`` by reading the input of the last Dense layer while the module runs.
+ones are Flax Linen modules (:mod:`ggl_jax.client.networks`) that return logits; :func:`from_flax`
+turns them, and any module of yours, into a ``Model`` by reading the input of the last Dense layer
+while the module runs.
 
 Images enter as float32 NHWC in [0, 1] and are mapped to [-1, 1] inside ``Model.apply``.
 """
 
 import functools
-import math
-import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -18,236 +17,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from ggl_jax import foreign
+from ggl_jax.client.networks import ConvNet, LeNet, ResNet18
 from ggl_jax.errors import GGLError
 from ggl_jax.images import to_signed
 from ggl_jax.types import Model, Path, PyTree
-
-# --------------------------------------------------------------------------------------------------
-# Initialisers
-# --------------------------------------------------------------------------------------------------
-
-# All draw flat and reshape: the values are the same, and XLA compiles a one-dimensional draw in a
-# quarter of the time of a four-dimensional one (ResNet-18 on one CPU core: 3 instead of 7 s).
-
-
-def _uniform(bound: float) -> Callable:
-    """Initialiser: uniform on [-bound, bound]."""
-
-    def init(key, shape, dtype=jnp.float32):
-        return jax.random.uniform(key, (math.prod(shape),), dtype, -bound, bound).reshape(shape)
-
-    return init
-
-
-def _torch_kernel(key, shape, dtype=jnp.float32):
-    """torch's default for Conv2d and Linear weights, ``kaiming_uniform_(a=sqrt(5))``.
-
-    Uniform on [-1/sqrt(fan_in), 1/sqrt(fan_in)].
-    """
-    fan_in = math.prod(shape[:-1])
-    return _uniform(fan_in**-0.5)(key, shape, dtype)
-
-
-def _torchvision_kernel(key, shape, dtype=jnp.float32):
-    """torchvision's for the convolutions of its ResNets.
-
-    ``kaiming_normal_(mode="fan_out", nonlinearity="relu")``: normal with variance 2 / fan_out.
-    """
-    fan_out = math.prod(shape[:-2]) * shape[-1]
-    values = jax.random.normal(key, (math.prod(shape),), dtype).reshape(shape)
-    return (2 / fan_out) ** 0.5 * values
-
-
-def _torch_dense(features: int, fan_in: int, name: str) -> nn.Dense:
-    """A Dense layer initialised as torch's Linear: weight and bias within 1/sqrt(fan_in)."""
-    return nn.Dense(
-        features, kernel_init=_torch_kernel, bias_init=_uniform(fan_in**-0.5), name=name
-    )
-
-
-# --------------------------------------------------------------------------------------------------
-# Linen modules
-# --------------------------------------------------------------------------------------------------
-
-
-def _conv3x3(features: int, stride: int, kernel_init: Callable, name: str) -> nn.Conv:
-    # Explicit padding: Flax's "SAME" pads (0, 1) where a stride of 2 meets an even size, torch
-    # pads (1, 1); the outputs are then shifted against each other by one pixel.
-    return nn.Conv(
-        features,
-        (3, 3),
-        strides=stride,
-        padding=((1, 1), (1, 1)),
-        use_bias=False,
-        kernel_init=kernel_init,
-        name=name,
-    )
-
-
-def _batch_norm(batch_norm: str, name: str) -> nn.BatchNorm:
-    # Flax's momentum is the share that is kept, torch's (0.1) the share that is replaced. The
-    # two-pass variance is torch's; the one-pass form loses digits where the mean is large.
-    return nn.BatchNorm(
-        use_running_average=batch_norm == "eval",
-        momentum=0.9,
-        epsilon=1e-5,
-        use_fast_variance=False,
-        name=name,
-    )
-
-
-class BasicBlock(nn.Module):
-    """Two 3x3 convolutions and a shortcut (He et al. 2016, figure 5 left).
-
-    Attributes:
-        features: output channels.
-        stride: of the first convolution and of the shortcut.
-        batch_norm: ``"eval"`` or ``"train"``, as in :class:`ResNet18`.
-        kernel_init: of the convolutions.
-    """
-
-    features: int
-    stride: int
-    batch_norm: str
-    kernel_init: Callable
-
-    @nn.compact
-    def __call__(self, x):
-        y = _conv3x3(self.features, self.stride, self.kernel_init, "conv1")(x)
-        y = nn.relu(_batch_norm(self.batch_norm, "bn1")(y))
-        y = _conv3x3(self.features, 1, self.kernel_init, "conv2")(y)
-        y = _batch_norm(self.batch_norm, "bn2")(y)
-        if self.stride != 1 or x.shape[-1] != self.features:
-            x = nn.Conv(
-                self.features,
-                (1, 1),
-                strides=self.stride,
-                padding="VALID",
-                use_bias=False,
-                kernel_init=self.kernel_init,
-                name="shortcut_conv",
-            )(x)
-            x = _batch_norm(self.batch_norm, "shortcut_bn")(x)
-        return nn.relu(y + x)
-
-
-class ResNet18(nn.Module):
-    """ResNet-18 with torchvision's arithmetic, for small and for large images.
-
-    Maps images [b h w c] in the network's range [-1, 1] to logits [b num_classes]. With the
-    ``"cifar"`` stem, 3 input channels and 2 classes it has 11,169,858 parameters in 62 tensors.
-
-    Attributes:
-        num_classes: number of logits.
-        stem: ``"cifar"``: one 3x3 convolution with stride 1, no max-pooling (32x32 images);
-            ``"imagenet"``: a 7x7 convolution with stride 2 and a 3x3 max-pooling with stride 2
-            (224x224 images, torchvision).
-        batch_norm: ``"eval"`` normalises with the running statistics; ``"train"`` with the
-            statistics of the batch at hand, and then ``apply`` needs
-            ``mutable=["batch_stats"]``.
-        weight_init: ``"torch"``: every layer as torch initialises it by default, uniform within
-            1/sqrt(fan_in); ``"torchvision"``: convolutions normal with variance 2/fan_out, as
-            torchvision's ResNets. BatchNorm starts at scale 1, bias 0, mean 0, variance 1 and
-            the Dense layer at torch's default in both (no zero-initialised last scale).
-    """
-
-    num_classes: int
-    stem: str = "cifar"
-    batch_norm: str = "eval"
-    weight_init: str = "torchvision"
-
-    @nn.compact
-    def __call__(self, x):
-        kernel_init = _torch_kernel if self.weight_init == "torch" else _torchvision_kernel
-        if self.stem == "cifar":
-            x = _conv3x3(64, 1, kernel_init, "conv1")(x)
-        else:
-            x = nn.Conv(
-                64,
-                (7, 7),
-                strides=2,
-                padding=((3, 3), (3, 3)),
-                use_bias=False,
-                kernel_init=kernel_init,
-                name="conv1",
-            )(x)
-        x = nn.relu(_batch_norm(self.batch_norm, "bn1")(x))
-        if self.stem == "imagenet":
-            x = nn.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
-        for stage, features in enumerate((64, 128, 256, 512), start=1):
-            for block in range(2):
-                stride = 2 if stage > 1 and block == 0 else 1
-                x = BasicBlock(
-                    features,
-                    stride,
-                    self.batch_norm,
-                    kernel_init,
-                    name=f"layer{stage}_{block}",
-                )(x)
-        x = jnp.mean(x, axis=(1, 2))
-        return _torch_dense(self.num_classes, 512, "fc")(x)
-
-
-class LeNet(nn.Module):
-    """The LeNet variant of Deep Leakage from Gradients (Zhu et al. 2019).
-
-    Three 5x5 convolutions of 12 channels with strides 2, 2, 1 and sigmoids, then a Dense layer
-    named ``fc``; every weight and bias starts uniform on [-0.5, 0.5], as in that paper's code.
-    The sigmoids make it twice differentiable, which L-BFGS gradient matching needs. Features are
-    flattened in height, width, channel order (torch: channel, height, width).
-
-    Attributes:
-        num_classes: number of logits.
-    """
-
-    num_classes: int
-
-    @nn.compact
-    def __call__(self, x):
-        init = _uniform(0.5)
-        for i, stride in enumerate((2, 2, 1), start=1):
-            x = nn.Conv(
-                12,
-                (5, 5),
-                strides=stride,
-                padding=((2, 2), (2, 2)),
-                kernel_init=init,
-                bias_init=init,
-                name=f"conv{i}",
-            )(x)
-            x = nn.sigmoid(x)
-        x = x.reshape(x.shape[0], -1)
-        return nn.Dense(self.num_classes, kernel_init=init, bias_init=init, name="fc")(x)
-
-
-class ConvNet(nn.Module):
-    """A small convolution - BatchNorm - ReLU network, for quick runs and tests.
-
-    Three 3x3 convolutions of ``width``, ``2 width`` and ``4 width`` channels, 2x2 max-pooling
-    after the second and third, then a Dense layer named ``fc``: the pattern of the ConvNet of
-    Geiping et al. 2020 with fewer layers. Initialised as torch does by default.
-
-    Attributes:
-        num_classes: number of logits.
-        width: channels of the first convolution.
-        batch_norm: ``"eval"`` or ``"train"``, as in :class:`ResNet18`.
-    """
-
-    num_classes: int
-    width: int = 16
-    batch_norm: str = "eval"
-
-    @nn.compact
-    def __call__(self, x):
-        for i, factor in enumerate((1, 2, 4), start=1):
-            x = _conv3x3(factor * self.width, 1, _torch_kernel, f"conv{i}")(x)
-            x = nn.relu(_batch_norm(self.batch_norm, f"bn{i}")(x))
-            if i > 1:
-                x = nn.max_pool(x, (2, 2), strides=(2, 2))
-        x = x.reshape(x.shape[0], -1)
-        return _torch_dense(self.num_classes, x.shape[-1], "fc")(x)
-
 
 # --------------------------------------------------------------------------------------------------
 # From a Linen module to a Model
@@ -422,6 +195,14 @@ def from_flax(
 
     Edge cases: a layer called several times counts with its last call. A head inside
     ``nn.scan`` or ``nn.vmap`` cannot be read.
+
+    >>> class Net(nn.Module):
+    ...     @nn.compact
+    ...     def __call__(self, x):
+    ...         return nn.Dense(10)(x.reshape(x.shape[0], -1))
+    >>> model = from_flax(Net(), (8, 8, 3))
+    >>> model.head, model.num_classes
+    (('Dense_0',), 10)
     """
     image_shape = _check_image_shape(image_shape)
     if not isinstance(module, nn.Module):
@@ -658,114 +439,3 @@ def get_model(
     if name not in MODELS:
         raise GGLError(f"model={name!r} is unknown; choose one of {', '.join(MODELS)}")
     return MODELS[name](num_classes, image_shape, **options)
-
-
-# --------------------------------------------------------------------------------------------------
-# From torch
-# --------------------------------------------------------------------------------------------------
-
-
-def _torch_layout() -> dict[str, tuple[str, tuple[str, ...]]]:
-    """Torch's name of every ResNet-18 array -> (collection, path in our variables)."""
-    layout: dict[str, tuple[str, tuple[str, ...]]] = {}
-
-    def conv(name: str, path: Path) -> None:
-        layout[f"{name}.weight"] = ("params", (*path, "kernel"))
-
-    def bn(name: str, path: Path) -> None:
-        layout[f"{name}.weight"] = ("params", (*path, "scale"))
-        layout[f"{name}.bias"] = ("params", (*path, "bias"))
-        layout[f"{name}.running_mean"] = ("batch_stats", (*path, "mean"))
-        layout[f"{name}.running_var"] = ("batch_stats", (*path, "var"))
-
-    conv("conv1", ("conv1",))
-    bn("bn1", ("bn1",))
-    for stage in range(1, 5):
-        for block in range(2):
-            name, path = f"layer{stage}.{block}", (f"layer{stage}_{block}",)
-            for i in (1, 2):
-                conv(f"{name}.conv{i}", (*path, f"conv{i}"))
-                bn(f"{name}.bn{i}", (*path, f"bn{i}"))
-            if stage > 1 and block == 0:
-                conv(f"{name}.downsample.0", (*path, "shortcut_conv"))
-                bn(f"{name}.downsample.1", (*path, "shortcut_bn"))
-    layout["fc.weight"] = ("params", ("fc", "kernel"))
-    layout["fc.bias"] = ("params", ("fc", "bias"))
-    return layout
-
-
-def _from_torch_array(array: np.ndarray) -> np.ndarray:
-    """Torch's axes to Flax's: convolutions OIHW -> HWIO, Linear [out in] -> [in out]."""
-    if array.ndim == 4:
-        return array.transpose(2, 3, 1, 0)
-    return array.T
-
-
-def resnet18_from_torch(state_dict: Mapping[str, Any] | str | os.PathLike) -> PyTree:
-    """Variables of :class:`ResNet18` from the state dict of a PyTorch ResNet-18.
-
-    Args:
-        state_dict: names to arrays (anything ``numpy.asarray`` takes), or a file of them
-            (``.pth``, ``.safetensors``, ..., see :func:`ggl_jax.foreign.read`). Both usual namings
-            are understood: torchvision's (``layer2.0.downsample.0.weight``, ``fc.weight``) and
-            that of the CIFAR network (``layer2.0.shortcut.0.weight``, ``linear.weight``).
-            ``num_batches_tracked`` counters are ignored. The stem, the input channels and the
-            number of classes follow from the shapes.
-
-    Returns:
-        ``{"params": ..., "batch_stats": ...}`` in float32, for
-        ``resnet18(num_classes, image_shape, stem=...)`` with the fitting stem.
-
-    Raises:
-        GGLError: the file cannot be read; or names are missing, unknown or given twice, or shapes
-            are not those of a ResNet-18; the message names them.
-    """
-    layout = _torch_layout()
-    arrays: dict[str, np.ndarray] = {}
-    unknown = []
-    for key, value in foreign.read_or_take(state_dict).items():
-        if key.endswith("num_batches_tracked"):
-            continue
-        name = key.replace(".shortcut.", ".downsample.")
-        if name.startswith("linear."):
-            name = "fc." + name.removeprefix("linear.")
-        if name not in layout or name in arrays:
-            unknown.append(key)
-            continue
-        arrays[name] = np.asarray(value, dtype=np.float32)
-    missing = [name for name in layout if name not in arrays]
-    if unknown or missing:
-        raise GGLError(
-            f"state_dict is not that of a ResNet-18: missing {missing or 'nothing'}, "
-            f"unknown or repeated {unknown or 'nothing'}"
-        )
-
-    def bad_shape(name: str, expected: str) -> GGLError:
-        return GGLError(
-            f"state_dict[{name!r}] has shape {arrays[name].shape}, a ResNet-18 has {expected} here"
-        )
-
-    stem = arrays["conv1.weight"].shape
-    if len(stem) != 4 or stem[2:] not in ((3, 3), (7, 7)):
-        raise bad_shape("conv1.weight", "(64, channels, 3, 3) or (64, channels, 7, 7)")
-    classifier = arrays["fc.weight"].shape
-    if len(classifier) != 2:
-        raise bad_shape("fc.weight", "(classes, 512)")
-    module = ResNet18(classifier[0], "cifar" if stem[2] == 3 else "imagenet")
-    # Shapes do not depend on the image size; 8x8 keeps the trace small.
-    expected = jax.eval_shape(
-        module.init, jax.random.key(0), jax.ShapeDtypeStruct((1, 8, 8, stem[1]), jnp.float32)
-    )
-
-    variables: dict[str, Any] = {}
-    for name, (collection, path) in layout.items():
-        array = _from_torch_array(arrays[name])
-        shape = tuple(_at(expected, (collection, *path)).shape)
-        if array.shape != shape:
-            torch_shape = (shape[3], shape[2], *shape[:2]) if len(shape) == 4 else shape[::-1]
-            raise bad_shape(name, str(torch_shape))
-        node = variables.setdefault(collection, {})
-        for part in path[:-1]:
-            node = node.setdefault(part, {})
-        node[path[-1]] = jnp.asarray(array)
-    return variables

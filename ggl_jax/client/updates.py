@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from ggl_jax import foreign, trees
-from ggl_jax.client.models import get_model, resnet18, resnet18_from_torch
-from ggl_jax.errors import GGLError
+from ggl_jax.client.models import get_model, resnet18
+from ggl_jax.client.networks import resnet18_from_torch
+from ggl_jax.errors import GGLError, about
 from ggl_jax.types import Model, PyTree
 
 #: Torch's buffers: they have no gradient, but belong to a state dict.
@@ -39,27 +40,25 @@ def read_update(source: Mapping[str, Any] | str | os.PathLike, params: PyTree) -
         GGLError: unreadable file; tensors missing, unknown or of another shape (named); NaN or
             infinity.
     """
-    tensors = foreign.read_or_take(source)
-    names = trees.names(params)
-    own = {_plain(name): value for name, value in tensors.items()}
-    shown = source if isinstance(source, str | os.PathLike) else "the update"
-    if "fc.weight" in own or "linear.weight" in own:
-        update = _from_torch(own)
-        shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(params)]
-        expected = dict(zip(names, shapes, strict=True))
-        found = dict(zip(trees.names(update), jax.tree.leaves(update), strict=True))
-        foreign.check_shapes(found, expected, what="the model's parameters")
+    tensors = {_plain(name): value for name, value in foreign.read_or_take(source).items()}
+    what = "the model's parameters"
+    if "fc.weight" in tensors or "linear.weight" in tensors:
+        update = _from_torch(tensors)
+        named = dict(zip(trees.names(update), jax.tree.leaves(update), strict=True))
+        update = _by_path({_plain(name): leaf for name, leaf in named.items()}, params, what)
     else:
-        plain = [_plain(name) for name in names]
-        shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(params)]
-        foreign.check_shapes(
-            own, dict(zip(plain, shapes, strict=True)), what="the model's parameters"
-        )
-        update = jax.tree.unflatten(
-            jax.tree.structure(params), [jnp.asarray(own[name], jnp.float32) for name in plain]
-        )
-    trees.check_finite(update, str(shown))
+        update = _by_path(tensors, params, what)
+    trees.check_finite(update, str(source) if isinstance(source, str | os.PathLike) else "update")
     return update
+
+
+def _by_path(tensors: Mapping[str, Any], tree: PyTree, what: str) -> PyTree:
+    """Tensors, by their paths in ``tree`` with dots, in its structure."""
+    names = [_plain(name) for name in trees.names(tree)]
+    shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(tree)]
+    foreign.check_shapes(tensors, dict(zip(names, shapes, strict=True)), what=what)
+    leaves = [jnp.asarray(tensors[name], jnp.float32) for name in names]
+    return jax.tree.unflatten(jax.tree.structure(tree), leaves)
 
 
 def _plain(name: str) -> str:
@@ -76,10 +75,8 @@ def _from_torch(tensors: Mapping[str, np.ndarray]) -> PyTree:
         if is_norm:
             base = name.removesuffix("weight")
             filled[f"{base}running_mean"] = filled[f"{base}running_var"] = np.zeros_like(value)
-    try:
+    with about("update"):
         return resnet18_from_torch(filled)["params"]
-    except GGLError as error:
-        raise GGLError(f"update: {error}") from error
 
 
 def read_variables(
@@ -107,17 +104,10 @@ def read_variables(
         num_classes = variables["params"]["fc"]["kernel"].shape[1]
         stem = "cifar" if variables["params"]["conv1"]["kernel"].shape[0] == 3 else "imagenet"
         return resnet18(num_classes, image_shape, stem=stem), variables
-    own = {
-        key if key.startswith(("params.", "batch_stats.")) else f"params.{key}": value
-        for key, value in own.items()
-    }
-    head = ".".join(("params", *get_model(name, 2, image_shape).head, "kernel"))
+    own = {_plain(key): value for key, value in own.items()}
+    head = ".".join((*get_model(name, 2, image_shape).head, "kernel"))
     if head not in own or np.ndim(own[head]) != 2:
-        raise GGLError(f"weights: there is no matrix {head}; give the weights of a {name}")
+        raise GGLError(f"weights: there is no matrix params.{head}; give the weights of a {name}")
     model = get_model(name, own[head].shape[1], image_shape)
     shapes = jax.eval_shape(model.init, jax.random.key(0))
-    plain = [path.replace("/", ".") for path in trees.names(shapes)]
-    sizes = [leaf.shape for leaf in jax.tree.leaves(shapes)]
-    foreign.check_shapes(own, dict(zip(plain, sizes, strict=True)), what=f"a {name}")
-    leaves = [jnp.asarray(own[path], jnp.float32) for path in plain]
-    return model, jax.tree.unflatten(jax.tree.structure(shapes), leaves)
+    return model, _by_path(own, shapes, f"a {name}")

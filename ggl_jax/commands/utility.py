@@ -120,10 +120,11 @@ def run(command: UtilityCommand, argv: list[str]) -> int:
         local_steps=base.local_steps,
         local_learning_rate=base.local_learning_rate,
     )
-    options = dataclasses.asdict(settings) | {
-        "data": data,
-        "model": [name, num_classes, size, extra],
-        "seed": command.seed,
+    about = {
+        "options": dataclasses.asdict(settings)
+        | {"data": data, "model": [name, num_classes, size, extra]},
+        "command": "ggl-jax " + shlex.join(argv),
+        "environment": environment(),
     }
     out = command.out or command.folder
     assert out is not None
@@ -136,9 +137,7 @@ def run(command: UtilityCommand, argv: list[str]) -> int:
             out=out,
             settings=settings,
             fidelities=fidelities,
-            seed=command.seed,
-            options=options,
-            about={"command": "ggl-jax " + shlex.join(argv), "environment": environment()},
+            about=about,
             progress=bar,
         )
     if found.rows:

@@ -306,7 +306,7 @@ def biggan_deep(
             fields.
         truncation: in (0, 1]. Latents are ``truncation`` times a standard normal truncated to
             [-2, 2], and the batch norm statistics are those measured at this truncation,
-            interpolated between the stored ones. The paper of this library uses 1.
+            interpolated between the stored ones. The published code of the attack uses 1.
         image_size: side of the images, at least 1: the generator's are resized to it by
             averaging areas (224 for the ImageNet models, from 256); None for the generator's own.
         fidelity: statistics at a truncation between two stored ones: "paper" interpolates

@@ -1,8 +1,8 @@
 """The 32x32 DCGAN generator and critic of the paper's CelebA experiments, and its prior.
 
 The architecture is the CIFAR network of "Improved Training of Wasserstein GANs" (Gulrajani et
-al., 2017) as the paper uses it. The paper's width is 128 (channels 512, 256, 128, 3); a width of
-64 trains in hours on two CPU cores.
+al., 2017) as the published code has it: width 128 (channels 512, 256, 128, 3). A width of 64
+trains in hours on two CPU cores.
 """
 
 import functools
@@ -80,8 +80,8 @@ class Generator(nn.Module):
     norm follows the torch convention: epsilon 1e-5, momentum 0.1 (0.9 in Flax's terms).
 
     Attributes:
-        width: channels before the last layer; the paper's is 128.
-        latent_dim: size of the latent; the paper's is 128.
+        width: channels before the last layer; the published code's is 128.
+        latent_dim: size of the latent; the published code's is 128.
         momentum: share of the old running statistics kept at an update, in [0, 1).
         num_classes: None for an unconditional generator, which ignores labels. Else a learnt
             embedding of the label is joined to the latent (as in BigGAN); a label outside
@@ -154,7 +154,7 @@ def dcgan(*, width: int = 64, latent_dim: int = 128, num_classes: int | None = N
     depends on its own latent only.
 
     Args:
-        width: channels before the last layer, at least 1; the paper's is 128.
+        width: channels before the last layer, at least 1; the published code's is 128.
         latent_dim: size of the latent, at least 1; latents are distributed as N(0, I).
         num_classes: of a class-conditional generator, at least 1; None, as in the paper, for one
             that ignores labels.
@@ -170,7 +170,7 @@ def dcgan(*, width: int = 64, latent_dim: int = 128, num_classes: int | None = N
     """
     for argument, value in (("width", width), ("latent_dim", latent_dim)):
         if value < 1:
-            raise GGLError(f"dcgan: {argument}={value} must be at least 1; the paper's is 128")
+            raise GGLError(f"dcgan: {argument}={value} must be at least 1; published: 128")
     if num_classes is not None and num_classes < 1:
         raise GGLError(f"dcgan: num_classes={num_classes} must be at least 1, or None")
     generator = Generator(width, latent_dim, num_classes=num_classes)

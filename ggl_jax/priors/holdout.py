@@ -30,7 +30,7 @@ def holdout_split(num: int, holdout: int, seed: int) -> tuple[np.ndarray, np.nda
 
     >>> train, held_out = holdout_split(6, 2, 0)
     >>> train.tolist(), held_out.tolist()
-    ([0, 1, 2, 5], [4, 3])
+    ([0, 1, 4, 5], [3, 2])
     """
     if not 0 <= holdout <= num:
         raise GGLError(f"holdout={holdout} must lie in [0, {num}], the file's number of images")

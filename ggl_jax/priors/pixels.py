@@ -26,6 +26,9 @@ def pixels(image_shape: tuple[int, int, int]) -> Prior:
 
     Raises:
         GGLError: not three sizes of at least 1.
+
+    >>> pixels((8, 8, 3)).latent_dim
+    192
     """
     if len(image_shape) != 3 or min(image_shape) < 1:
         raise GGLError(f"pixels: image_shape={image_shape} must be (h, w, c), each at least 1")

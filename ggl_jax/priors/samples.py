@@ -19,6 +19,9 @@ def image_grid(images, *, num_columns: int | None = None, gap: int = 2) -> np.nd
         images: [n h w c], c = 1 or 3; values outside [0, 1] are clipped, NaN becomes black.
         num_columns: images per row; by default the smallest square that holds them.
         gap: pixels between images.
+
+    >>> image_grid(np.zeros((3, 4, 4, 3))).shape
+    (10, 10, 3)
     """
     images = np.nan_to_num(np.asarray(images, np.float32))
     n, h, w, c = images.shape

@@ -25,12 +25,12 @@ from ggl_jax.priors.dcgan import IMAGE_SHAPE, Critic, Generator
 class Config:
     """Everything that, with the data, determines a training run.
 
-    The paper trains with width 128, learning rate 1e-4, 5 critic steps, for 100 epochs.
+    The published code trains with width 128, learning rate 1e-4, 5 critic steps, for 100 epochs.
     """
 
     width: int = 64
     """Channels before the generator's last layer and after the critic's first, at least 1 (the
-    paper: 128)."""
+    published code: 128)."""
     latent_dim: int = 128
     """Size of the latent vector, at least 1."""
     batch_size: int = 64

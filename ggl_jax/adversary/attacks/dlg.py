@@ -16,7 +16,7 @@ def dlg(
         optimizer: published: L-BFGS without a line search (:func:`ggl_jax.lbfgs`), 300 iterations
             of 20 evaluations at 32x32, 1,200 at 224x224.
         start: published: normal noise.
-        **options: see :func:`search_attack`. Published: squared l2, no regulariser, no ``defense``.
+        **options: see :func:`search_attack`. Published: squared l2, no regulariser, no ``view``.
 
     Returns:
         An :class:`ggl_jax.types.Attack`.

@@ -22,7 +22,7 @@ def ggl(
         prior: the generator.
         optimizer: the search; published: CMA-ES, TuRBO and Adam.
         regularizer: published: "kld:0.1" or a norm term at 32x32, "none" at 224x224.
-        **options: see :func:`search_attack`; ``defense`` makes the attack adaptive, as published.
+        **options: see :func:`search_attack`; ``view`` makes the attack adaptive, as published.
             ``start="zeros"`` is published at 32x32; ``start="uniform", bound="tanh"`` at 224x224.
 
     Returns:

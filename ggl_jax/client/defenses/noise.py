@@ -24,7 +24,10 @@ def noise(*, sigma: float | None = None, fidelity: str = "paper") -> Defense:
     """Add independent Gaussian noise N(0, sigma^2) to every entry of the update.
 
     What the adversary learns: the noise level, see :func:`estimate_sigma`. It leaves candidates'
-    gradients as they are, because the noise's expectation is zero and its draw is unknown.
+    gradients as they are, because the noise's expectation is zero and its draw is unknown. (The
+    published 32x32 script adds a fresh draw to every candidate, at the client's own sigma; its code
+    for 224x224 does not. Left out in both fidelities: it shifts every loss by the same amount on
+    average, makes them random, and needs the parameter.)
 
     Args:
         sigma: standard deviation, in units of the gradient, finite and >= 0. None takes the
