@@ -7,16 +7,8 @@ data), ``priors`` (public knowledge of images), ``adversary`` (sees only the sha
 
 from ggl_jax import _environment as _environment  # isort: skip (before JAX is imported)
 
-from ggl_jax.adversary.attacks import (
-    ATTACKS,
-    dlg,
-    ggl,
-    grad_inversion,
-    idlg,
-    inverting_gradients,
-    make_attack,
-    pixel_refinement,
-)
+from ggl_jax.adversary.attack import search_attack
+from ggl_jax.adversary.attacks import ATTACKS, PRESETS, search_of
 from ggl_jax.adversary.estimation import estimate
 from ggl_jax.adversary.labels import infer_labels
 from ggl_jax.adversary.losses import DISTANCES, REGULARIZERS
@@ -33,7 +25,7 @@ from ggl_jax.adversary.optimizers import (
 )
 from ggl_jax.adversary.reconstruct import Reconstruction, reconstruct
 from ggl_jax.adversary.search import Stage, run_search, run_stages
-from ggl_jax.adversary.strategy import AttackSettings, make_stages
+from ggl_jax.adversary.stages import make_stages
 from ggl_jax.audit.data import load
 from ggl_jax.audit.judge import judge
 from ggl_jax.audit.metrics import METRICS, psnr, ssim
@@ -51,9 +43,10 @@ from ggl_jax.client.defenses import (
 )
 from ggl_jax.client.gradients import gradient, local_update
 from ggl_jax.client.models import MODELS, convnet, from_flax, lenet, resnet18
-from ggl_jax.client.share import ClientSettings, share
+from ggl_jax.client.share import share
 from ggl_jax.errors import GGLError
 from ggl_jax.priors import PRIORS, dcgan, fit_latents, load_prior, pixels
+from ggl_jax.spec import Client, Search, Speed
 from ggl_jax.types import (
     Attack,
     Context,
@@ -79,12 +72,12 @@ __all__ = [
     "METRICS",
     "MODELS",
     "OPTIMIZERS",
+    "PRESETS",
     "PRIORS",
     "REGULARIZERS",
     "Attack",
-    "AttackSettings",
     "AuditResult",
-    "ClientSettings",
+    "Client",
     "Context",
     "Defense",
     "Factored",
@@ -98,7 +91,9 @@ __all__ = [
     "Public",
     "Reconstruction",
     "RunResult",
+    "Search",
     "Shared",
+    "Speed",
     "Stage",
     "View",
     "adam",
@@ -109,18 +104,13 @@ __all__ = [
     "cma_es",
     "convnet",
     "dcgan",
-    "dlg",
     "estimate",
     "fit_latents",
     "from_flax",
     "from_function",
-    "ggl",
-    "grad_inversion",
     "gradient",
     "hybrid",
-    "idlg",
     "infer_labels",
-    "inverting_gradients",
     "judge",
     "lbfgs",
     "lbfgs_wolfe",
@@ -128,18 +118,18 @@ __all__ = [
     "load",
     "load_prior",
     "local_update",
-    "make_attack",
     "make_stages",
     "matching_loss",
     "noise",
     "parse",
-    "pixel_refinement",
     "pixels",
     "psnr",
     "reconstruct",
     "resnet18",
     "run_search",
     "run_stages",
+    "search_attack",
+    "search_of",
     "share",
     "soteria",
     "sparsify",

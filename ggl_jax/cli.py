@@ -64,7 +64,7 @@ _SEARCHING = {"audit": audit.defaults, "attack": attack.defaults, "landscape": l
 def _parse(argv: list[str]):
     # A subcommand's default is given to tyro so that --help shows what will be used.
     name, rest = (argv or [""])[0], argv[1:]
-    own = {name: _SEARCHING[name](rest)} if name in _SEARCHING else {}
+    own: dict[str, Any] = {name: _SEARCHING[name](rest)} if name in _SEARCHING else {}
     commands: Any = functools.reduce(
         operator.or_,
         (

@@ -193,12 +193,6 @@ def write_png(path: Path, image: np.ndarray) -> None:
     write_bytes(path, png_bytes(image))
 
 
-def read_png(path: Path) -> np.ndarray:
-    """An image [h w c] in [0, 1], float32, as :func:`write_png` wrote it."""
-    pixels = np.asarray(Image.open(path), np.float32) / 255.0
-    return pixels if pixels.ndim == 3 else pixels[..., None]
-
-
 def png_bytes(image: np.ndarray) -> bytes:
     """A float image [h w c] in [0, 1] as the bytes of a PNG."""
     pixels = np.asarray(np.clip(image, 0.0, 1.0) * 255.0 + 0.5, np.uint8)

@@ -194,6 +194,23 @@ def test_results_on_disk_and_resumption(
         np.testing.assert_allclose(a["psnr"], b["psnr"], rtol=1e-4)
 
 
+def test_a_cell_is_three_calls(tiny_model, tiny_prior, tiny_prior_params, tiny_images):
+    """The client's, the adversary's and the judge's, which a user can make one by one."""
+    settings, defense = gx.AttackSettings(population=8, steps=4), gx.parse("noise:0.1")
+    variables = tiny_model.init(jax.random.key(3))
+    given = (tiny_model, tiny_prior, tiny_prior_params, tiny_images[:1], [1], [defense])
+    (row,) = tiny_audit(*given, settings=settings, variables=variables, seed=5).rows
+    key = jax.random.fold_in(jax.random.key(5), 0)
+    public = gx.Public(tiny_model, variables, tiny_prior, tiny_prior_params)
+    noise, search = jax.random.fold_in(key, 0), jax.random.fold_in(key, 1)
+    sent, record = gx.share(noise, public, tiny_images[:1], np.asarray([1]), defense=defense)
+    found = gx.reconstruct(search[None], public, [sent], view=defense.view, settings=settings)
+    (judged,) = gx.judge(found[0], tiny_images[:1], np.asarray([1]), public=public, record=record)
+    assert "psnr_ceiling" not in judged
+    for name in set(judged) - {"search_seconds"}:
+        assert judged[name] == row[name], name
+
+
 def test_instance_streams_do_not_depend_on_the_batch(
     tiny_model, tiny_prior, tiny_prior_params, tiny_images
 ):
@@ -255,6 +272,9 @@ def test_nan_gradient_is_one_clear_error(tiny_model, tiny_prior, tiny_prior_para
         (np.full((1, 8, 8, 3), np.nan), [0], "images"),
         (np.zeros((1, 8, 8, 3)), [3], "labels"),
         (np.zeros((1, 8, 8, 3)), [0, 1], "labels"),
+        (np.zeros((1, 8, 8, 3)), ["cat"], "labels: got <U3"),
+        (np.zeros((1, 8, 8, 3)), [0.5], "labels: got float64"),
+        (np.zeros((0, 8, 8, 3)), [], "images: got none"),
     ],
 )
 def test_bad_inputs_are_named(tiny_model, tiny_prior, tiny_prior_params, images, labels, word):

@@ -385,7 +385,7 @@ def test_the_page_needs_nothing_else_and_says_what_was_found(tmp_path):
         assert not re.search(r"@import|(href|src)=\"(?!#|data:)|url\((?!#|data:)", svg)
     assert "prefers-color-scheme" in text
     assert "default-src 'none'" in text
-    assert "1 cell failed, 1 not run yet" in page.said
+    assert "1 cell failed. 1 cell not run yet." in page.said
     assert "ValueError: <b>no</b>" in page.said  # escaped: else the parser saw a tag
     means = {g.defense + g.variant: g.means["psnr"].mean for g in leakage(records.rows)}
     assert f"{means['noise:0.2ig']:.1f}" in page.said
@@ -422,7 +422,7 @@ def test_names_are_shown_as_they_are(tmp_path, name):
     rows = [make_row(f"{i}", f"{name}{i}", f"{name}:1", 12.0 + i, attack=a)
             for i in range(3) for a in ("ggl", name)]  # fmt: skip
     for number, row in enumerate(rows):
-        row["cell"], row["reconstruction"] = f"c{number}", f"reconstructions/{number}.png"
+        row["cell"] = f"c{number}"
     records = make_sweep(tmp_path / "s", rows)
     report_ = report.make(records)
     shown = " ".join(name.split())
@@ -482,7 +482,7 @@ def test_one_image(tmp_path):
 
 def test_refinement_has_a_curve_of_its_own(tmp_path):
     # Its loss is another one, and may start higher.
-    row = make_row("a", "a", "none", 12.0, stages=[["ggl", 3], ["refine", 2]],
+    row = make_row("a", "a", "none", 12.0, refinement_steps=2,
                    loss_curve=[[1, 2, 3, 4, 5], [3.0, 2.0, 1.0, 9.0, 8.0]])  # fmt: skip
     assert report.figures.stages(row) == {
         "search": ([1, 2, 3], [3.0, 2.0, 1.0]), "refinement": ([4, 5], [9.0, 8.0])
@@ -491,7 +491,7 @@ def test_refinement_has_a_curve_of_its_own(tmp_path):
     drawn = Page(report.page(report.make(records))).figure("Lowest")
     assert "step of the search" in drawn
     assert "step of the refinement" in drawn
-    plain = make_row("b", "b", "none", 12.0, stages=[["ggl", 3]])
+    plain = make_row("b", "b", "none", 12.0, refinement_steps=0)
     assert list(report.figures.stages(plain)) == ["search"]
     assert report.figures.stages(make_row("c", "c", "none", 12.0, loss_curve=[[], []])) == {}
 

@@ -31,9 +31,9 @@ class Reconstruction(NamedTuple):
         history: [steps] lowest loss so far.
         status: one of ``ggl_jax.types.OK``, ``NONFINITE``, ``STALLED``.
         seconds: wall-clock time of the search, shared evenly by those of its batch.
-        search: whether it was "adaptive", its "optimizer", whether the result is the restarts'
-            mean ("combined") and was refined in pixels ("refined"), and the names and steps of its
-            "stages".
+        search: whether it was "adaptive", its "optimizer", and whether the result is the restarts'
+            mean ("combined") and was refined in pixels ("refined", in the last
+            "refinement_steps").
         point: [p], the result in the space that the search's last stage searched.
         attack: of that stage.
         problem: what it worked on.
@@ -94,14 +94,15 @@ def prepare(
         GGLError: an option out of its range, or options that do not go together.
     """
     stages = make_stages(search, model, prior, view, client=client, speed=speed)
+    refined = stages[-1].attack.name == "refine"
     return Prepared(
         stages,
         {
             "adaptive": search.adaptive,
             "optimizer": search.optimizer.partition(":")[0],
             "combined": combines(search, view),
-            "refined": stages[-1].attack.name == "refine",
-            "stages": [(stage.attack.name, stage.steps) for stage in stages],
+            "refined": refined,
+            "refinement_steps": stages[-1].steps if refined else 0,
         },
     )
 

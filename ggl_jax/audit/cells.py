@@ -123,8 +123,10 @@ def _init(model: Model) -> Callable:
     return jax.jit(model.init)
 
 
-def check_images(model: Model, images: np.ndarray) -> None:
-    """Raise :class:`GGLError` unless ``images`` [n h w c] fit the model and lie in [0, 1]."""
+def check_data(model: Model, images: np.ndarray, labels: np.ndarray) -> None:
+    """Raise :class:`GGLError` for images [n h w c] or labels [n] that do not fit the model."""
+    if not len(images):
+        raise GGLError("images: got none; give at least one")
     if images.ndim != 4 or images.shape[1:] != model.image_shape:
         raise GGLError(
             f"images: got shape {images.shape}, allowed: (n, *{model.image_shape}), as model "
@@ -132,11 +134,21 @@ def check_images(model: Model, images: np.ndarray) -> None:
         )
     if not np.all(np.isfinite(images)) or images.min() < 0.0 or images.max() > 1.0:
         raise GGLError("images: values must be finite and lie in [0, 1]; divide uint8 by 255")
+    if labels.shape != images.shape[:1] or not np.issubdtype(labels.dtype, np.integer):
+        raise GGLError(
+            f"labels: got {labels.dtype} {labels.shape}, allowed: integers ({len(images)},), one "
+            "per image"
+        )
+    if labels.min() < 0 or labels.max() >= model.num_classes:
+        raise GGLError(
+            f"labels: got {labels.min()} to {labels.max()}, allowed: 0 to {model.num_classes - 1}; "
+            "raise the model's number of classes"
+        )
 
 
 def _check(inputs: Inputs) -> None:
-    model, prior, labels = inputs.model, inputs.prior, inputs.labels
-    check_images(model, inputs.images)
+    model, prior = inputs.model, inputs.prior
+    check_data(model, inputs.images, inputs.labels)
     if prior.image_shape != model.image_shape:
         raise GGLError(
             f"prior: {prior.name!r} makes images of shape {prior.image_shape}, but model "
@@ -144,13 +156,6 @@ def _check(inputs: Inputs) -> None:
             f"pixels, which needs none: prior=ggl_jax.pixels({model.image_shape})"
         )
     num = len(inputs.images)
-    if labels.shape != (num,):
-        raise GGLError(f"labels: got shape {labels.shape}, allowed: ({num},), one per image")
-    if labels.min() < 0 or labels.max() >= model.num_classes:
-        raise GGLError(
-            f"labels: got {labels.min()} to {labels.max()}, allowed: 0 to {model.num_classes - 1}; "
-            "raise the model's number of classes"
-        )
     for name in ("names", "instance_ids"):
         given = getattr(inputs, name)
         if len(given) != num:

@@ -194,8 +194,7 @@ def losses(groups: Sequence[Leakage]) -> Figure | None:
 def stages(row: Mapping[str, Any]) -> dict[str, tuple[list[int], list[float]]]:
     """A row's loss curve (steps, losses) by what was minimised: "search", then "refinement"."""
     steps, curve = row.get("loss_curve") or ([], [])
-    refine = sum(number for name, number in row.get("stages", []) if name == "refine")
-    first = sum(step <= steps[-1] - refine for step in steps)
+    first = sum(step <= steps[-1] - row.get("refinement_steps", 0) for step in steps)
     parts: dict[str, tuple[list[int], list[float]]] = {
         "search": (steps[:first], [_finite(loss) for loss in curve[:first]]),
         "refinement": (steps[first:], [_finite(loss) for loss in curve[first:]]),

@@ -115,7 +115,8 @@ def prepare(
             )
         done = records.finished - set(cells)
         before = {cell: values for cell, values in records.cells.items() if cell in done}
-    (folder / "cells").mkdir(exist_ok=True)
+    for name in ("cells", "controls"):
+        (folder / name).mkdir(exist_ok=True)
     files.write_json(folder / "plan.json", {"cells": {**before, **cells}})
 
 

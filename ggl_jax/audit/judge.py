@@ -79,7 +79,7 @@ def judge(
         "optimizer": found.search["optimizer"],
         "combined": found.search["combined"],
         "refined": found.search["refined"],
-        "stages": found.search["stages"],
+        "refinement_steps": found.search["refinement_steps"],
         "evaluations": found.evaluations,
         "search_seconds": found.seconds,
         "status": STATUS_MESSAGES[found.status],

@@ -210,7 +210,7 @@ class Metric(NamedTuple):
         legend: what it is, for readers of a report.
         heading: of its column; "" for its name in METRICS.
         unit: "dB", "%" or "".
-        decimals: that are shown.
+        form: how a value is written, as in an f-string.
         nearer: "higher" or "lower", the values of an image that is nearer to the private one.
         limits: of its values; intervals are cut there.
         shown: whether reports show it; False for one that another implies.
@@ -220,7 +220,7 @@ class Metric(NamedTuple):
     legend: str = ""
     heading: str = ""
     unit: str = ""
-    decimals: int = 3
+    form: str = ".3f"
     nearer: Literal["higher", "lower"] = "higher"
     limits: tuple[float, float] = (-math.inf, math.inf)
     shown: bool = True
@@ -235,26 +235,28 @@ _ERRORS = (0.0, math.inf)
 METRICS: dict[str, Metric | Callable[..., Any]] = {
     "psnr": Metric(
         lambda x, y, model, variables: psnr(x, y),
-        "likeness of pixels, peak 1 on the [0, 1] scale", "PSNR", "dB", 1, "higher", _ERRORS,
+        "likeness of pixels, peak 1 on the [0, 1] scale", "PSNR", "dB", ".1f", "higher", _ERRORS,
     ),
     "ssim": Metric(
         lambda x, y, model, variables: ssim(x, y),
-        "structural similarity, 1 for identical images", "SSIM", "", 2, "higher", (-1.0, 1.0),
+        "structural similarity, 1 for identical images", "SSIM", "", ".2f", "higher", (-1.0, 1.0),
     ),
     "mse_i": Metric(
         lambda x, y, model, variables: mse_i(x, y),
-        "squared error of the pixels on [-1, 1], as in the paper", "MSE-I", "", 3, "lower", _ERRORS,
+        "squared error of the pixels on [-1, 1], as in the paper", "MSE-I", "", ".3f", "lower",
+        _ERRORS,
     ),
     "mse_r": Metric(
-        mse_r, "squared error of the federated model's features", "MSE-R", "", 3, "lower", _ERRORS,
+        mse_r, "squared error of the federated model's features", "MSE-R", "", ".2g", "lower",
+        _ERRORS,
     ),
     "mse": Metric(
         lambda x, y, model, variables: mse(x, y),
-        "squared error of the pixels", "MSE", "", 3, "lower", _ERRORS, shown=False,
+        "squared error of the pixels", "MSE", "", ".3f", "lower", _ERRORS, shown=False,
     ),
     "psnr_paper": Metric(
         lambda x, y, model, variables: psnr_paper(x, y),
-        "PSNR on the paper's scale, 6.02 dB lower", "PSNR (paper)", "dB", 1, shown=False,
+        "PSNR on the paper's scale, 6.02 dB lower", "PSNR (paper)", "dB", ".1f", shown=False,
     ),
 }  # fmt: skip
 

@@ -136,8 +136,10 @@ class Experiment:
         """
         large = self.half == "imagenet"
         # 1,000 evaluations, by populations of 50 or 18
-        few = {"steps": 56 if self.fidelity == "code" else 20} if self.quick else {}
-        bounded = {"start": "uniform", "bound": "tanh", "regularizer": "none"} if large else {}
+        few: dict[str, Any] = {"steps": 56 if self.fidelity == "code" else 20} if self.quick else {}
+        bounded: dict[str, Any] = (
+            {"start": "uniform", "bound": "tanh", "regularizer": "none"} if large else {}
+        )
         adam = "adam:schedule=ramp,signed=False" if large else "adam"
         length = 300 if self.quick else 2500
         return {
@@ -163,7 +165,8 @@ class Experiment:
                 steps, restarts = quick[attack]
                 return self.search(attack, steps=steps, restarts=restarts)
             # at 32x32 the attack's own
-            return self.search(attack, **({"steps": 24000} if self.half == "imagenet" else {}))
+            length: dict[str, Any] = {"steps": 24000} if self.half == "imagenet" else {}
+            return self.search(attack, **length)
 
         return {name: search(name.lower()) for name in ("DLG", "iDLG", "IG", "GI")}
 

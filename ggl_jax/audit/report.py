@@ -5,6 +5,7 @@ import datetime
 import html
 import json
 import math
+import statistics
 import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,30 +18,11 @@ from rich.markdown import Markdown, TableElement
 from rich.table import Table
 
 from ggl_jax import files
-from ggl_jax.audit import figures, utility
+from ggl_jax.audit import figures, tables, utility
 from ggl_jax.audit.controls import read_controls
 from ggl_jax.audit.folder import Records
 from ggl_jax.audit.metrics import METRICS, Metric
-from ggl_jax.audit.tables import (
-    Column,
-    Leakage,
-    Mean,
-    counted,
-    escape,
-    leakage,
-    mean_over_images,
-    mean_text,
-    number_text,
-    parameters,
-    score_table,
-    score_text,
-    scores,
-    sentences,
-    strongest,
-    table,
-    variant_names,
-    variant_of,
-)
+from ggl_jax.audit.tables import Column, Leakage, Mean, escape, mean_text, score_text
 from ggl_jax.errors import GGLError
 
 #: So much a report shows before it says that there is more in the folder.
@@ -196,10 +178,10 @@ def make(records: Records) -> Report:
     """
     if not records.rows:
         raise GGLError(f"report: {records.folder} holds no finished cell yet")
-    groups = leakage(records.rows)
+    groups = tables.leakage(records.rows)
     report = Report(f"Privacy audit: {records.folder.resolve().name}", {}, {})
     add = report.sections
-    add[""] = ["\n".join(f"- {line}" for line in [_progress(records), *sentences(groups)])]
+    add[""] = ["\n".join(f"- {line}" for line in [_progress(records), *tables.sentences(groups)])]
     add["What leaked"] = _leaks(report, groups)
     # No intervals of errors, so that 80 columns suffice.
     others = {
@@ -209,20 +191,20 @@ def make(records: Records) -> Report:
     }
     others = {"ssim": True, "lpips": True} | others
     if any(name in group.means for name in others for group in groups):
-        add["Other scores"] = [score_table(groups, others)]
+        add["Other scores"] = [tables.score_table(groups, others)]
     read_off = dict.fromkeys(("label", "identified_pixels", "identified_features"), False)
-    add["What the server read off the update"] = [score_table(groups, read_off)]
+    add["What the server read off the update"] = [tables.score_table(groups, read_off)]
     if not any("identified_pixels" in group.means for group in groups):
         add["What the server read off the update"].append(
             "Whether the private image can be told among others (Identified) was not tested: the "
             "data held no others."
         )
-    estimates = parameters(records.rows)
+    estimates = tables.parameters(records.rows)
     if estimates:
-        add["What the server read off the update"].append(table(_PARAMETERS, estimates))
+        add["What the server read off the update"].append(tables.table(_PARAMETERS, estimates))
     add |= _utility(report, records, groups)
     add["Reconstructions"] = _pictures(report, records, groups)
-    add["Searches"] = [table(_SEARCHES, groups), *_loss_curves(report, groups)]
+    add["Searches"] = [tables.table(_SEARCHES, groups), *_loss_curves(report, groups)]
     if records.failures:
         shown = list(records.failures.items())[:MAX_FAILURES]
         add[f"Failed cells ({len(shown)} of {len(records.failures)})"] = [
@@ -239,10 +221,10 @@ def make(records: Records) -> Report:
 
 def _progress(records: Records) -> str:
     images = len({row["image"] for row in records.rows})
-    text = f"{counted(len(records.finished), 'cell')} on {counted(images, 'image')}."
-    failed, left = len(records.failures), len(records.left)
-    if failed or left:
-        text += f" {counted(failed, 'cell')} failed, {left:,} not run yet."
+    text = f"{tables.counted(len(records.finished), 'cell')} on {tables.counted(images, 'image')}."
+    for cells, what in ((records.failures, "failed"), (records.left, "not run yet")):
+        if cells:
+            text += f" {tables.counted(len(cells), 'cell')} {what}."
     return text
 
 
@@ -254,7 +236,7 @@ def _leaks(report: Report, groups: Sequence[Leakage]) -> list[str]:
         " Means are over images, seeds of one image averaged first, with a 95 % interval (Student's"
         " t) in brackets, which ends where the score's own range does."
     )
-    chosen = strongest(groups)
+    chosen = tables.strongest(groups)
     told = "; ".join(
         f"{group.defense} {score_text(group, 'psnr')}, blind guess {score_text(group, 'control')}"
         for group in chosen[:8]
@@ -266,7 +248,10 @@ def _leaks(report: Report, groups: Sequence[Leakage]) -> list[str]:
             for number, (family, figure) in enumerate(figures.by_parameter(groups).items())
         ),
     ]
-    return [score_table(groups, shown, verdict) + (interval if several else ""), "\n".join(images)]
+    return [
+        tables.score_table(groups, shown, verdict) + (interval if several else ""),
+        "\n".join(images),
+    ]
 
 
 _PARAMETERS = (
@@ -294,7 +279,7 @@ def _cell(records: Records, cell: str) -> str:
 
 def _loss_curves(report: Report, groups: Sequence[Leakage]) -> list[str]:
     images = []
-    for number, group in enumerate(strongest(groups)[:MAX_PANELS]):
+    for number, group in enumerate(tables.strongest(groups)[:MAX_PANELS]):
         figure = figures.losses([own for own in groups if own.defense == group.defense])
         if figure is not None:
             what = f"Lowest matching loss by step of the search: {group.defense}"
@@ -304,7 +289,7 @@ def _loss_curves(report: Report, groups: Sequence[Leakage]) -> list[str]:
 
 def _pictures(report: Report, records: Records, groups: Sequence[Leakage]) -> list[str]:
     """For each image: the private one, the controls, and the reconstructions."""
-    shown = groups if len(groups) <= MAX_PICTURES else strongest(groups)[:MAX_PICTURES]
+    shown = groups if len(groups) <= MAX_PICTURES else tables.strongest(groups)[:MAX_PICTURES]
     variants = len({group.variant for group in shown}) > 1
     names = list(dict.fromkeys(row["image"] for row in records.rows))
     images = []
@@ -324,16 +309,13 @@ def _pictures(report: Report, records: Records, groups: Sequence[Leakage]) -> li
                 break
         told = []
         for group, row in zip(shown, rows, strict=True):
-            path = records.folder / (row or {}).get("reconstruction", "")
-            if row is None or not path.is_file():
+            if row is None or not (records.folder / row["reconstruction"]).is_file():
                 continue
             lines = [group.defense, group.variant] if variants else [group.defense]
             lines = [part for line in lines for part in textwrap.wrap(line, 18)]
             score = _db(_exact(row))
-            if not variants and row.get("ssim") is not None:
-                score += f", SSIM {row['ssim']:.2f}"
             told.append(f"{group.defense} {score}")
-            cells.append((files.read_png(path), "\n".join([*lines, score])))
+            cells.append((records.image(row), "\n".join([*lines, score])))
         if cells:
             figure = figures.grid(cells, title=f"{name}: private, controls, reconstructions")
             what = f"{name}: private image, controls, reconstructions: {'; '.join(told)}"
@@ -341,18 +323,18 @@ def _pictures(report: Report, records: Records, groups: Sequence[Leakage]) -> li
     more = []
     if len(names) > MAX_IMAGES or len(shown) < len(groups):
         more.append(
-            f"The first {min(len(names), MAX_IMAGES)} of {counted(len(names), 'image')}, "
+            f"The first {min(len(names), MAX_IMAGES)} of {tables.counted(len(names), 'image')}, "
             f"{len(shown)} of {len(groups)} defenses and attacks; the folder has all."
         )
     return [*more, "\n".join(images)] if images else ["No pictures were kept."]
 
 
 def _exact(row) -> float | None:
-    return scores()["psnr"].function(row)
+    return tables.scores()["psnr"].function(row)
 
 
 def _db(value: float | None) -> str:
-    return "exact" if value is None or math.isinf(value) else f"{number_text(value)} dB"
+    return "exact" if value is None or math.isinf(value) else f"{tables.number_text(value)} dB"
 
 
 # --- privacy and utility ------------------------------------------------------------------------
@@ -374,7 +356,7 @@ def _points(found: utility.Utility, groups: Sequence[Leakage]) -> list[_Point]:
     several = len(by_fidelity) > 1
     points = []
     for fidelity, own in by_fidelity.items():
-        for group in strongest(own):
+        for group in tables.strongest(own):
             row = found.row_of(group.defense, fidelity)
             label = f"{group.defense} ({fidelity})" if several else group.defense
             points.append(_Point(label, row, group))
@@ -417,7 +399,7 @@ def _utility(report: Report, records: Records, groups: Sequence[Leakage]) -> dic
         if undefended["accuracy"] is not None:
             lines["undefended"] = 100 * undefended["accuracy"]
     words = [*utility.warnings(found), text, utility.legend(found.config)]
-    parts = [table(_UTILITY, points) + "\n\n" + escape(" ".join(words))]
+    parts = [tables.table(_UTILITY, points) + "\n\n" + escape(" ".join(words))]
     drawn = [
         (
             p.label if p.row["epsilon"] is None else f"{p.label}\nε {utility.epsilon_text(p.row)}",
@@ -450,30 +432,28 @@ def compare(a: Records, b: Records) -> list[tuple[str, str, int, Mean, Mean, Mea
     """
     if a.folder.resolve() == b.folder.resolve():
         raise GGLError(f"compare: {a.folder} was given twice; name two folders")
-    names = variant_names([*a.rows, *b.rows])
-    gain = scores()["gain"].function
-
-    def grouped(records):
-        found: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    names = tables.variant_names([*a.rows, *b.rows])
+    gain = tables.scores()["gain"].function
+    sides: list[dict[tuple[str, str], dict[str, list[float]]]] = [{}, {}]
+    for side, records in zip(sides, (a, b), strict=True):
         for row in records.rows:
-            found.setdefault((row["defense"], variant_of(row, names)), []).append(row)
-        return found
-
-    first, second = grouped(a), grouped(b)
+            key = row["defense"], tables.variant_of(row, names)
+            side.setdefault(key, {}).setdefault(row["image"], []).append(gain(row))
     compared = []
-    for key in first:
-        images = {row["image"] for row in first[key]} & {r["image"] for r in second.get(key, [])}
-        if not images:
-            continue
-        own = [[row for row in rows[key] if row["image"] in images] for rows in (first, second)]
-        means = [
-            {i: mean_over_images([r for r in rows if r["image"] == i], gain).mean for i in images}
-            for rows in own
+    for key, first in sides[0].items():
+        second = sides[1].get(key, {})
+        pairs = [
+            {"image": image, "a": statistics.fmean(first[image]), "b": statistics.fmean(others)}
+            for image, others in second.items()
+            if image in first
         ]
-        paired = [{"image": i, "difference": means[1][i] - means[0][i]} for i in sorted(images)]
-        both = (mean_over_images(rows, gain) for rows in own)
-        difference = mean_over_images(paired, lambda row: row["difference"])
-        compared.append((*key, len(images), *both, difference))
+        if pairs:
+            means = (
+                tables.mean_over_images(pairs, lambda pair: pair["a"]),
+                tables.mean_over_images(pairs, lambda pair: pair["b"]),
+                tables.mean_over_images(pairs, lambda pair: pair["b"] - pair["a"]),
+            )
+            compared.append((*key, len(pairs), *means))
     if not compared:
         raise GGLError(
             f"compare: {a.folder} and {b.folder} share no defense, attack and image; compare "
@@ -511,7 +491,7 @@ def comparison(a: Records, b: Records) -> Report:
     return Report(
         f"{a.folder.resolve().name} (A) and {b.folder.resolve().name} (B)",
         {
-            "": [table(_COMPARED, compared) + "\n\n" + legend],
+            "": [tables.table(_COMPARED, compared) + "\n\n" + legend],
             "What differs in the configurations (A, then B)": [listed],
         },
         {},

@@ -450,7 +450,7 @@ def audit(
     rest: dict[str, Any] = {"mesh": mesh, "progress": progress}
     if out is None:
         with tempfile.TemporaryDirectory(prefix="ggl-jax-") as scratch:
-            return _result(run(cells, given, scratch, config=None, **rest), given)
+            return _result(run(cells, given, scratch, config=None, **rest), given, kept=False)
     plain = {"search": dataclasses.asdict(search), "client": dataclasses.asdict(client)}
     config = config_of(cells, given, {"defenses": names, "seed": seed, **plain})
     return _result(run(cells, given, out, config=config, **rest), given)
@@ -472,8 +472,10 @@ def result_of(records: folders.Records, inputs: Inputs, **axes: Any) -> AuditRes
     )
 
 
-def _result(found: RunResult, inputs: Inputs) -> AuditResult:
+def _result(found: RunResult, inputs: Inputs, *, kept: bool = True) -> AuditResult:
     result = result_of(found.records, inputs)
+    for row in [] if kept else result.rows:
+        del row["reconstruction"], row["controls"]  # files that are gone
     if found.interrupted:
         raise AuditInterrupted(result)
     if not result.rows:

@@ -64,9 +64,9 @@ def _checked(axes: Mapping[str, Sequence]) -> dict[str, list]:
         if not isinstance(values, list | tuple | range | np.ndarray) or not len(values):
             raise GGLError(f"axes: {name} is {values!r}, allowed: a list of at least one value")
         plain = [v.item() if isinstance(v, np.generic) else v for v in values]
-        hint = {"defense": str | Defense, "seed": Number}.get(name) or OPTIONS[name]
+        allowed: Any = {"defense": str | Defense, "seed": Number}.get(name) or OPTIONS[name]
         plain = [
-            check(name, one, hint)
+            check(name, one, allowed)
             for value in plain
             for one in (expand(value) if isinstance(value, str) else [value])
         ]

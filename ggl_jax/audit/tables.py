@@ -118,35 +118,35 @@ _SHARE = (0.0, 100.0)
 DERIVED: dict[str, Metric] = {
     "control": Metric(
         _control, "the stronger of two guesses made without the update, the prior's mean image and "
-        "its random samples on average", "Guess", "dB", 1, "higher", _LEVELS,
+        "its random samples on average", "Guess", "dB", ".1f", "higher", _LEVELS,
     ),
     "gain": Metric(
         _gain, "PSNR above that guess; with an interval above zero it shows a leak, and no gain is "
-        "no proof of safety", "Gain", "dB", 1,
+        "no proof of safety", "Gain", "dB", ".1f",
     ),
     "best": Metric(
         _entry("psnr_control_best"), "the best of many random samples, picked with the private "
-        "image in hand", "Best", "dB", 1, "higher", _LEVELS,
+        "image in hand", "Best", "dB", ".1f", "higher", _LEVELS,
     ),
     "ceiling": Metric(
         _entry("psnr_ceiling"), "the nearest image that the prior was found to make", "Ceiling",
-        "dB", 1, "higher", _LEVELS,
+        "dB", ".1f", "higher", _LEVELS,
     ),
     "lpips": Metric(
-        _entry("lpips"), "perceptual distance by the network in brackets", "LPIPS", "", 3, "lower",
-        _LEVELS,
+        _entry("lpips"), "perceptual distance by the network in brackets", "LPIPS", "", ".3f",
+        "lower", _LEVELS,
     ),
     "label": Metric(
         lambda row: 100.0 * row["label_accuracy"], "share of the class labels that were read off "
-        "the update (of a batch, in any order)", "Labels right", "%", 0, "higher", _SHARE,
+        "the update (of a batch, in any order)", "Labels right", "%", ".0f", "higher", _SHARE,
     ),
     "identified_pixels": Metric(
         _nearest("rank_pixels"), "how often the private image is nearer to its reconstruction than "
-        "every other suspect is, by pixels", "Identified by pixels", "%", 0, "higher", _SHARE,
+        "every other suspect is, by pixels", "Identified by pixels", "%", ".0f", "higher", _SHARE,
     ),
     "identified_features": Metric(
         _nearest("rank_features"), "the same by the model's features", "Identified by features",
-        "%", 0, "higher", _SHARE,
+        "%", ".0f", "higher", _SHARE,
     ),
 }  # fmt: skip
 
@@ -283,21 +283,21 @@ def spoken(defense: str) -> str:
     return "no defense" if defense == "none" else defense
 
 
-def number_text(value: float | None, decimals: int = 1, sign: bool = False) -> str:
+def number_text(value: float | None, form: str = ".1f", sign: bool = False) -> str:
     """E.g. ``"+1.5"``; "–" for none and NaN, "exact" for the PSNR of identical images."""
     if value is None or math.isnan(value):
         return "–"
     if math.isinf(value):
         return "exact"
-    return f"{value:{'+' if sign else ''}.{decimals}f}"
+    return f"{value:{'+' if sign else ''}{form}}"
 
 
-def mean_text(mean: Mean, decimals: int = 1, sign: bool = False) -> str:
+def mean_text(mean: Mean, form: str = ".1f", sign: bool = False) -> str:
     """E.g. ``"14.0 [12.1, 15.9]"``, with a no-break space inside the interval."""
-    text = number_text(mean.mean, decimals, sign)
+    text = number_text(mean.mean, form, sign)
     if mean.low is None or mean.high is None:
         return text
-    low, high = (number_text(end, decimals, sign) for end in (mean.low, mean.high))
+    low, high = (number_text(end, form, sign) for end in (mean.low, mean.high))
     return f"{text} [{low},\N{NO-BREAK SPACE}{high}]"
 
 
@@ -313,7 +313,7 @@ def score_text(group: Leakage, name: str, interval: bool = True) -> str:
     if not interval:
         mean = Mean(mean.mean, None, None)
     unit = " %" if scores()[name].unit == "%" else ""
-    return mean_text(mean, scores()[name].decimals, sign=name == "gain") + unit
+    return mean_text(mean, scores()[name].form, sign=name == "gain") + unit
 
 
 class Column(NamedTuple):

@@ -18,7 +18,7 @@ import numpy as np
 from ggl_jax import files
 from ggl_jax.audit import folder as folders
 from ggl_jax.audit import privacy, training
-from ggl_jax.audit.cells import MODEL_STREAM, check_images
+from ggl_jax.audit.cells import MODEL_STREAM, check_data
 from ggl_jax.audit.judge import jsonable
 from ggl_jax.audit.run import Progress
 from ggl_jax.client import defenses as client_defenses
@@ -167,7 +167,7 @@ def measure(
     settings = settings or UtilitySettings()
     privacy.check_delta(settings.delta)
     images, labels = np.asarray(images, np.float32), np.asarray(labels)
-    _check_data(model, images, labels)
+    check_data(model, images, labels)
     train_at, test_at = split(len(images), settings.test_images, settings.clients, settings.seed)
     if train_at.shape[1] < settings.batch_size:
         raise GGLError(
@@ -264,20 +264,6 @@ def _named(defenses, fidelities) -> list[tuple[Defense, str]]:
             if not isinstance(defense, str):
                 break
     return list(found.values())
-
-
-def _check_data(model: Model, images: np.ndarray, labels: np.ndarray) -> None:
-    check_images(model, images)
-    if labels.shape != images.shape[:1] or not np.issubdtype(labels.dtype, np.integer):
-        raise GGLError(
-            f"labels: got {labels.dtype} {labels.shape}, allowed: integers ({len(images)},), one "
-            "per image"
-        )
-    if labels.min() < 0 or labels.max() >= model.num_classes:
-        raise GGLError(
-            f"labels: got {labels.min()} to {labels.max()}, allowed: 0 to {model.num_classes - 1}; "
-            "raise the model's number of classes"
-        )
 
 
 def _training(model, defense, settings: UtilitySettings) -> training.Training:

@@ -25,8 +25,8 @@ from ggl_jax.spec import Client, Count, Judge, Number, Search, Setup, Speed, che
 class ReproduceCommand:
     """Run one of the paper's experiments: its table or figure, ours beside the paper's numbers.
 
-    Writes table.md, figure.png and one folder for each search; the same command goes on where it
-    was interrupted. figure9 writes what ggl-jax landscape does.
+    Writes table.md and figure.png beside the results; the same command goes on where it was
+    interrupted. figure9 writes what ggl-jax landscape does.
     """
 
     experiment: tyro.conf.Positional[str]
@@ -65,12 +65,9 @@ class ReproduceCommand:
 
 def run(command: ReproduceCommand, argv: list[str]) -> int:
     """``ggl-jax reproduce``."""
-    import jax
-    from rich.markdown import Markdown
-
     from ggl_jax.audit import paper
     from ggl_jax.audit import run as cell_runs
-    from ggl_jax.audit.cells import MODEL_STREAM, Inputs
+    from ggl_jax.audit.cells import Inputs
 
     chosen: Any = _resolve(command)
     experiment = paper.EXPERIMENTS[chosen.experiment](chosen.scale, chosen.half, chosen.fidelity)
@@ -89,24 +86,20 @@ def run(command: ReproduceCommand, argv: list[str]) -> int:
             f"images: got {chosen.images}, but {chosen.data} has {found}; give --images {found} "
             "or other --data"
         )
-    out = chosen.out
     options = {k: v for k, v in dataclasses.asdict(chosen).items() if k != "out"}
-    shown = "ggl-jax " + shlex.join(argv)
-    env = environment()
     judge = Judge(chosen.num_controls, chosen.ceiling_steps, chosen.lpips)
-    about = {"command": shown, "environment": env}
+    about = {"command": "ggl-jax " + shlex.join(argv), "environment": environment()}
     given = Inputs(**inputs.given(judge, Speed(), about=about))
     cells = _cells(runs, given)
     console.print(
         f"{experiment.title}: {len(runs)} searches, {len(experiment.defenses)} defenses, "
-        f"{found} images, scale {chosen.scale}. Results: {out}/",
+        f"{found} images, scale {chosen.scale}. Results: {chosen.out}/",
         markup=False,
         soft_wrap=True,
     )
     with AuditBar() as bar:
-        done = cell_runs.run(
-            cells, given, out, config=cell_runs.config_of(cells, given, options), progress=bar
-        )
+        config = cell_runs.config_of(cells, given, options)
+        done = cell_runs.run(cells, given, chosen.out, config=config, progress=bar)
     for cell, reason in done.failures.items():
         console.print(f"failed: {done.records.cells[cell]}: {reason}", markup=False)
     results = {
@@ -115,34 +108,7 @@ def run(command: ReproduceCommand, argv: list[str]) -> int:
         if (result := cell_runs.result_of(done.records, given, search=one.name, seed=one.seed)).rows
     }
     if results:
-        key = jax.random.key(chosen.seed)
-        controls = paper.control_scores(
-            next(iter(results.values())),
-            inputs.model,
-            jax.jit(inputs.model.init)(jax.random.fold_in(key, MODEL_STREAM)),
-            inputs.prior,
-            inputs.prior_params,
-            # folded away from the streams of the images' indices
-            jax.random.fold_in(key, 2**31 - 4),
-            lpips=chosen.lpips,
-        )
-        text = paper.markdown(
-            experiment,
-            results,
-            controls,
-            num_images=found,
-            lpips=chosen.lpips,
-            command=shown,
-            where=(
-                f"{datetime.date.today().isoformat()}; {env['device']}; {env['cpu']}; "
-                f"jax {env['jax']}; images: {found}; seeds: {chosen.seeds}, from {chosen.seed} "
-                f"on; prior {inputs.card['name']}"
-            ),
-        )
-        files.write_text(out / "table.md", text)
-        paper.draw(experiment, results, out / "figure.png")
-        console.print(Markdown(text))
-        console.print(f"Table: {out}/table.md; pictures: {out}/figure.png", markup=False)
+        _write(chosen, experiment, results, inputs, given.about)
     if done.interrupted:
         console.print("Interrupted. The same command goes on from here.", markup=False)
         return 130
@@ -194,6 +160,44 @@ def _landscape(command: Any, search: Search, argv: list[str]) -> int:
         lpips=command.lpips, setup=setup, search=search, out=command.out
     )
     return landscape.run(options, argv)
+
+
+def _write(chosen: Any, experiment: Any, results: Any, inputs: Any, about: Any) -> None:
+    """The table and the pictures of what is there."""
+    import jax
+    from rich.markdown import Markdown
+
+    from ggl_jax.audit import paper
+    from ggl_jax.audit.cells import MODEL_STREAM
+
+    key, env = jax.random.key(chosen.seed), about["environment"]
+    controls = paper.control_scores(
+        next(iter(results.values())),
+        inputs.model,
+        jax.jit(inputs.model.init)(jax.random.fold_in(key, MODEL_STREAM)),
+        inputs.prior,
+        inputs.prior_params,
+        # folded away from the streams of the images' indices
+        jax.random.fold_in(key, 2**31 - 4),
+        lpips=chosen.lpips,
+    )
+    text = paper.markdown(
+        experiment,
+        results,
+        controls,
+        num_images=chosen.images,
+        lpips=chosen.lpips,
+        command=about["command"],
+        where=(
+            f"{datetime.date.today().isoformat()}; {env['device']}; {env['cpu']}; "
+            f"jax {env['jax']}; images: {chosen.images}; seeds: {chosen.seeds}, from {chosen.seed} "
+            f"on; prior {inputs.card['name']}"
+        ),
+    )
+    files.write_text(chosen.out / "table.md", text)
+    paper.draw(experiment, results, chosen.out / "figure.png")
+    console.print(Markdown(text))
+    console.print(f"Table: {chosen.out}/table.md; pictures: {chosen.out}/figure.png", markup=False)
 
 
 def _cells(runs: Sequence[Any], inputs: Any) -> list[Any]:
