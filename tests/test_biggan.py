@@ -513,6 +513,7 @@ def test_import_dcgan(tmp_path, monkeypatch):
     assert call(tmp_path / "b.npz", tmp_path / "b", "--config", str(tmp_path / "b.json")) == 0
     prior, params, card = load_prior(tmp_path / "b")
     assert checkpoint.load_card(tmp_path / "b")["kind"] == card["kind"] == "convolutional"
+    assert load_prior(tmp_path / "b")[0] == prior  # programs compiled for it are found again
     latents = np.asarray(prior.sample_latent(jax.random.key(0), 3))
     expected = np.tanh(latents @ kernel).reshape(3, 3, 2, 2).transpose(0, 2, 3, 1)
     np.testing.assert_allclose(prior.apply(params, latents, None), (expected + 1) / 2, atol=1e-6)

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from ggl_jax.audit import controls as audit_controls
 from ggl_jax.audit import metrics
 from ggl_jax.audit.controls import batch_controls, prior_controls, read_controls, write_controls
 from ggl_jax.errors import GGLError
@@ -261,17 +262,21 @@ def draw_batch(key, labels):
 
 
 @pytest.mark.parametrize("size", [1, 4, 8, 16])
-def test_random_samples_gain_nothing_at_any_batch_size(size):
+def test_random_samples_gain_nothing_at_any_batch_size(size, monkeypatch):
     """A pure guess, judged as the audit judges (in the private images' order), gains 0."""
-    options = {"num_samples": 60, "num_mean_samples": 60, "ceiling_steps": 1, "ceiling_restarts": 1}
+    # The ceiling is not at stake here, and takes most of the time.
+    fit = lambda prior, params, images, key, **_: (None, images, None)  # noqa: E731
+    monkeypatch.setattr(audit_controls, "fit_latents", fit)
+    options = {"num_samples": 60, "num_mean_samples": 60}
     labels = jnp.zeros(size, jnp.int32)
     gains, alone = [], []
     for number in range(10):
         keys = jax.random.split(jax.random.key(number), 3)
-        images = draw_batch(keys[0], labels)
+        images = np.asarray(draw_batch(keys[0], labels))
         controls = batch_controls(SPOTTED, {}, images, labels, keys[1], **options)
         single = prior_controls(SPOTTED, {}, images[0], 0, keys[1], **options).scores
-        guesses = jax.vmap(lambda key: draw_batch(key, labels))(jax.random.split(keys[2], 60))
+        guesses = draw_batch(keys[2], jnp.zeros(60 * size, jnp.int32))
+        guesses = np.asarray(guesses).reshape(60, size, *SHAPE)
         ordered = np.stack([guess[assign(guess, images)] for guess in guesses])
         found = np.asarray(metrics.psnr(ordered, images))
         gains.append(np.mean(found - [c.scores["psnr_control_mean"] for c in controls]))
