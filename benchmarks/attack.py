@@ -64,7 +64,8 @@ def main(argv=None) -> None:
             problem_of(model, variables, prior, params, defense, seed)
             for seed in range(options.instances)
         ]
-        attack = gx.ggl(model, prior, gx.cma_es(population=options.population), view=defense.view)
+        search = gx.Search(optimizer=f"cma_es:{options.population}")
+        attack = gx.search_attack(model, prior, search, view=defense.view)
         keys = jax.random.split(jax.random.key(1), options.instances)
         began = time.perf_counter()
         jax.block_until_ready(gx.run_search(attack, keys, problems, steps=options.steps).losses)

@@ -46,7 +46,7 @@ def measure(devices: int, population: int, repetitions: int, spec: str) -> dict:
     prior, params, _ = gx.load_prior("dcgan32_faces")
     defense = gx.parse(spec)
     problem = problem_of(model, variables, prior, params, defense, seed=0)
-    search = gx.cma_es(population=population * devices)
+    search = gx.Search(optimizer=f"cma_es:{population * devices}")
     ticks = []
 
     def tick(done, losses):
@@ -54,7 +54,7 @@ def measure(devices: int, population: int, repetitions: int, spec: str) -> dict:
         ticks.append(time.perf_counter())
 
     gx.run_search(
-        gx.ggl(model, prior, search, view=defense.view),
+        gx.search_attack(model, prior, search, view=defense.view),
         jax.random.split(jax.random.key(1), 1),
         [problem],
         steps=WARM_UP + repetitions,

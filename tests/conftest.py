@@ -18,7 +18,7 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", _cache.name)
 os.environ["GGL_JAX_WEIGHTS"] = os.path.join(_cache.name, "weights")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 
-import ggl_jax  # noqa: F401
+import ggl_jax as gx
 import jax
 import jax.numpy as jnp
 import pytest
@@ -85,3 +85,9 @@ def tiny_images(tiny_prior, tiny_prior_params):
     """Two images in the prior's range."""
     latents = tiny_prior.sample_latent(jax.random.key(2), 2)
     return jnp.asarray(tiny_prior.apply(tiny_prior_params, latents, jnp.zeros(2, jnp.int32)))
+
+
+def attack_of(name, model, prior, *, view=None, client=None, speed=None, **options):
+    """An attack by name, as published but for the options."""
+    search = gx.search_of("paper", name, **options)
+    return gx.search_attack(model, prior, search, view=view, client=client, speed=speed)

@@ -6,15 +6,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import attack_of
 from flax import linen as nn
-from ggl_jax.adversary.strategy import mean_image, unused_options
 
 import ggl_jax as gx
-from ggl_jax.adversary.attacks import ATTACKS, make_attack, pixel_refinement, resolve
+from ggl_jax.adversary.attack import refinement_of
+from ggl_jax.adversary.attacks import ATTACKS, search_of
 from ggl_jax.adversary.estimation import estimate, noise_level
 from ggl_jax.adversary.losses import parse_regularizer
-from ggl_jax.adversary.optimizers import make_optimizer
 from ggl_jax.adversary.search import Stage, run_stages
+from ggl_jax.adversary.stages import mean_image
 from ggl_jax.audit import data
 from ggl_jax.errors import GGLError
 from ggl_jax.priors.pixels import pixels_of
@@ -56,34 +57,54 @@ def psnr(a, b):
 
 
 def test_published_settings():
-    assert resolve("ig")["steps"] == 8000
-    assert resolve("ig")["restarts"] == 4
-    assert not resolve("ig")["adaptive"]
-    assert resolve("ggl")["adaptive"]
+    ig = search_of("paper", "ig")
+    assert (ig.steps, ig.restarts, ig.adaptive, ig.distance) == (8000, 4, False, "cosine")
+    assert search_of() == gx.Search() == ATTACKS["ggl"]
+    assert gx.Search().adaptive
     # What is given wins; what was published for another optimiser does not apply.
-    other = resolve("ig", optimizer="cma_es", steps=5, adaptive=True, start=None)
-    assert other["steps"] == 5
-    assert other["adaptive"]
-    assert "box" not in other
-    assert "start" not in other
+    other = search_of("paper", "ig", "cma_es", steps=5, adaptive=True)
+    assert (other.steps, other.adaptive, other.optimizer) == (5, True, "cma_es")
     # The published code of GGL: D1 over the number of tensors but for Adam, which starts at noise.
-    assert resolve("ggl", fidelity="code")["distance"] == "mean_squared_l2"
-    assert resolve("ggl", fidelity="code", population=50)["population"] == 50
-    adam = resolve("ggl", fidelity="code", optimizer="adam")
-    assert adam["start"] == "normal"
-    for plain in (adam, resolve("dlg", fidelity="code"), resolve("ggl")):
-        assert "distance" not in plain
-    assert "start" not in resolve("ggl", optimizer="adam")
-    with pytest.raises(GGLError, match="did you mean 'idlg'"):
-        resolve("idgl")
+    code = search_of(fidelity="code")
+    assert (code.distance, code.optimizer, code.steps) == ("mean_squared_l2", "cma_es:18", 2222)
+    assert search_of(optimizer="cma_es:50", fidelity="code").optimizer == "cma_es"
+    adam = search_of(optimizer="adam", fidelity="code")
+    assert (adam.start, adam.distance, adam.steps) == ("normal", "squared_l2", 2500)
+    assert search_of("paper", "dlg", fidelity="code").distance == "squared_l2"
+    assert search_of(optimizer="adam").start == "zeros"
+    for wrong, words in (
+        ({"attack": "idgl"}, "did you mean 'idlg'"),
+        ({"preset": "qiuck"}, "did you mean 'quick'"),
+        ({"optimizer": "adm"}, "did you mean 'adam'"),
+        ({"stps": 4}, "did you mean 'steps'"),
+    ):
+        with pytest.raises(GGLError, match=words):
+            search_of(**wrong)
+
+
+def test_presets_change_what_they_name():
+    for preset, attacks in gx.PRESETS.items():
+        for name, changes in attacks.items():
+            attack, _, optimizer = name.partition("/")
+            found = search_of(preset, attack, optimizer or None)
+            assert changes.items() <= dataclasses.asdict(found).items()
+    # Options of the optimiser that are not named are the preset's.
+    named = search_of("quick", optimizer="adam:0.05,signed=True")
+    assert named.optimizer == "adam:0.05,schedule=ramp"
+    assert search_of("quick", optimizer="turbo").optimizer == "turbo"
+    # Without a simulation there is nothing that a comparison of its result could change.
+    assert search_of("quick").compare == "support"
+    assert search_of("quick", adaptive=False).compare == "published"
 
 
 @pytest.mark.parametrize("name", [name for name in ATTACKS if name != "ggl"])
 def test_baselines_find_the_image(name, model, variables, tiny_images, tiny_prior):
     defense, problem = problem_of(model, variables, tiny_images[0], 1)
     # The tiny prior's images are not smooth. L-BFGS diverges from some starts.
-    options = {"restarts": 8, "steps": 150, "learning_rate": 0.05, "regularizer": "none"}
-    attack = make_attack(name, model, tiny_prior, view=defense.view, **options)
+    options = {"restarts": 8, "steps": 150, "regularizer": "none"}
+    if name in ("ig", "gi"):
+        options["optimizer"] = "adam:0.05"
+    attack = attack_of(name, model, tiny_prior, view=defense.view, **options)
     found = gx.run_search(attack, jax.random.split(jax.random.key(3), 1), [problem], steps=150)
     assert psnr(found.images[0], tiny_images[:1]) > 20
     assert found.labels[0, 0] == 1  # DLG had to find it
@@ -95,10 +116,17 @@ def test_adaptive_attacks_see_the_defense(model, variables, tiny_images, tiny_pr
     defense, problem = problem_of(model, variables, tiny_images[0], 1, "clip:0.05")
     losses = {}
     for adaptive in (True, False):
-        attack = make_attack(
-            "ig", model, tiny_prior, view=defense.view, adaptive=adaptive, distance="squared_l2",
-            restarts=1, steps=1, regularizer="none",
-        )  # fmt: skip
+        attack = attack_of(
+            "ig",
+            model,
+            tiny_prior,
+            view=defense.view,
+            adaptive=adaptive,
+            distance="squared_l2",
+            restarts=1,
+            steps=1,
+            regularizer="none",
+        )
         key = jax.random.key(0)
         state = attack.init(key, problem, pixels_of(tiny_images[None, :1]))
         losses[adaptive] = float(attack.step(key, problem, state)[1].losses[0])
@@ -111,10 +139,16 @@ def test_the_best_of_the_pool_start(tiny_model, tiny_variables, tiny_prior, tiny
     image = tiny_prior.apply(tiny_prior_params, z[None], jnp.asarray([0]))[0]
     _, problem = problem_of(tiny_model, tiny_variables, image, 0)
     problem = problem._replace(prior_params=tiny_prior_params)
-    attack = make_attack(
-        "ggl", tiny_model, tiny_prior, optimizer="adam", steps=1, restarts=2, pool=64,
+    attack = attack_of(
+        "ggl",
+        tiny_model,
+        tiny_prior,
+        optimizer="adam",
+        steps=1,
+        restarts=2,
+        pool=64,
         regularizer="none",
-    )  # fmt: skip
+    )
     state = attack.init(jax.random.key(0), problem)
     points = tiny_prior.sample_latent(
         jax.random.split(jax.random.split(jax.random.key(0))[0])[0], 64
@@ -129,10 +163,13 @@ def test_the_best_of_the_pool_start(tiny_model, tiny_variables, tiny_prior, tiny
 def test_refinement_leaves_the_prior_behind(model, variables, tiny_images, tiny_prior):
     defense, problem = problem_of(model, variables, tiny_images[0], 1)
     problem = problem._replace(prior_params=tiny_prior.init(jax.random.key(0)))
-    search = make_attack("ggl", model, tiny_prior, view=defense.view, population=8, steps=5)
-    refine = pixel_refinement(
-        model, steps=150, learning_rate=0.05, regularizer="none", view=defense.view
+    search = attack_of("ggl", model, tiny_prior, optimizer="cma_es:8", view=defense.view, steps=5)
+    pixels = dataclasses.replace(
+        refinement_of(gx.Search(refine_steps=150)),
+        optimizer="adam:0.05,schedule=ramp,signed=False,box=1",
+        regularizer="none",
     )
+    refine = gx.search_attack(model, tiny_prior, pixels, view=defense.view)
     stages = [
         Stage(search, 5),
         Stage(refine, 150, lambda found: jax.vmap(pixels_of)(jnp.clip(found.images[:, :1], 0, 1))),
@@ -183,10 +220,15 @@ def test_likelihood_scales_by_the_noise(model, variables, tiny_images, tiny_prio
     options = {"optimizer": "adam", "steps": 1, "restarts": 1, "distance": "squared_l2"}
     losses = []
     for likelihood in (False, True):
-        attack = make_attack(
-            "ig", model, tiny_prior, view=defense.view, likelihood=likelihood, regularizer="none",
+        attack = attack_of(
+            "ig",
+            model,
+            tiny_prior,
+            view=defense.view,
+            regularizer="none",
             **options,
-        )  # fmt: skip
+            compare="likelihood" if likelihood else "published",
+        )
         key = jax.random.key(0)
         state = attack.init(key, problem, pixels_of(tiny_images[None, 1:]))
         losses.append(float(attack.step(key, problem, state)[1].losses[0]))
@@ -203,7 +245,7 @@ def test_relative_distances(noise, model, variables, tiny_images, tiny_prior):
     problem = problem._replace(estimated={"sigma": jnp.float32(noise)})
     losses = {}
     for relative in (False, True):
-        attack = make_attack(
+        attack = attack_of(
             "gi", model, tiny_prior, steps=1, restarts=1, relative=relative, regularizer="none"
         )
         key = jax.random.key(0)
@@ -216,12 +258,12 @@ def test_relative_distances(noise, model, variables, tiny_images, tiny_prior):
 
 
 def test_noise_changes_what_is_combined_and_refined(tiny_model, tiny_prior):
-    settings = gx.AttackSettings(
+    search = gx.Search(
         optimizer="adam", restarts=4, finalists=2, combine="auto", refine="auto", steps=3
     )
     names = {
         spec: [stage.attack.name for stage in gx.make_stages(
-            settings, tiny_model, tiny_prior, gx.parse(spec))[0]]
+            search, tiny_model, tiny_prior, gx.parse(spec).view)]
         for spec in ("clip:1", "clip:1+noise:0.1")
     }  # fmt: skip
     assert names == {"clip:1": ["ggl", "ggl", "refine"], "clip:1+noise:0.1": ["ggl"]}
@@ -230,8 +272,8 @@ def test_noise_changes_what_is_combined_and_refined(tiny_model, tiny_prior):
     np.testing.assert_allclose(mean_image(found), jnp.full((1, 1, 2, 2, 1), 1.6 / 3), rtol=1e-6)
     with pytest.raises(GGLError, match="combine: got 'average'"):
         gx.make_stages(
-            dataclasses.replace(settings, combine="average"), tiny_model, tiny_prior,
-            gx.parse("none"),
+            dataclasses.replace(search, combine="average"), tiny_model, tiny_prior,
+            gx.parse("none").view,
         )  # fmt: skip
 
 
@@ -239,7 +281,7 @@ def test_dlg_inverts_lenet_and_fails_under_noise():
     image = data.load("embedded", image_size=16).images[0]
     model = gx.lenet(num_classes=10, image_shape=(16, 16, 3))
     variables = model.init(jax.random.key(0))
-    attack = make_attack("dlg", model, None, steps=300, restarts=1)
+    attack = attack_of("dlg", model, None, steps=300, restarts=1)
     found = {}
     for spec, steps in (("none", 300), ("noise:0.1", 100)):
         _, problem = problem_of(model, variables, jnp.asarray(image), 3, spec)
@@ -283,8 +325,14 @@ def test_batch_norm_statistics(tiny_images, tiny_prior):
         ("batch", f"l2:0+batch_norm:{weight}", found),
         ("running", f"batch_norm:{weight}", None),
     ):
-        attack = make_attack(
-            "gi", model, tiny_prior, steps=1, restarts=1, regularizer=penalty, method="direct"
+        attack = attack_of(
+            "gi",
+            model,
+            tiny_prior,
+            speed=gx.Speed(method="direct"),
+            steps=1,
+            restarts=1,
+            regularizer=penalty,
         )
         given = problem._replace(statistics=statistics)
         state = attack.init(jax.random.key(0), given, pixels_of(tiny_images[None, 1:]))
@@ -307,11 +355,11 @@ def test_batch_norm_statistics(tiny_images, tiny_prior):
 def test_batch_norm_needs_statistics(model, tiny_images, tiny_prior):
     assert model.statistics is None
     with pytest.raises(GGLError, match="batch_norm needs a model with BatchNorm"):
-        make_attack("gi", model, tiny_prior, regularizer="l2+batch_norm:1")
+        attack_of("gi", model, tiny_prior, regularizer="l2+batch_norm:1")
     with pytest.raises(GGLError, match="share_statistics"):
         gx.audit(
             tiny_images, [0, 1], model=model, defenses=["none"], prior=tiny_prior,
-            client=gx.ClientSettings(share_statistics=True),
+            client=gx.Client(share_statistics=True),
         )  # fmt: skip
 
 
@@ -322,11 +370,9 @@ def test_shared_statistics_reach_the_search(tiny_images, tiny_prior, tiny_prior_
         result = gx.audit(
             tiny_images, [0, 1], model=model, defenses=["none"], prior=tiny_prior,
             prior_params=tiny_prior_params, num_controls=4, ceiling_steps=2,
-            client=gx.ClientSettings(share_statistics=share),
-            settings=gx.AttackSettings(
-                attack="gi", steps=1, restarts=2, regularizer="batch_norm:1", instances=2,
-                method="direct",
-            ),
+            client=gx.Client(share_statistics=share),
+            search=gx.search_of("paper", "gi", steps=1, restarts=2, regularizer="batch_norm:1"),
+            speed=gx.Speed(instances=2, method="direct"),
         )  # fmt: skip
         losses.append([row["loss"] for row in result.rows])
     assert losses[0] != losses[1]
@@ -334,37 +380,41 @@ def test_shared_statistics_reach_the_search(tiny_images, tiny_prior, tiny_prior_
 
 def test_unknown_options_are_refused(model, tiny_prior):
     with pytest.raises(GGLError, match=r"regularizr.*did you mean 'regularizer'"):
-        make_attack("gi", model, tiny_prior, regularizr="none")
-    with pytest.raises(GGLError, match=r"popsize: no optimizer"):
-        make_optimizer("cma_es", popsize=8)
-    # Another optimiser's options are left out, and said to be.
-    make_attack("ggl", model, tiny_prior, learning_rate=0.1, population=8)
-    lines = unused_options(gx.AttackSettings(learning_rate=0.1, population=8, steps=3))
-    assert [line.partition(":")[0] for line in lines] == ["learning_rate"]
-    assert "cma_es" in lines[0]
-    assert "adam" in lines[0]
-    assert not unused_options(gx.AttackSettings(optimizer="adam", steps=3, refine="auto"))
-    # Finalists go on by Adam, whose options they need.
-    assert not unused_options(gx.AttackSettings(learning_rate=0.1, restarts=2, finalists=2))
+        attack_of("gi", model, tiny_prior, regularizr="none")
+    with pytest.raises(GGLError, match=r"'popsize=8' in .*cma_es takes population, sigma0"):
+        gx.search_attack(model, tiny_prior, gx.Search(optimizer="cma_es:popsize=8"))
+    with pytest.raises(GGLError, match=r"learning_rate=0.1' in .* is not understood; cma_es"):
+        search_of(optimizer="cma_es:learning_rate=0.1")
+    with pytest.raises(GGLError, match="restarts: got 0"):
+        gx.search_attack(model, tiny_prior, gx.Search(restarts=0))
+
+
+def test_every_option_of_an_optimizer_is_reachable(model, tiny_prior):
+    for text in ("turbo:num_initial=10", "lbfgs_wolfe:5", "cma_es:std_min=1e-3", "adam:box=2"):
+        assert gx.search_attack(model, tiny_prior, gx.Search(optimizer=text)).name == "ggl"
 
 
 def test_comparisons_need_what_they_change(model, tiny_prior):
     for compare in ("support", "undefended"):
-        settings = gx.AttackSettings(attack="ig", compare=compare)
-        with pytest.raises(GGLError, match=f"compare: '{compare}'.*--adaptive True"):
-            gx.make_stages(settings, model, tiny_prior, gx.parse("none").view)
-        settings = dataclasses.replace(settings, adaptive=True)
-        assert gx.make_stages(settings, model, tiny_prior, gx.parse("none").view)[1]["adaptive"]
+        search = gx.search_of("paper", "ig", compare=compare)
+        with pytest.raises(GGLError, match=f"compare: '{compare}'.*--adaptive"):
+            gx.make_stages(search, model, tiny_prior, gx.parse("none").view)
+        search = dataclasses.replace(search, adaptive=True)
+        assert gx.make_stages(search, model, tiny_prior, gx.parse("none").view)
     with pytest.raises(GGLError, match=r"compare: 'likelihood'.*--distance squared_l2"):
-        make_attack("ig", model, tiny_prior, likelihood=True)
+        attack_of("ig", model, tiny_prior, compare="likelihood")
     with pytest.raises(GGLError, match="local_steps: soteria"):
         gx.make_stages(
-            gx.AttackSettings(), model, tiny_prior, gx.parse("soteria:0.5"), local_steps=2
+            gx.Search(),
+            model,
+            tiny_prior,
+            gx.parse("soteria:0.5").view,
+            client=gx.Client(local_steps=2),
         )
     for name in ("final_steps", "refine_steps"):
         with pytest.raises(GGLError, match=f"{name}: got 0"):
             gx.make_stages(
-                gx.AttackSettings(**{name: 0}), model, tiny_prior, gx.parse("none")
+                gx.Search(**{name: 0}), model, tiny_prior, gx.parse("none").view
             )  # fmt: skip
 
 
@@ -380,7 +430,7 @@ def test_soteria_undefended_fits_the_private_image(
         observed, _ = chained.apply(jax.random.key(1), update, context)
         estimated = chained.view.estimate(observed, model.head)
         problem = Problem(observed, variables, {}, labels, estimated)
-        attack = make_attack("gi", model, tiny_prior, view=chained.view, adaptive=True, steps=1)
+        attack = attack_of("gi", model, tiny_prior, view=chained.view, adaptive=True, steps=1)
         # The defended layer is left out on both sides, so the truth is at distance 0.
         at_truth = attack.distances(problem, images[:, None], labels)
         elsewhere = attack.distances(problem, tiny_images[1:2, None], labels)
@@ -390,8 +440,8 @@ def test_soteria_undefended_fits_the_private_image(
 def test_refinement_keeps_the_attacks_distance(model, variables, tiny_images, tiny_prior):
     _, problem = problem_of(model, variables, tiny_images[0], 1)
     for attack, distance in (("ig", "cosine"), ("gi", "squared_l2")):
-        settings = gx.AttackSettings(attack=attack, refine="pixels", refine_steps=2, steps=2)
-        stages, _ = gx.make_stages(settings, model, tiny_prior, gx.parse("none").view)
+        settings = gx.search_of("paper", attack, refine="pixels", refine_steps=2, steps=2)
+        stages = gx.make_stages(settings, model, tiny_prior, gx.parse("none").view)
         found = stages[-1].attack.distances(problem, tiny_images[1:, None], problem.labels)
         expected = gx.matching_loss(model, variables, problem.observed, distance=distance)
         # Relative to an update of zero, whose cosine distance is 1.
@@ -419,7 +469,14 @@ def test_a_mean_finds_the_order_of_a_batch():
 
 def test_local_steps_cost_a_gradient_each(model, tiny_prior):
     one, three = (
-        make_attack("ggl", model, tiny_prior, population=8, pool=5, local_steps=steps)
+        attack_of(
+            "ggl",
+            model,
+            tiny_prior,
+            optimizer="cma_es:8",
+            client=gx.Client(local_steps=steps),
+            pool=5,
+        )
         for steps in (1, 3)
     )
     assert (one.evaluations_per_step, one.evaluations_at_start) == (8, 5)
@@ -428,7 +485,7 @@ def test_local_steps_cost_a_gradient_each(model, tiny_prior):
 
 def test_given_points_need_no_pool(model, variables, tiny_images, tiny_prior):
     _, problem = problem_of(model, variables, tiny_images[0], 1)
-    attack = make_attack("gi", model, tiny_prior, pool=6, restarts=1, steps=2)
+    attack = attack_of("gi", model, tiny_prior, pool=6, restarts=1, steps=2)
     key = jax.random.split(jax.random.key(0), 1)
     points = pixels_of(tiny_images[1:2])[None]
     assert gx.run_search(attack, key, [problem], steps=2, points=points).evaluations == 2

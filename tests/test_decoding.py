@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import attack_of
 
 from ggl_jax import checkpoint
-from ggl_jax.adversary.attacks import make_attack
 from ggl_jax.audit.controls import prior_controls
 from ggl_jax.cli import run
 from ggl_jax.errors import GGLError
@@ -153,9 +153,9 @@ def test_model_and_prior_must_count_the_same_classes(tiny_model):
     small = dataclasses.replace(BIGGAN_DEEP[128], channel_width=8, num_classes=10)
     assert biggan_deep(small).num_classes == 10
     with pytest.raises(GGLError, match=r"has 3 classes, prior striped 2; .*--num-classes"):
-        make_attack("ggl", tiny_model, STRIPED)
-    make_attack("ggl", tiny_model, STRIPED._replace(num_classes=3))
-    make_attack("ggl", tiny_model, STRIPED._replace(num_classes=None))
+        attack_of("ggl", tiny_model, STRIPED)
+    attack_of("ggl", tiny_model, STRIPED._replace(num_classes=3))
+    attack_of("ggl", tiny_model, STRIPED._replace(num_classes=None))
 
 
 def test_score_prior_scores_each_image_within_its_class(tmp_path, capsys, monkeypatch):

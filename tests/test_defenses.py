@@ -12,9 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
+import ggl_jax as gx
 from ggl_jax import selection, trees
 from ggl_jax.adversary.estimation import noise_level
-from ggl_jax.adversary.strategy import AttackSettings, combines, make_stages
+from ggl_jax.adversary.stages import combines, make_stages
 from ggl_jax.audit import privacy
 from ggl_jax.client import defenses
 from ggl_jax.client.defenses import (
@@ -466,13 +467,13 @@ def test_own_noise_counts_as_noise(client):
     named = functools.partial(from_function, laplace, name="laplace:0.1", estimate=estimate)
     plain = named()
     own = named(noise_std=lambda found: jnp.sqrt(2.0) * found["scale"])
-    settings = AttackSettings(combine="auto", refine="auto")
-    assert not combines(settings, plain.view)
+    search = gx.Search(combine="auto", refine="auto")
+    assert not combines(search, plain.view)
     for defense in (own, named(adds_noise=True), named(facts=Facts(gaussian=0.1)), noise()):
-        assert combines(settings, defense.view)
-        assert combines(settings, chain(none(), defense).view)
+        assert combines(search, defense.view)
+        assert combines(search, chain(none(), defense).view)
         prior = pixels(context.model.image_shape)
-        stages, _ = make_stages(settings, context.model, prior, defense.view)
+        stages = make_stages(search, context.model, prior, defense.view)
         assert [stage.attack.name for stage in stages] == ["ggl"]
     assert own.view.name == "laplace"
     # A parameter that happens to be called sigma is none.

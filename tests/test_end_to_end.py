@@ -14,11 +14,11 @@ from ggl_jax.adversary.search import release_programs
 from ggl_jax.audit.run import AuditInterrupted
 from ggl_jax.images import assign
 
-SETTINGS = gx.AttackSettings(population=16, steps=60, restarts=2, regularizer="none")
+SETTINGS = gx.Search(optimizer="cma_es:16", steps=60, restarts=2, regularizer="none")
 
 
 def tiny_audit(tiny_model, tiny_prior, params, images, labels, defenses, **options):
-    options.setdefault("settings", SETTINGS)
+    options.setdefault("search", SETTINGS)
     return gx.audit(
         images,
         labels,
@@ -61,9 +61,7 @@ def test_noise_hides_the_image_and_the_audit_says_so(
 
 
 def test_adam_and_a_batch_of_two(tiny_model, tiny_prior, tiny_prior_params, tiny_images):
-    settings = gx.AttackSettings(
-        optimizer="adam", steps=200, restarts=8, start="prior", regularizer="none"
-    )
+    settings = gx.Search(optimizer="adam", steps=200, restarts=8, start="prior", regularizer="none")
     result = tiny_audit(
         tiny_model,
         tiny_prior,
@@ -71,8 +69,8 @@ def test_adam_and_a_batch_of_two(tiny_model, tiny_prior, tiny_prior_params, tiny
         tiny_images,
         [0, 2],
         ["none"],
-        settings=settings,
-        client=gx.ClientSettings(batch_size=2),
+        search=settings,
+        client=gx.Client(batch_size=2),
     )
     assert sorted(row["label_inferred"] for row in result.rows) == [0, 2]
     assert min(row["psnr"] for row in result.rows) > 20
@@ -86,7 +84,7 @@ def test_fedavg_update(tiny_model, tiny_prior, tiny_prior_params, tiny_images):
         tiny_images[:1],
         [1],
         ["none"],
-        client=gx.ClientSettings(local_steps=3, local_learning_rate=0.05),
+        client=gx.Client(local_steps=3, local_learning_rate=0.05),
     ).rows
     assert rows[0]["psnr"] > 25
 
@@ -102,7 +100,7 @@ def test_soteria_on_the_representation_defends_single_steps_only(
             tiny_images[:1],
             [1],
             ["soteria:0.3"],
-            client=gx.ClientSettings(local_steps=3),
+            client=gx.Client(local_steps=3),
         )
 
 
@@ -124,7 +122,7 @@ def test_a_users_own_model_defense_and_images(tiny_model, tiny_prior, tiny_prior
         image,
         [2],
         [mine],
-        settings=gx.AttackSettings(population=8, steps=3),
+        search=gx.Search(optimizer="cma_es:8", steps=3),
     ).rows
     assert rows[0]["defense"] == "halve"
     assert rows[0]["label_inferred"] == 2
@@ -141,7 +139,7 @@ def test_results_on_disk_and_resumption(
             tiny_images,
             [0, 1],
             ["none", "clip:0.5"],
-            settings=gx.AttackSettings(population=8, steps=4),
+            search=gx.Search(optimizer="cma_es:8", steps=4),
             out=tmp_path,
             **options,
         )
@@ -188,7 +186,7 @@ def test_results_on_disk_and_resumption(
         tiny_images,
         [0, 1],
         ["none", "clip:0.5"],
-        settings=gx.AttackSettings(population=8, steps=4),
+        search=gx.Search(optimizer="cma_es:8", steps=4),
     )
     for a, b in zip(undisturbed.rows, rows, strict=True):
         np.testing.assert_allclose(a["psnr"], b["psnr"], rtol=1e-4)
@@ -196,15 +194,15 @@ def test_results_on_disk_and_resumption(
 
 def test_a_cell_is_three_calls(tiny_model, tiny_prior, tiny_prior_params, tiny_images):
     """The client's, the adversary's and the judge's, which a user can make one by one."""
-    settings, defense = gx.AttackSettings(population=8, steps=4), gx.parse("noise:0.1")
+    settings, defense = gx.Search(optimizer="cma_es:8", steps=4), gx.parse("noise:0.1")
     variables = tiny_model.init(jax.random.key(3))
     given = (tiny_model, tiny_prior, tiny_prior_params, tiny_images[:1], [1], [defense])
-    (row,) = tiny_audit(*given, settings=settings, variables=variables, seed=5).rows
+    (row,) = tiny_audit(*given, search=settings, variables=variables, seed=5).rows
     key = jax.random.fold_in(jax.random.key(5), 0)
     public = gx.Public(tiny_model, variables, tiny_prior, tiny_prior_params)
     noise, search = jax.random.fold_in(key, 0), jax.random.fold_in(key, 1)
     sent, record = gx.share(noise, public, tiny_images[:1], np.asarray([1]), defense=defense)
-    found = gx.reconstruct(search[None], public, [sent], view=defense.view, settings=settings)
+    found = gx.reconstruct(search[None], public, [sent], view=defense.view, search=settings)
     (judged,) = gx.judge(found[0], tiny_images[:1], np.asarray([1]), public=public, record=record)
     assert "psnr_ceiling" not in judged
     for name in set(judged) - {"search_seconds"}:
@@ -214,7 +212,7 @@ def test_a_cell_is_three_calls(tiny_model, tiny_prior, tiny_prior_params, tiny_i
 def test_instance_streams_do_not_depend_on_the_batch(
     tiny_model, tiny_prior, tiny_prior_params, tiny_images
 ):
-    settings = gx.AttackSettings(population=8, steps=4)
+    settings = gx.Search(optimizer="cma_es:8", steps=4)
     both = tiny_audit(
         tiny_model,
         tiny_prior,
@@ -222,7 +220,7 @@ def test_instance_streams_do_not_depend_on_the_batch(
         tiny_images,
         [0, 1],
         ["noise:0.1"],
-        settings=settings,
+        search=settings,
     )
     second = tiny_audit(
         tiny_model,
@@ -231,7 +229,7 @@ def test_instance_streams_do_not_depend_on_the_batch(
         tiny_images[1:],
         [1],
         ["noise:0.1"],
-        settings=settings,
+        search=settings,
         instance_ids=[1],
     )
     np.testing.assert_allclose(both.rows[1]["loss"], second.rows[0]["loss"], rtol=1e-5)

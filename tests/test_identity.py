@@ -17,7 +17,7 @@ from ggl_jax.audit import identity
 from ggl_jax.audit.cells import Cells, Inputs
 from ggl_jax.cli import run
 
-SETTINGS = gx.AttackSettings(optimizer="adam", steps=2, restarts=2, pool=4)
+SETTINGS = gx.Search(optimizer="adam", steps=2, restarts=2, pool=4)
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +28,7 @@ def given(tiny_model, tiny_prior, tiny_prior_params, tiny_images):
         "model": tiny_model,
         "prior": tiny_prior,
         "prior_params": tiny_prior_params,
-        "settings": SETTINGS,
+        "search": SETTINGS,
         "num_controls": 8,
         "ceiling_steps": 3,
     }
@@ -63,8 +63,8 @@ def other_model():
         (lambda g: {"images": g["images"][::-1]}, r"inputs\.images\.image-0"),
         (lambda g: {"labels": [1, 1]}, r"inputs\.images\.image-0"),
         (lambda g: {"names": ["a", "b"]}, r"inputs\.images\.a"),
-        (lambda g: {"settings": dataclasses.replace(SETTINGS, steps=3)}, "settings.steps: 2 -> 3"),
-        (lambda g: {"client": gx.ClientSettings(local_steps=2)}, "client.local_steps: 1 -> 2"),
+        (lambda g: {"search": dataclasses.replace(SETTINGS, steps=3)}, "search.steps: 2 -> 3"),
+        (lambda g: {"client": gx.Client(local_steps=2)}, "client.local_steps: 1 -> 2"),
         (lambda g: {"seed": 1}, "seed: 0 -> 1"),
         (lambda g: {"num_controls": 9}, "num_controls: 8 -> 9"),
         (lambda g: {"model": other_model()}, r"inputs\.model"),
@@ -199,9 +199,9 @@ def test_parts_put_into_a_registry_are_told_apart(given, tmp_path, monkeypatch):
     def ids(rate):
         monkeypatch.setitem(OPTIMIZERS, "mine", lambda steps=1: adam(learning_rate=rate))
         settings = dataclasses.replace(SETTINGS, optimizer="mine")
-        cells = Cells(Inputs(**{k: v for k, v in given.items() if k != "settings"}))
+        cells = Cells(Inputs(**{k: v for k, v in given.items() if k != "search"}))
         defense = cells.defense("none", settings)
-        return cells.make({}, settings, gx.ClientSettings(), defense, 0, (0,)).id
+        return cells.make({}, settings, gx.Client(), defense, 0, (0,)).id
 
     assert ids(0.1) == ids(0.1) != ids(0.2)
 

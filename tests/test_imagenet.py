@@ -36,7 +36,7 @@ def test_a_useless_prior_shows_no_leak(tmp_path):
     checkpoint.save(tmp_path / "prior", params, {**card, "trained_on": [], "data": []})
     command = ["audit", "--data", str(PHOTOS), "--indices", "0:2", "--defenses", "noise:0.1"]
     command += ["--prior", str(tmp_path / "prior"), "--out", str(tmp_path / "out")]
-    command += ["--optimizer", "cma_es", "--population", "8", "--steps", "3", "--bound", "tanh"]
+    command += ["--optimizer", "cma_es:8", "--steps", "3", "--bound", "tanh"]
     command += ["--start", "uniform", "--regularizer", "none", "--num-controls", "8"]
     command += ["--ceiling-steps", "5", "--suspects", "5"]
     # the tests' own flags would make XLA's programs slow

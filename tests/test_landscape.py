@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from ggl_jax.adversary.strategy import AttackSettings
 from PIL import Image
 
+import ggl_jax as gx
 from ggl_jax import checkpoint
 from ggl_jax.audit import landscape, metrics
 from ggl_jax.audit.run import audit
@@ -19,8 +19,8 @@ from ggl_jax.client.gradients import gradient
 from ggl_jax.errors import GGLError
 from ggl_jax.priors import dcgan
 
-SETTINGS = AttackSettings(optimizer="cma_es", population=6, steps=3, bound="tanh")
-OPTIONS = {"settings": SETTINGS, "defense": "clip:0.5"}
+SETTINGS = gx.Search(optimizer="cma_es:6", steps=3, bound="tanh")
+OPTIONS = {"search": SETTINGS, "defense": "clip:0.5"}
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,7 @@ def test_the_centre_is_the_audits_result(setting, tiny_images, center):
         instance_ids=[5],
         seed=3,
         defenses=["clip:0.5"],
-        settings=SETTINGS,
+        search=SETTINGS,
         num_controls=1,
         ceiling_steps=1,
         **shared,
@@ -112,7 +112,7 @@ def test_values_are_scaled_as_the_searchs(setting, tiny_images, options):
     shared, params = setting
     settings = dataclasses.replace(SETTINGS, regularizer="none", **options)
     center = landscape.find_center(
-        tiny_images[0], 1, defense="noise:0.01", settings=settings, **shared, **params
+        tiny_images[0], 1, defense="noise:0.01", search=settings, **shared, **params
     )
     found = landscape.landscape(
         center, tiny_images[0], jax.random.key(0), prior=shared["prior"], resolution=3
@@ -150,15 +150,15 @@ def test_bad_settings(setting, tiny_images, center):
             )
     with pytest.raises(GGLError, match="attacks on pixels have no latents"):
         landscape.find_center(
-            tiny_images[0], 0, settings=AttackSettings(attack="ig"), **shared, **params
+            tiny_images[0], 0, search=gx.search_of("paper", "ig"), **shared, **params
         )
 
 
 def test_command_searches_as_the_quick_audit():
     command, audit = _parse(["landscape"]), _parse(["audit"])
     for name in ("steps", "pool", "restarts", "relative", "regularizer", "compare"):
-        assert getattr(command, name) == getattr(audit, name) is not None
-    assert _parse(["landscape", "--optimizer", "cma_es"]).pool is None
+        assert getattr(command.search, name) == getattr(audit.search, name)
+    assert _parse(["landscape", "--optimizer", "cma_es"]).search.pool == 0
 
 
 def test_command(tmp_path, capsys, monkeypatch):
@@ -168,7 +168,7 @@ def test_command(tmp_path, capsys, monkeypatch):
     card |= {"trained_on": [], "data": []}
     checkpoint.save(tmp_path / "prior", prior.init(jax.random.key(0)), card)
     command = ["landscape", "--prior", str(tmp_path / "prior"), "--model", "lenet"]
-    command += ["--optimizer", "cma_es", "--population", "4", "--steps", "2", "--resolution", "3"]
+    command += ["--optimizer", "cma_es:4", "--steps", "2", "--resolution", "3"]
     command += ["--out", str(tmp_path / "out")]
     assert run(command) == 0
     out = capsys.readouterr().out

@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from ggl_jax.adversary.strategy import AttackSettings
 from PIL import Image
 
+import ggl_jax as gx
 from ggl_jax.audit import lpips as L
 from ggl_jax.audit import metrics, report, weights
 from ggl_jax.audit.run import audit
@@ -287,11 +287,11 @@ def test_audit_reports_lpips(random_weights, tmp_path, monkeypatch):
     result = audit(
         original,
         [0],
-        model=get_model("lenet", num_classes=2, image_shape=(32, 32, 3)),
+        model=get_model("lenet", 2, (32, 32, 3)),
         defenses=["none"],
         prior=prior,
         prior_params=prior.init(jax.random.key(0)),
-        settings=AttackSettings(steps=1, population=4),
+        search=gx.Search(optimizer="cma_es:4", steps=1),
         num_controls=4,
         ceiling_steps=2,
         lpips="squeeze",

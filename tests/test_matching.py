@@ -17,6 +17,7 @@ import ggl_jax as gx
 from ggl_jax.adversary import matching
 from ggl_jax.adversary.matching import convolve, layers, winograd
 from ggl_jax.adversary.matching.program import trace
+from ggl_jax.spec import Client, Speed
 from ggl_jax.types import Model
 
 SHAPE = (10, 10, 3)

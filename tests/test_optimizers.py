@@ -8,16 +8,22 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from ggl_jax import grammar
 from ggl_jax.adversary.optimizers import (
     OPTIMIZERS,
     adam,
     best_so_far,
     cma_es,
     hybrid,
-    make_optimizer,
 )
 from ggl_jax.errors import GGLError
 from ggl_jax.types import NONFINITE, OK, STALLED
+
+
+def make_optimizer(name, **options):
+    """By name, with those of the options that it has."""
+    return grammar.build(OPTIMIZERS, name, what="optimizer", **options)
+
 
 OPTIONS = {
     "steps": 150,
@@ -378,5 +384,5 @@ def test_bad_options_are_named(options, word):
 
 
 def test_unknown_optimizer_suggests():
-    with pytest.raises(GGLError, match="did you mean 'adam'"):
+    with pytest.raises(GGLError, match=r"optimizer: got 'adm'.*did you mean 'adam'"):
         make_optimizer("adm")

@@ -12,12 +12,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from ggl_jax.adversary.strategy import make_stages
 
 import ggl_jax as gx
 from ggl_jax import adversary
 from ggl_jax.adversary.estimation import estimate
-from ggl_jax.adversary.reconstruct import reconstruct, search_for
+from ggl_jax.adversary.reconstruct import prepare, reconstruct
+from ggl_jax.adversary.stages import make_stages
 from ggl_jax.audit import landscape, run
 from ggl_jax.client.defenses import DEFENSES, summary
 from ggl_jax.priors.pixels import pixels
@@ -47,7 +47,7 @@ def test_what_crosses_cannot_hold_the_private_batch():
     assert Public._fields == ("model", "variables", "prior", "prior_params")
     known = {"observed", "variables", "prior_params", "labels", "estimated", "noise", "statistics"}
     assert set(Problem._fields) == known
-    for function in (reconstruct, search_for, make_stages, estimate, gx.infer_labels):
+    for function in (reconstruct, prepare, make_stages, estimate, gx.infer_labels):
         parameters = inspect.signature(function).parameters
         assert not parameters.keys() & {"defense", "image", "images", "original", "record"}
         assert Defense not in [p.annotation for p in parameters.values()]
@@ -161,7 +161,7 @@ def test_the_private_batch_changes_nothing_but_the_update(
     monkeypatch.setattr(landscape, "share", share_once)
     monkeypatch.setattr(run, "batch_controls", controls)
     options = {"optimizer": "adam", "pool": 6, "restarts": 3} if attack == "ggl" else {}
-    settings = gx.AttackSettings(attack=attack, steps=2, refine="none", **options)
+    settings = gx.search_of("paper", attack, steps=2, refine="none", **options)
     batch = jnp.concatenate([tiny_images, 1 - tiny_images])[:batch_size]
     true = [1, 2][:batch_size]
     results = [
@@ -172,8 +172,8 @@ def test_the_private_batch_changes_nothing_but_the_update(
             prior=prior,
             prior_params={},
             defenses=[defense],
-            client=gx.ClientSettings(batch_size=batch_size),
-            settings=settings,
+            client=gx.Client(batch_size=batch_size),
+            search=settings,
             num_controls=2,
             ceiling_steps=1,
         )
@@ -189,7 +189,7 @@ def test_the_private_batch_changes_nothing_but_the_update(
         inferred = sorted(row["label_inferred"] for row in first)
         assert [sorted(labels) for labels in controls_of] == [inferred, inferred]
     if attack == "ggl" and batch_size == 1:
-        about = {"model": tiny_model, "prior": prior, "prior_params": {}, "settings": settings}
+        about = {"model": tiny_model, "prior": prior, "prior_params": {}, "search": settings}
         centers = [
             landscape.find_center(np.asarray(image), label, defense=defense, **about)
             for image, label in ((batch[0], 1), (1 - batch[0], 0))
@@ -204,12 +204,12 @@ def test_the_result_is_the_restart_of_lowest_loss(
     public = Public(tiny_model, tiny_variables, tiny_prior, tiny_prior_params)
     key, defense = jax.random.key(0), gx.parse("none")
     sent, _ = gx.share(key, public, tiny_images[:1], [1], defense=defense)
-    settings = gx.AttackSettings(optimizer="adam", restarts=4, steps=2, start="prior")
-    (found,) = reconstruct(key[None], public, [sent], view=defense.view, settings=settings)
+    settings = gx.Search(optimizer="adam", restarts=4, steps=2, start="prior")
+    (found,) = reconstruct(key[None], public, [sent], view=defense.view, search=settings)
     candidates = tiny_prior.apply(tiny_prior_params, found.point[None], None)
     np.testing.assert_allclose(found.images[0], jnp.clip(candidates[0], 0, 1), atol=1e-6)
     outcome = gx.run_stages(
-        make_stages(settings, tiny_model, tiny_prior, defense.view)[0], key[None], [found.problem]
+        make_stages(settings, tiny_model, tiny_prior, defense.view), key[None], [found.problem]
     )
     assert found.loss == pytest.approx(float(jnp.min(outcome.candidates.losses)), rel=1e-6)
     assert found.loss < float(jnp.max(outcome.candidates.losses))

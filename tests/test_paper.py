@@ -145,8 +145,8 @@ def test_experiments_state_what_they_are(name, half):
             runs = experiment.runs([3, 4])
             assert len(set(runs)) == len(runs) == 2 * len(experiment.searches())
             for one in runs:
-                assert one.settings.attack in ATTACKS
-                assert one.settings.fidelity == fidelity
+                assert one.search.attack in ATTACKS
+                assert one.search.fidelity == fidelity
                 assert one.seed in (3, 4)
             # Published numbers belong to searches and defenses that are really run.
             names = {run.name for run in runs}
@@ -155,20 +155,16 @@ def test_experiments_state_what_they_are(name, half):
                 assert defense in experiment.defenses
 
 
-def evaluations(settings) -> int:
-    """Of one image, as the attack is resolved."""
-    from ggl_jax.adversary.attacks import resolve
-
-    chosen = {k: v for k, v in dataclasses.asdict(settings).items() if v is not None}
-    found = resolve(chosen.pop("attack"), **chosen)
-    each = {"cma_es": found.get("population", 0), "turbo": 10}.get(found["optimizer"], 1)
-    return found.get("pool", 0) + found["steps"] * found.get("restarts", 1) * each
+def evaluations(search) -> int:
+    """Of one image."""
+    each = {"cma_es": 50, "cma_es:18": 18, "turbo": 10}.get(search.optimizer, 1)
+    return search.pool + search.steps * search.restarts * each
 
 
 def test_lengths_are_the_published_ones():
     def of(name, scale, half="celeba", fidelity="paper"):
         searches = paper.EXPERIMENTS[name](scale, half, fidelity).searches()
-        return {search: evaluations(settings) for search, settings in searches.items()}
+        return {name: evaluations(search) for name, search in searches.items()}
 
     assert set(of("table1", "paper").values()) == {2500}
     assert of("table2", "paper") == {"Adam": 2500, "BO": 1000, "CMA-ES": 40000}
@@ -392,14 +388,14 @@ def test_every_experiment_and_half(name, half, inputs, pretended, tmp_path, monk
     if name == "figure9":
         ((options, argv),) = landscapes
         assert argv == command
-        assert (options.data, options.prior) == (inputs[1], inputs[3])
-        assert (options.fidelity, options.lpips, options.out) == ("code", "alex", out)
-        searched = experiment.searches()["GGL"]
-        assert (options.optimizer, options.steps) == (searched.optimizer, searched.steps)
+        assert (options.setup.data, options.setup.prior) == (inputs[1], inputs[3])
+        assert (options.lpips, options.out) == ("alex", out)
+        assert options.search == experiment.searches()["GGL"]
+        assert options.search.fidelity == "code"
         return
     runs = experiment.runs(range(experiment.seeds["quick"]))
-    asked = [(cell.settings, cell.seed, cell.defense.name) for _, cell in pretended]
-    wanted = [(one.settings, one.seed, d) for one in runs for d in one.defenses for _ in range(num)]
+    asked = [(cell.search, cell.seed, cell.defense.name) for _, cell in pretended]
+    wanted = [(one.search, one.seed, d) for one in runs for d in one.defenses for _ in range(num)]
     assert asked == wanted
     assert len({cell.id for _, cell in pretended}) == len(pretended)
     text = (out / "table.md").read_text()
@@ -424,7 +420,7 @@ def shorten(monkeypatch, *names, defenses=("none",)):
     def short(self, seeds=(0,)):
         return [
             one._replace(
-                settings=dataclasses.replace(one.settings, steps=2, pool=None, restarts=1),
+                search=dataclasses.replace(one.search, steps=2, pool=0, restarts=1),
                 defenses=defenses,
             )
             for one in runs(self, seeds)
@@ -508,8 +504,8 @@ from ggl_jax.audit import paper
 from ggl_jax.cli import run
 runs = paper.Experiment.runs
 def short(self, seeds=(0,)):
-    few = {"steps": 2, "pool": None, "restarts": 1}
-    return [one._replace(settings=dataclasses.replace(one.settings, **few), defenses=("clip:4",))
+    few = {"steps": 2, "pool": 0, "restarts": 1}
+    return [one._replace(search=dataclasses.replace(one.search, **few), defenses=("clip:4",))
             for one in runs(self, seeds) if one.name in ("GGL", "IG")]
 paper.Experiment.runs = short
 sys.exit(run(sys.argv[1:]))

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import attack_of
 
 import ggl_jax as gx
 from ggl_jax.adversary.resume import Checkpoints
@@ -61,7 +62,7 @@ def assert_same(a, b):
 def test_a_killed_search_goes_on(tmp_path, tiny_model, tiny_prior, problems, optimizer, num):
     if num == 2 and optimizer not in ("cma_es", "adam"):
         pytest.skip("one instance is enough there")
-    attack = gx.make_attack(
+    attack = attack_of(
         "ggl",
         tiny_model,
         tiny_prior,
@@ -95,7 +96,7 @@ def test_a_killed_search_goes_on(tmp_path, tiny_model, tiny_prior, problems, opt
 
 
 def test_only_the_same_search_is_gone_on_with(tmp_path, tiny_model, tiny_prior, problems):
-    attack = gx.make_attack("ggl", tiny_model, tiny_prior, optimizer="adam", steps=4)
+    attack = attack_of("ggl", tiny_model, tiny_prior, optimizer="adam", steps=4)
 
     def steps_of(seed=0, problem=problems[0], steps=4, die=None):
         seen, callback = killer(die)
@@ -121,13 +122,19 @@ def test_only_the_same_search_is_gone_on_with(tmp_path, tiny_model, tiny_prior, 
 
 
 def test_stages_go_on_where_they_were(tmp_path, tiny_model, tiny_prior, problems):
-    from ggl_jax.adversary.strategy import AttackSettings, make_stages
+    from ggl_jax.adversary.stages import make_stages
 
-    settings = AttackSettings(
-        optimizer="adam", steps=3, restarts=2, finalists=1, final_steps=3, refine="pixels",
-        refine_steps=3, pool=4,
-    )  # fmt: skip
-    stages, _ = make_stages(settings, tiny_model, tiny_prior, gx.parse("none"))
+    settings = gx.Search(
+        optimizer="adam",
+        steps=3,
+        restarts=2,
+        finalists=1,
+        final_steps=3,
+        refine="pixels",
+        refine_steps=3,
+        pool=4,
+    )
+    stages = make_stages(settings, tiny_model, tiny_prior, gx.parse("none").view)
 
     def search(callback=None, folder=tmp_path):
         kept = folder and Checkpoints(folder, seconds=0.0)
@@ -154,7 +161,7 @@ def test_an_audit_keeps_long_searches_and_clears_them(
             prior=tiny_prior,
             prior_params=tiny_prior_params,
             defenses=["none"],
-            settings=gx.AttackSettings(population=8, steps=4),
+            search=gx.Search(optimizer="cma_es:8", steps=4),
             num_controls=4,
             ceiling_steps=2,
             out=tmp_path,

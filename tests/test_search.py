@@ -26,7 +26,7 @@ def problems(tiny_model, tiny_variables, tiny_prior_params, tiny_images):
 
 @pytest.fixture(scope="module")
 def attack(tiny_model, tiny_prior):
-    return gx.ggl(tiny_model, tiny_prior, gx.cma_es(population=8), view=gx.parse("none").view)
+    return gx.search_attack(tiny_model, tiny_prior, gx.Search(optimizer="cma_es:8"))
 
 
 KEYS = jax.random.split(jax.random.key(0), 2)

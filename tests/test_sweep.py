@@ -31,7 +31,7 @@ from ggl_jax.errors import StorageError
 from ggl_jax.priors import dcgan
 from ggl_jax.types import Defense
 
-SETTINGS = gx.AttackSettings(population=8, steps=3, optimizer="cma_es")
+SETTINGS = gx.Search(optimizer="cma_es:8", steps=3)
 
 
 @pytest.fixture
@@ -43,7 +43,7 @@ def tiny(tiny_model, tiny_prior, tiny_prior_params, tiny_images):
         "model": tiny_model,
         "prior": tiny_prior,
         "prior_params": tiny_prior_params,
-        "settings": SETTINGS,
+        "search": SETTINGS,
         "num_controls": 8,
         "ceiling_steps": 3,
     }
@@ -57,7 +57,7 @@ def lines(folder):
 
 def plan(**given):
     """A grid's cells."""
-    names = ("axes", "settings", "client", "exclude")
+    names = ("axes", "search", "client", "exclude")
     own = {name: given.pop(name) for name in names if name in given}
     return sweeps.plan(Inputs(**given), own.pop("axes"), **own).cells
 
@@ -72,16 +72,18 @@ def test_a_grid_is_the_product_of_its_axes_less_the_exclusions(tiny):
         "steps": [2, 3],
         "seed": [0, 1],
     }
+    with pytest.raises(gx.GGLError, match="attack is no axis of one given search"):
+        plan(**tiny, axes=axes)
+    tiny["search"] = "paper"
     cells = plan(**tiny, axes=axes)
     assert len(cells) == 3 * 2 * 2 * 2 * 2
     assert len({cell.id for cell in cells}) == len(cells)
     exclude = [
         {"attack": "ig", "defense": "noise:*"},
         {"image": "image-1", "seed": 1},
-        {"optimizer": "adam", "steps": [3, 9]},
+        {"optimizer": "adam*", "steps": [3, 9]},
     ]
-    shorter = tiny | {"settings": gx.AttackSettings(population=8)}
-    left = plan(**shorter, axes=axes, exclude=exclude)
+    left = plan(**tiny, axes=axes, exclude=exclude)
     expected = [
         (defense, attack, steps, seed, image)
         for attack in ("ggl", "ig")
@@ -108,12 +110,11 @@ def test_a_cells_name_follows_what_it_computes_and_nothing_else(tiny):
     base = ids()
     assert ids(axes={"seed": [0], "defense": ["none"]}) == base
     assert ids(axes={"seed": [1, 0]})[2:] == base
-    faster = dataclasses.replace(SETTINGS, chunk_size=4, instances=2)
-    assert ids(settings=faster) == base
+    assert ids(speed=gx.Speed(chunk_size=4, instances=2, precision="float32")) == base
     assert ids(others=np.zeros((1, *TINY_SHAPE), np.float32)) == base
     for change in (
-        {"settings": dataclasses.replace(SETTINGS, steps=4)},
-        {"client": gx.ClientSettings(local_steps=2)},
+        {"search": dataclasses.replace(SETTINGS, steps=4)},
+        {"client": gx.Client(local_steps=2)},
         {"images": tiny["images"][::-1]},
         {"labels": [1, 1]},
         {"num_controls": 9},
@@ -141,7 +142,9 @@ def test_expand():
         ({"axes": {"seed": [0, 0]}}, "twice"),
         ({"axes": {"seed": [-1]}}, "at least 0"),
         ({"axes": {"defense": ["nose:1"]}}, "did you mean 'noise'"),
-        ({"axes": {"attack": ["gll"]}}, "did you mean 'ggl'"),
+        ({"axes": {"attack": ["gll"]}, "search": "paper"}, "did you mean 'ggl'"),
+        ({"axes": {"steps": [0]}}, "steps: got 0"),
+        ({"axes": {}, "search": "fast"}, "preset: got 'fast'"),
         ({"axes": {}, "exclude": [{"attack": "ig"}]}, "matches no cell"),
         ({"axes": {}, "exclude": [{"atack": "ig"}]}, "atack"),
         ({"axes": {}, "exclude": [{"attack": "ggl"}]}, "no cell is left"),
@@ -168,9 +171,9 @@ def test_cells_are_what_audits_compute(tiny, tmp_path, axes, batch_size):
     assert not result.failures
     assert len(result.rows) == 2 * len(axes["seed"]) * len(axes.get("defense", ["none"]))
     alone = gx.audit(
-        **{k: v for k, v in tiny.items() if k != "settings"},
-        settings=dataclasses.replace(SETTINGS, optimizer="adam"),
-        client=gx.ClientSettings(batch_size=batch_size),
+        **{k: v for k, v in tiny.items() if k != "search"},
+        search=dataclasses.replace(SETTINGS, optimizer="adam"),
+        client=gx.Client(batch_size=batch_size),
         defenses=axes.get("defense", ["none"]),
         seed=7,
     )
@@ -202,7 +205,7 @@ def poisonous(image: int) -> Defense:
 
 
 def test_a_failing_cell_is_recorded_and_the_others_go_on(tiny, tmp_path, monkeypatch):
-    tiny["settings"] = dataclasses.replace(SETTINGS, instances=2)
+    tiny["speed"] = gx.Speed(instances=2)
     axes = {"defense": [poisonous(1), "none"]}
     result = gx.sweep(**tiny, axes=axes, out=tmp_path)
     assert len(result.records.finished) == 3
@@ -225,7 +228,7 @@ def test_ctrl_c_keeps_what_is_done(tiny, tmp_path):
         if number == 1 and "search" in phase:
             raise KeyboardInterrupt
 
-    tiny["settings"] = dataclasses.replace(SETTINGS, instances=1)
+    tiny["speed"] = gx.Speed(instances=1)
     result = gx.sweep(**tiny, axes={"seed": [0, 1]}, out=tmp_path, progress=interrupt)
     assert result.interrupted
     assert len(result.records.finished) == 1
@@ -244,7 +247,7 @@ def test_a_batch_too_large_for_memory_is_split_for_good(tiny, tmp_path, monkeypa
         return whole(keys, public, shared, **options)
 
     monkeypatch.setattr(runs, "reconstruct", limited)
-    tiny["settings"] = dataclasses.replace(SETTINGS, instances=2)
+    tiny["speed"] = gx.Speed(instances=2)
     result = gx.sweep(**tiny, axes={"seed": [0, 1]}, out=tmp_path)
     assert not result.failures
     assert len(result.records.finished) == 4
@@ -256,8 +259,8 @@ def test_another_configuration_is_refused_with_a_diff_or_extends(tiny, tmp_path)
     wider = {"defense": ["none", "clip:1"]}
     with pytest.raises(gx.GGLError, match=r"axes\.defense: \+ 'clip:1'.*--extend"):
         gx.sweep(**tiny, axes=wider, out=tmp_path)
-    changed = tiny | {"settings": dataclasses.replace(SETTINGS, steps=2)}
-    with pytest.raises(gx.GGLError, match=r"settings\.steps: 3 -> 2"):
+    changed = tiny | {"search": dataclasses.replace(SETTINGS, steps=2)}
+    with pytest.raises(gx.GGLError, match=r"search\.steps: 3 -> 2"):
         gx.sweep(**changed, axes={"defense": ["none"]}, out=tmp_path)
     assert len(lines(tmp_path)) == 2
     extended = gx.sweep(**tiny, axes=wider, out=tmp_path, extend=True)
@@ -347,9 +350,9 @@ SCRIPT = textwrap.dedent(
     def said(phase, number, total, fraction, loss):
         print(phase, number, flush=True)
     settings = {{
-        "many": gx.AttackSettings(population=8, steps=3, instances=5),
-        "one": gx.AttackSettings(population=9, steps=3, instances=1),
-        "cells": gx.AttackSettings(population=8, steps=2, instances=1),
+        "many": gx.Search(optimizer="cma_es:8", steps=3),
+        "one": gx.Search(optimizer="cma_es:9", steps=3),
+        "cells": gx.Search(optimizer="cma_es:8", steps=2),
     }}[sys.argv[2]]
     axes = {{"defense": ["clip:0.5"], "seed": [0]}}
     if sys.argv[2] == "cells":
@@ -358,7 +361,7 @@ SCRIPT = textwrap.dedent(
         result = gx.sweep(
             images, [0, 1, 2, 0, 1], model=model, prior=prior, prior_params=params,
             axes=axes,
-            settings=settings, num_controls=8, ceiling_steps=3, out=sys.argv[1], progress=said,
+            search=settings, num_controls=8, ceiling_steps=3, out=sys.argv[1], progress=said,
             mesh=_devices.mesh(len(jax.devices()) > 1),
         )
     except gx.GGLError as error:
@@ -575,12 +578,12 @@ def test_a_grid_files_model_has_the_classes_of_its_prior(tmp_path):
         ("[axis]\nseed = [0]", "axis"),
         ("preset = 'fast'", "preset"),
         ("[fixed]\nnum_control = 3", "did you mean 'num_controls'"),
-        ("[fixed]\nnum_controls = '3'", "num_controls is '3'"),
+        ("[fixed]\nnum_controls = '3'", "num_controls: got '3'"),
         ("[fixed]\nseed = 1", r"seed is an axis; write seed = \[...\]"),
         ("[fixed]\nindices = '0:2'", "write image = "),
-        ("[fixed]\nout = 'x'", "out is not a grid's"),
+        ("[fixed]\nout = 'x'", "no option 'out'"),
         ("[fixed]\nsteps = 1\n[axes]\nsteps = [1]", "fixed and an axis"),
-        ("[axes]\nsteps = [1.5]", "steps is 1.5"),
+        ("[axes]\nsteps = [1.5]", "steps: got 1.5"),
         ("[axes]\ncompare = ['all']", "compare"),
         ("[axes]\nfinalists = ['published']", "finalists"),
         ("[axes]\nimages = [1]", "did you mean 'image'"),

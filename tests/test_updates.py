@@ -123,7 +123,7 @@ def server(tiny_model, tiny_variables, tiny_prior, tiny_prior_params):
             public,
             [gx.Shared(update)],
             view=gx.parse(defense).view,
-            settings=gx.AttackSettings(optimizer="adam", start="prior", **settings),
+            search=gx.Search(optimizer="adam", start="prior", **settings),
         )[0]
 
     return attack

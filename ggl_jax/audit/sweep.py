@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from ggl_jax.adversary.attacks import search_of
 from ggl_jax.audit.cells import Cell, Cells, Inputs, image_batches
 from ggl_jax.audit.run import Progress, RunResult, config_of, run
 from ggl_jax.errors import GGLError, did_you_mean
@@ -22,8 +23,8 @@ OPTIONS = options_of(Search) | options_of(Client)
 #: What an axis can be.
 AXES = ("defense", "seed", *OPTIONS)
 
-#: How to search: options, or a function that makes them of a cell's values on the axes.
-Base = Search | Callable[[Mapping[str, Any]], Search]
+#: How to search: options, a preset's name, or a function of a cell's values on the axes.
+Base = Search | str | Callable[[Mapping[str, Any]], Search]
 
 
 class Grid(NamedTuple):
@@ -54,19 +55,23 @@ def _shown(value: Any) -> Any:
     return value.name if isinstance(value, Defense) else value
 
 
-def _checked(axes: Mapping[str, Sequence]) -> dict[str, list]:
-    """The axes, with plain values and the defenses' braces written out."""
+def check_axes(axes: Mapping[str, Sequence]) -> dict[str, list]:
+    """The axes, with plain values and braces written out.
+
+    Raises:
+        GGLError: an unknown axis, or a value that its option does not allow or that is there twice.
+    """
     found: dict[str, list] = {}
     for name, values in axes.items():
         if name not in AXES:
-            hint = did_you_mean(name, AXES, after=" ")
+            hint = did_you_mean(name, [*AXES, "image"], after=" ")
             raise GGLError(f"axes: {name!r} is no axis; {hint}allowed: {', '.join(AXES)}")
         if not isinstance(values, list | tuple | range | np.ndarray) or not len(values):
             raise GGLError(f"axes: {name} is {values!r}, allowed: a list of at least one value")
         plain = [v.item() if isinstance(v, np.generic) else v for v in values]
         allowed: Any = {"defense": str | Defense, "seed": Number}.get(name) or OPTIONS[name]
         plain = [
-            check(name, one, allowed)
+            check(f"axes: {name}", one, allowed)
             for value in plain
             for one in (expand(value) if isinstance(value, str) else [value])
         ]
@@ -114,12 +119,29 @@ class _Exclusions:
                 raise GGLError(f"exclude: entry {number + 1} ({dict(entry)}) matches no cell")
 
 
+def _maker(search: Base, axes: Mapping[str, Any]) -> Callable[[Mapping[str, Any]], Search]:
+    """A cell's search of its values on the axes."""
+    if not isinstance(search, Search | str):
+        return search
+    if isinstance(search, Search) and "attack" in axes:
+        raise GGLError(
+            "axes: attack is no axis of one given search; give a preset's name, such as "
+            "search='quick', which has a search for each attack"
+        )
+
+    def make(values: Mapping[str, Any]) -> Search:
+        own = {k: v for k, v in values.items() if k in options_of(Search)}
+        return search_of(search, **own) if isinstance(search, str) else replace(search, **own)
+
+    return make
+
+
 def plan(
     inputs: Inputs,
     axes: Mapping[str, Sequence],
     *,
     exclude: Sequence[Mapping[str, Any]] = (),
-    search: Base | None = None,
+    search: Base = "paper",
     client: Client | None = None,
 ) -> Grid:
     """Lay out a grid: every combination of the axes' values, for every batch of images.
@@ -133,8 +155,9 @@ def plan(
         exclude: combinations to leave out: name -> value, list of values, or pattern with ``*``.
             A cell that matches every entry of one of them is left out. Names are those of the axes
             and "image" (a name or instance number).
-        search: how to search where no axis says otherwise; or a function that makes the whole
-            search of a cell's values on the axes.
+        search: how to search where no axis says otherwise: a preset, which has a search for each
+            attack and optimiser (:func:`ggl_jax.search_of`), or one for all, with which "attack"
+            is no axis; or a function that makes the whole search of a cell's values on the axes.
         client: the client where no axis says otherwise.
 
     Returns:
@@ -144,16 +167,15 @@ def plan(
         GGLError: an unknown axis, setting, attack or defense; a value that an axis has twice; an
             exclusion that matches nothing; no cell left; images that do not split into batches.
     """
-    axes = _checked(axes)
+    axes = check_axes(axes)
     client, exclusions, maker = client or Client(), _Exclusions(exclude), Cells(inputs)
     cells: dict[str, Cell] = {}
     # The seed varies fastest, so that cells of one program are together.
     order = {name: values for name, values in axes.items() if name not in ("defense", "seed")}
     order |= {"defense": axes.get("defense", ["none"]), "seed": axes.get("seed", [0])}
+    make_search = _maker(search, axes)
     for values in combinations(order):
-        own = search(values) if callable(search) else search or Search()
-        if not callable(search):
-            own = replace(own, **{k: v for k, v in values.items() if k in options_of(Search)})
+        own = make_search(values)
         sharing = replace(client, **{k: v for k, v in values.items() if k in options_of(Client)})
         defense = maker.defense(values["defense"], own)
         whole = dataclasses.asdict(own) | dataclasses.asdict(sharing)
@@ -172,7 +194,9 @@ def plan(
         "axes": {name: [_shown(value) for value in values] for name, values in axes.items()},
         "exclude": [dict(entry) for entry in exclude],
         "client": dataclasses.asdict(client),
-        "search": None if callable(search) else dataclasses.asdict(search or Search()),
+        # a function's are the caller's to tell
+        "search": dataclasses.asdict(search) if isinstance(search, Search) else None,
+        "preset": search if isinstance(search, str) else None,
     }
     return Grid(made, inputs, config_of(made, inputs, options))
 

@@ -16,7 +16,7 @@ Preset = Literal["quick", "standard", "paper"]
 class Choice:
     """What the defaults of the other options hang on, read before them."""
 
-    preset: str = "quick"
+    preset: str | None = None
     attack: str | None = None
     optimizer: str | None = None
     no_adaptive: bool = False
@@ -28,6 +28,7 @@ class Choice:
         changes: dict[str, Any] = {"adaptive": False} if self.no_adaptive else {}
         # An unknown preset is refused when all options are read.
         preset = self.preset if self.preset in PRESETS else "quick"
+        assert preset is not None
         return search_of(preset, self.attack or "ggl", self.optimizer, **changes)
 
 

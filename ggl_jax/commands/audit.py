@@ -71,7 +71,7 @@ def defaults(argv: list[str]) -> AuditCommand:
     """
     chosen = choice_of(argv)
     if chosen.config is not None:
-        for name in ("attack", "optimizer"):
+        for name in ("preset", "attack", "optimizer"):
             if getattr(chosen, name) is not None:
                 raise GGLError(
                     f"{name}: got {getattr(chosen, name)!r} beside --config, which has set what "
@@ -79,7 +79,7 @@ def defaults(argv: list[str]) -> AuditCommand:
                 )
         return read_config(chosen.config)
     command = AuditCommand(search=chosen.search)
-    return replace(command, **PRESETS.get(chosen.preset, {}))
+    return replace(command, **PRESETS.get(chosen.preset or "quick", {}))
 
 
 def read_config(path: Path) -> AuditCommand:

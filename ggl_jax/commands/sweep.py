@@ -98,7 +98,7 @@ def read_grid(path: Path) -> GridFile:
         GGLError: no such file, not TOML, an unknown table or option, or a value of a wrong type.
     """
     from ggl_jax.adversary.attacks import PRESETS
-    from ggl_jax.audit.sweep import AXES
+    from ggl_jax.audit.sweep import check_axes
 
     try:
         table = tomllib.loads(path.read_text())
@@ -131,10 +131,7 @@ def read_grid(path: Path) -> GridFile:
             hint = did_you_mean(name, hints, after=" ")
             raise GGLError(f"grid: [fixed] has no option {name!r}; {hint}see ggl-jax audit --help")
         check(f"grid: [fixed]: {name}", value, hints[name])
-    for name in axes:
-        if name not in AXES:
-            hint = did_you_mean(name, [*AXES, "image"], after=" ")
-            raise GGLError(f"grid: {name!r} is no axis; {hint}allowed: image, {', '.join(AXES)}")
+    check_axes(axes)
     of_search = options_of(Search)
     shown = {"preset": preset, "fixed": fixed, "axes": {**axes, "image": str(images)}}
     return GridFile(
