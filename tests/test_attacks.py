@@ -68,11 +68,12 @@ def test_published_settings():
     assert "start" not in other
     # The published code of GGL: D1 over the number of tensors but for Adam, which starts at noise.
     assert resolve("ggl", fidelity="code")["distance"] == "mean_squared_l2"
-    adam = resolve("ggl", fidelity="code", optimizer="adam")
-    assert (adam["distance"], adam["start"]) == ("squared_l2", "normal")
-    assert resolve("ggl", optimizer="adam").get("start") is None
-    assert resolve("dlg", fidelity="code")["distance"] == "squared_l2"
     assert resolve("ggl", fidelity="code", population=50)["population"] == 50
+    adam = resolve("ggl", fidelity="code", optimizer="adam")
+    assert adam["start"] == "normal"
+    for plain in (adam, resolve("dlg", fidelity="code"), resolve("ggl")):
+        assert "distance" not in plain
+    assert "start" not in resolve("ggl", optimizer="adam")
     with pytest.raises(GGLError, match="did you mean 'idlg'"):
         resolve("idgl")
 
@@ -80,8 +81,8 @@ def test_published_settings():
 @pytest.mark.parametrize("name", [name for name in ATTACKS if name != "ggl"])
 def test_baselines_find_the_image(name, model, variables, tiny_images, tiny_prior):
     defense, problem = problem_of(model, variables, tiny_images[0], 1)
-    # The tiny prior's images are not smooth.
-    options = {"restarts": 2, "steps": 150, "learning_rate": 0.05, "regularizer": "none"}
+    # The tiny prior's images are not smooth. L-BFGS diverges from some starts.
+    options = {"restarts": 8, "steps": 150, "learning_rate": 0.05, "regularizer": "none"}
     attack = make_attack(name, model, tiny_prior, view=defense.view, **options)
     found = gx.run_search(attack, jax.random.split(jax.random.key(3), 1), [problem], steps=150)
     assert psnr(found.images[0], tiny_images[:1]) > 20

@@ -458,8 +458,6 @@ def test_own_noise_counts_as_noise(client):
         leaves, treedef = jax.tree.flatten(g)
         keys = jax.random.split(key, len(leaves))
         drawn = [x + jax.random.laplace(k, x.shape) for k, x in zip(keys, leaves, strict=True)]
-            x + 0.1 * jax.random.laplace(k, x.shape) for k, x in zip(keys, leaves, strict=True)
-        ]
         return jax.tree.unflatten(treedef, drawn)
 
     def estimate(update, head, noise=0.0):

@@ -61,6 +61,10 @@ def test_what_is_sent_is_the_update_alone(tiny_model, tiny_variables, tiny_image
     assert sent.statistics is None
     shapes = jax.tree.map(jnp.shape, (sent.update, tiny_variables["params"]))
     assert shapes[0] == shapes[1]
+    sent, _ = gx.share(
+        jax.random.key(0), public, tiny_images[:1], [1], defense=gx.parse("clip:0.01")
+    )
+    assert max(jnp.linalg.norm(leaf) for leaf in jax.tree.leaves(sent.update)) < 0.0101
 
 
 def held(function, seen=None):

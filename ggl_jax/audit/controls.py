@@ -231,6 +231,7 @@ def write_controls(path: Path, controls: Controls, original: np.ndarray) -> None
     content["scores"] = np.asarray(json.dumps(controls.scores))
     stream = BytesIO()
     np.savez_compressed(stream, **content)
+    path.parent.mkdir(parents=True, exist_ok=True)
     files.write_bytes(path, stream.getvalue())
 
 

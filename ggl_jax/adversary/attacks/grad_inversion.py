@@ -12,7 +12,7 @@ def grad_inversion(
     *,
     start: str = "normal",
     relative: bool = True,
-    regularizer: str = "group:0.1+total_variation:0.01+l2:0.001",
+    regularizer: str = "group:2+total_variation:1+l2:0.1",
     **options,
 ) -> Attack:
     """GradInversion: pixels by squared l2, kept smooth, small and close to the other restarts.
