@@ -44,18 +44,25 @@ def svg(figure: Figure, name: str) -> bytes:
     return re.sub(r"(<svg [^>]*>)", rf"\g<1>{_STYLE}", text, count=1).encode()
 
 
-def grid(cells: Sequence[tuple[np.ndarray, str]], *, columns: int = 4, title: str = "") -> Figure:
+def grid(
+    cells: Sequence[tuple[np.ndarray, str]],
+    *,
+    columns: int = 4,
+    width: float = WIDTH,
+    title: str = "",
+) -> Figure:
     """Pictures side by side, each with a caption below, in as many rows as they need.
 
     Args:
-        cells: images [h w c] in [0, 1] and captions; captions of one line or two.
+        cells: images [h w c] in [0, 1] and captions; captions of a few lines.
         columns: pictures in a row.
+        width: of the row in inches.
         title: one line above.
     """
     rows = -(-len(cells) // columns)
     lines = max(caption.count("\n") + 1 for _, caption in cells)
-    height = WIDTH / columns + 0.14 * lines + 0.12
-    figure = Figure(figsize=(WIDTH, rows * height + 0.3), layout="constrained")
+    height = width / columns + 0.14 * lines + 0.12
+    figure = Figure(figsize=(width, rows * height + 0.3), layout="constrained")
     figure.suptitle(title, fontsize=9)
     panels = list(figure.subplots(rows, columns, squeeze=False).flat)
     for axis in panels:

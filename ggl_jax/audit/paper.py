@@ -23,7 +23,7 @@ import numpy as np
 
 from ggl_jax import files
 from ggl_jax.adversary.attacks import search_of
-from ggl_jax.audit import metrics
+from ggl_jax.audit import figures, metrics
 from ggl_jax.audit.run import AuditResult
 from ggl_jax.priors.decoding import decode_each
 from ggl_jax.spec import Search, replace
@@ -562,51 +562,32 @@ def markdown(
 
 
 def draw(
-    experiment: Experiment,
-    results: Mapping[Run, AuditResult],
-    path: Path,
-    *,
-    max_images: int = 8,
+    experiment: Experiment, results: Mapping[Run, AuditResult], path: Path, *, max_images: int = 8
 ) -> None:
-    """Reconstructions: a block of rows for each image, one row a search.
+    """Reconstructions: for each image one row a search, which begins with the private image.
 
     Columns are defenses or, where there are several, seeds. Below each picture stands its PSNR on
     the paper's scale.
     """
-    from matplotlib.figure import Figure
-
     first = next(iter(results.values()))
-    originals = list(first.originals)[:max_images]
-    names = list(dict.fromkeys(run.name for run in results))
+    names = dict.fromkeys(run.name for run in results)
     seeds = sorted({run.seed for run in results})
     columns = [(defense, seed) for defense in experiment.defenses for seed in seeds]
-    height, width = len(originals) * len(names), 1 + len(columns)
-    figure = Figure(figsize=(1.35 * width + 1.2, 1.45 * height + 0.5), layout="constrained")
-    axes = figure.subplots(height, width, squeeze=False)
-    for axis in axes.flat:
-        axis.set_xticks([])
-        axis.set_yticks([])
-        for spine in axis.spines.values():
-            spine.set_visible(False)
-
-    def show(axis, image, caption=""):
-        axis.imshow(np.clip(np.asarray(image), 0, 1).squeeze(), cmap="gray", vmin=0, vmax=1)
-        axis.set_xlabel(caption, fontsize=6)
-
-    for i, original in enumerate(originals):
-        top = i * len(names)
-        show(axes[top, 0], first.originals[original], original)
-        for s, name in enumerate(names):
-            axes[top + s, 1].set_ylabel(name, fontsize=7)
-    for run, result in results.items():
-        for row, image in zip(result.rows, result.reconstructions, strict=True):
-            if row["image"] in originals:
-                line = originals.index(row["image"]) * len(names) + names.index(run.name)
-                column = 1 + columns.index((row["defense"], run.seed))
-                psnr = row["psnr_paper"]
-                show(axes[line, column], image, "exact" if psnr is None else f"{psnr:.2f} dB")
-    shown = [f"{defense}, seed {s}" if len(seeds) > 1 else defense for defense, s in columns]
-    for column, heading in enumerate(["private image", *shown]):
-        axes[0, column].set_title(heading, fontsize=8)
-    figure.suptitle(f"{experiment.title} (PSNR on the paper's scale)", fontsize=9)
+    found = {
+        (row["image"], run.name, row["defense"], run.seed): (image, row["psnr_paper"])
+        for run, result in results.items()
+        for row, image in zip(result.rows, result.reconstructions, strict=True)
+    }
+    cells = []
+    originals = list(first.originals.items())[:max_images]
+    for (original, private), name in itertools.product(originals, names):
+        cells.append((private, f"{original}\nprivate"))
+        for defense, seed in columns:
+            image, psnr = found.get((original, name, defense, seed), (np.ones_like(private), None))
+            column = f"{defense}, seed {seed}" if len(seeds) > 1 else defense
+            score = "" if psnr is None else f"{psnr:.2f} dB"
+            cells.append((image, f"{name}\n{column}\n{score}"))
+    width = 1 + len(columns)
+    title = f"{experiment.title} (PSNR on the paper's scale)"
+    figure = figures.grid(cells, columns=width, width=1.3 * width, title=title)
     files.write_figure(path, figure, dpi=110)
