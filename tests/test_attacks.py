@@ -242,7 +242,7 @@ def test_likelihood_scales_by_the_noise(model, variables, tiny_images, tiny_prio
 @pytest.mark.parametrize("noise", [0.0, 0.01])
 def test_relative_distances(noise, model, variables, tiny_images, tiny_prior):
     _, problem = problem_of(model, variables, tiny_images[0], 1)
-    problem = problem._replace(estimated={"sigma": jnp.float32(noise)})
+    problem = problem._replace(noise=jnp.float32(noise))
     losses = {}
     for relative in (False, True):
         attack = attack_of(
