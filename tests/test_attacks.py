@@ -200,7 +200,7 @@ def test_likelihood_scales_by_the_noise(model, variables, tiny_images, tiny_prio
 @pytest.mark.parametrize("noise", [0.0, 0.01])
 def test_relative_distances(noise, model, variables, tiny_images, tiny_prior):
     _, problem = problem_of(model, variables, tiny_images[0], 1)
-    problem = problem._replace(estimated={"sigma": jnp.float32(noise)})
+    problem = problem._replace(noise=jnp.float32(noise))
     losses = {}
     for relative in (False, True):
         attack = make_attack(
@@ -221,7 +221,7 @@ def test_noise_changes_what_is_combined_and_refined(tiny_model, tiny_prior):
     )
     names = {
         spec: [stage.attack.name for stage in gx.make_stages(
-            settings, tiny_model, tiny_prior, gx.parse(spec))[0]]
+            settings, tiny_model, tiny_prior, gx.parse(spec).view)[0]]
         for spec in ("clip:1", "clip:1+noise:0.1")
     }  # fmt: skip
     assert names == {"clip:1": ["ggl", "ggl", "refine"], "clip:1+noise:0.1": ["ggl"]}
@@ -231,7 +231,7 @@ def test_noise_changes_what_is_combined_and_refined(tiny_model, tiny_prior):
     with pytest.raises(GGLError, match="combine: got 'average'"):
         gx.make_stages(
             dataclasses.replace(settings, combine="average"), tiny_model, tiny_prior,
-            gx.parse("none"),
+            gx.parse("none").view,
         )  # fmt: skip
 
 
@@ -359,12 +359,12 @@ def test_comparisons_need_what_they_change(model, tiny_prior):
         make_attack("ig", model, tiny_prior, likelihood=True)
     with pytest.raises(GGLError, match="local_steps: soteria"):
         gx.make_stages(
-            gx.AttackSettings(), model, tiny_prior, gx.parse("soteria:0.5"), local_steps=2
+            gx.AttackSettings(), model, tiny_prior, gx.parse("soteria:0.5").view, local_steps=2
         )
     for name in ("final_steps", "refine_steps"):
         with pytest.raises(GGLError, match=f"{name}: got 0"):
             gx.make_stages(
-                gx.AttackSettings(**{name: 0}), model, tiny_prior, gx.parse("none")
+                gx.AttackSettings(**{name: 0}), model, tiny_prior, gx.parse("none").view
             )  # fmt: skip
 
 

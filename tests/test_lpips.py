@@ -11,7 +11,7 @@ from PIL import Image
 
 from ggl_jax.adversary.strategy import AttackSettings
 from ggl_jax.audit import lpips as L
-from ggl_jax.audit import metrics, report, weights
+from ggl_jax.audit import metrics, tables, weights
 from ggl_jax.audit.run import audit
 from ggl_jax.client.models import get_model
 from ggl_jax.errors import GGLError
@@ -310,15 +310,15 @@ def test_audit_reports_lpips(random_weights, tmp_path, monkeypatch):
         np.testing.assert_allclose(row[name], expected, rtol=1e-4)
     assert row["lpips"] > 0
     assert (row["lpips_backbone"], row["lpips_note"]) == ("squeeze", "")
-    summaries = report.summarize([row])
-    assert f"| {row['lpips']:.3f} |" in report.markdown_table(summaries)
-    assert "LPIPS (" not in " ".join(report.in_words(summaries))
+    (group,) = tables.leakage([row])
+    assert tables.score_text(group, "lpips") == f"{row['lpips']:.3f}"
+    assert "LPIPS (" not in " ".join(tables.sentences([group]))
 
     missing = row | absent.row(result.reconstructions[0], original[0], controls.pictures())
     assert missing.keys() == row.keys()
     assert missing["lpips"] is None
-    summaries = report.summarize([row, missing])
-    assert "| – |" in report.markdown_table(summaries)
-    text = " ".join(report.in_words(summaries))
+    (group,) = tables.leakage([row, missing])
+    assert tables.score_text(group, "lpips") == "–"
+    text = " ".join(tables.sentences([group]))
     assert "LPIPS (squeeze) was not measured" in text
     assert "ggl-jax weights lpips-squeeze" in text

@@ -127,7 +127,7 @@ def test_stages_go_on_where_they_were(tmp_path, tiny_model, tiny_prior, problems
         optimizer="adam", steps=3, restarts=2, finalists=1, final_steps=3, refine="pixels",
         refine_steps=3, pool=4,
     )  # fmt: skip
-    stages, _ = make_stages(settings, tiny_model, tiny_prior, gx.parse("none"))
+    stages, _ = make_stages(settings, tiny_model, tiny_prior, gx.parse("none").view)
 
     def search(callback=None, folder=tmp_path):
         kept = folder and Checkpoints(folder, seconds=0.0)

@@ -325,7 +325,10 @@ def test_interrupted_resumed_and_refused(toy, tmp_path):
     assert [row["defense"] for row in broken.rows] == ["none"]
     path = tmp_path / "utility.jsonl"
     kept = path.read_text()
-    path.write_text(kept + '{"defense": "cl')  # killed while writing
+    path.write_text(kept + '{"defense": "cl')  # never written in part by us
+    with pytest.raises(gx.GGLError, match=r"utility\.jsonl is damaged; move it away"):
+        utility.measure(**toy, defenses=defenses, out=tmp_path)
+    path.write_text(kept)
     calls.clear()
     whole = utility.measure(
         **toy, defenses=defenses, out=tmp_path, progress=lambda label, *_: calls.append(label)
@@ -468,7 +471,7 @@ def test_command_on_a_sweep(faces, tmp_path, capsys):
             for d in ("none", "clip:4") for i in range(2)]  # fmt: skip
     records = make_sweep(tmp_path / "run", rows)
     assert run(["utility", str(records.folder), *SHORT]) == 2
-    assert "swept from Python" in capsys.readouterr().err
+    assert "run from Python" in capsys.readouterr().err
     options = {"preset": "quick", "fixed": {"model": "lenet", "data": str(faces)}}
     options |= {"axes": {"defense": ["none", "clip:4"]}, "exclude": []}
     files.write_json(records.folder / "config.json", records.config | {"options": options})
