@@ -46,7 +46,7 @@ def text_of(value: Any) -> str:
     >>> text_of(4.0), text_of(1e-1), text_of(True)
     ('4', '0.1', 'True')
     """
-    return f"{value:.12g}" if isinstance(value, float) else str(value)
+    return f"{value + 0.0:.12g}" if isinstance(value, float) else str(value)  # no -0
 
 
 def read(

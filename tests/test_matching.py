@@ -405,7 +405,7 @@ def test_labels_may_be_shared_or_soft_and_jit_changes_nothing():
 def test_local_steps_take_the_direct_way():
     with jax.enable_x64(True):
         parts = problem("wide", "none", num=2)
-        how = {"local_steps": 2, "learning_rate": 0.1}
+        how = {"client": Client(local_steps=2, local_learning_rate=0.1)}
         auto, _ = parts.losses("auto", **how)
         direct, _ = parts.losses("direct", **how)
         np.testing.assert_allclose(auto, direct, rtol=1e-12)

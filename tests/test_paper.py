@@ -184,6 +184,7 @@ def test_lengths_are_the_published_ones():
     assert (adam["D1 + R1"].distance, adam["D1 + R1"].regularizer) == ("squared_l2", "kld:0.1")
     assert (adam["D2 + R1"].distance, adam["D2 + R1"].regularizer) == ("cosine", "kld:1e-4")
     assert {name for name, s in paper.Table3().searches().items() if s.adaptive} == {
+        "GGL",
         "IG, adaptive (ours)",
         "GI, adaptive (ours)",
     }

@@ -543,17 +543,17 @@ def test_a_grid_file(tmp_path):
             tmp_path,
             """
             preset = "paper"
-            fixed = {num_controls = 3, learning_rate = 1}
+            fixed = {num_controls = 3, finalists = 1}
             [axes]
             image = [0, 2]
-            restarts = ["published", 2]
+            restarts = [1, 2]
             [[exclude]]
             restarts = 2
             """,
         )
     )
-    assert (grid.command.preset, grid.command.num_controls, grid.indices) == ("paper", 3, "0,2")
-    assert grid.axes == {"restarts": ["published", 2]}
+    assert (grid.preset, grid.fixed.judge.num_controls, grid.indices) == ("paper", 3, "0,2")
+    assert (grid.search, grid.axes) == ({"finalists": 1}, {"restarts": [1, 2]})
     assert grid.exclude == [{"restarts": 2}]
 
 

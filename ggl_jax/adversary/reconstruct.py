@@ -31,8 +31,8 @@ class Reconstruction(NamedTuple):
         history: [steps] lowest loss so far.
         status: one of ``ggl_jax.types.OK``, ``NONFINITE``, ``STALLED``.
         seconds: wall-clock time of the search, shared evenly by those of its batch.
-        search: whether it was "adaptive", its "optimizer", and whether the result is the restarts'
-            mean ("combined") and was refined in pixels ("refined", in the last
+        search: whether it was "adaptive", its "optimizer" and "bound", and whether the result is
+            the restarts' mean ("combined") and was refined in pixels ("refined", in the last
             "refinement_steps").
         point: [p], the result in the space that the search's last stage searched.
         attack: of that stage.
@@ -100,6 +100,7 @@ def prepare(
         {
             "adaptive": search.adaptive,
             "optimizer": search.optimizer.partition(":")[0],
+            "bound": search.bound,
             "combined": combines(search, view),
             "refined": refined,
             "refinement_steps": stages[-1].steps if refined else 0,

@@ -89,7 +89,7 @@ def find_center(
     if search.space != "latents":
         raise GGLError(
             f"attack: got {search.attack!r}, allowed: those on latents, such as ggl; attacks on "
-            "pixels have none"
+            "pixels have no latents"
         )
     if isinstance(defense, str):
         defense = client_defenses.parse(defense, fidelity=search.fidelity, compare=search.compare)
