@@ -5,6 +5,7 @@ what is finished and exits with 130.
 """
 
 import functools
+import importlib.metadata as metadata
 import operator
 import os
 import sys
@@ -122,6 +123,9 @@ def run(argv: list[str] | None = None) -> int:
         errors.print(f"ggl-jax: {message}", markup=False, soft_wrap=True, highlight=False)
         return 2
 
+    if argv == ["--version"]:
+        print(f"ggl-jax {metadata.version('ggl-jax')}")
+        return 0
     try:
         command = _parse(argv)
         _use_compilation_cache()

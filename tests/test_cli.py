@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
+import ggl_jax as gx
 from ggl_jax import checkpoint, files
 from ggl_jax.adversary import reconstruct
 from ggl_jax.adversary.attacks import ATTACKS
@@ -147,6 +148,11 @@ def test_presets_know_attacks_and_optimizers(capsys):
     command = _parse(["audit", "--optimizer", "adam:0.05", "--steps", "7"])
     assert command.search.optimizer == "adam:0.05,schedule=ramp,signed=False"
     assert command.search.steps == 7
+
+
+def test_version(capsys):
+    assert run(["--version"]) == 0
+    assert capsys.readouterr().out == f"ggl-jax {gx.__version__}\n"
 
 
 def test_switches_have_one_grammar():
