@@ -6,14 +6,12 @@ option. Parts that work together are joined by ``+``: ``clip:4+noise:0.1``.
 """
 
 import inspect
-import math
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from ggl_jax.errors import GGLError, did_you_mean
 
-#: Options in a factory's signature that no text sets: arrays, sizes and such, given by the caller.
 _WORDS: dict[str, Any] = {"true": True, "false": False, "none": None}
 
 
@@ -26,18 +24,27 @@ def split(text: str) -> list[str]:
     return [part.strip() for part in re.split(r"(?<![0-9.][eE])\+", text)]
 
 
-def value_of(text: str) -> Any:
-    """A value as written: a whole number, a number, True, False, None, or else the text.
+def number_of(text: str) -> Any:
+    """A value as written: a whole number, a number, or else the text.
 
-    >>> value_of("4"), value_of("1e-1"), value_of("False"), value_of("ramp")
-    (4, 0.1, False, 'ramp')
+    >>> number_of("4"), number_of("1e-1"), number_of("none")
+    (4, 0.1, 'none')
     """
     for kind in (int, float):
         try:
             return kind(text)
         except ValueError:
             pass
-    return _WORDS.get(text.lower(), text)
+    return text
+
+
+def value_of(text: str) -> Any:
+    """A value as written: a whole number, a number, True, False, None, or else the text.
+
+    >>> value_of("4"), value_of("1e-1"), value_of("False"), value_of("ramp")
+    (4, 0.1, False, 'ramp')
+    """
+    return _WORDS.get(text.lower(), number_of(text))
 
 
 def text_of(value: Any) -> str:
@@ -105,17 +112,6 @@ def write(
     return ":".join([name, ",".join(items)]) if items else name
 
 
-def canonical(
-    registry: Mapping[str, Callable[..., Any]], text: str, *, what: str, offered: tuple = ()
-) -> str:
-    """The one spelling of all those that mean the same: ``adam:1e-1`` is ``adam``.
-
-    Raises:
-        GGLError: as :func:`read`.
-    """
-    return write(registry, *read(registry, text, what=what, offered=offered), offered=offered)
-
-
 def build(
     registry: Mapping[str, Callable[..., Any]], text: str, *, what: str, **offered: Any
 ) -> Any:
@@ -145,15 +141,3 @@ def at_least(low: float, **values: Any) -> None:
         whole = not isinstance(value, bool) and hasattr(value, "__index__")
         if not whole or value < low:
             raise GGLError(f"{name}: got {value!r}, allowed: whole numbers of at least {low:g}")
-
-
-def above(low: float, **values: Any) -> None:
-    """Refuse values that are no finite numbers above ``low``, by their names.
-
-    Raises:
-        GGLError: names the argument, its value and what is allowed.
-    """
-    for name, value in values.items():
-        number = math.nan if isinstance(value, bool | str) else float(value)
-        if not low < number < math.inf:
-            raise GGLError(f"{name}: got {value!r}, allowed: numbers above {low:g}")

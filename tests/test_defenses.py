@@ -658,3 +658,9 @@ def test_undefended_leaves_the_last_kernel_out(client):
 def test_unknown_comparison_is_named():
     with pytest.raises(GGLError, match="compare='suport' is unknown"):
         parse("sparsify:0.5", compare="suport")
+
+
+@pytest.mark.parametrize("spec", ["noise:none", "soteria:None", "clip:true", "sparsify:rate=false"])
+def test_a_word_is_no_strength(spec):
+    with pytest.raises(GGLError, match="out of range"):
+        defenses.parse(spec)

@@ -95,8 +95,13 @@ def part(*, value: float = 0.5, kind: str = "soft", flag: bool = False, steps: i
 PARTS = {"part": part, "bare": lambda: "bare"}
 
 
+def canonical(registry, text, *, what):
+    """A text's one spelling."""
+    return grammar.write(registry, *grammar.read(registry, text, what=what))
+
+
 @pytest.mark.parametrize(
-    ("written", "canonical", "made"),
+    ("written", "expected", "made"),
     [
         ("part", "part", (0.5, "soft", False, 7)),
         ("part:4.0", "part:4", (4.0, "soft", False, 7)),
@@ -107,10 +112,10 @@ PARTS = {"part": part, "bare": lambda: "bare"}
         ("bare", "bare", "bare"),
     ],
 )
-def test_parts_have_one_spelling(written, canonical, made):
-    assert grammar.canonical(PARTS, written, what="thing") == canonical
+def test_parts_have_one_spelling(written, expected, made):
+    assert canonical(PARTS, written, what="thing") == expected
     assert grammar.build(PARTS, written, what="thing", steps=7, unknown=1) == made
-    assert grammar.build(PARTS, canonical, what="thing", steps=7) == made
+    assert grammar.build(PARTS, expected, what="thing", steps=7) == made
 
 
 @pytest.mark.parametrize(
@@ -134,12 +139,12 @@ def test_wrong_parts_are_refused_in_one_line(written, words):
 @given(st.floats(allow_nan=False, allow_infinity=False), st.booleans())
 def test_canonical_spellings_are_stable(value, flag):
     once = grammar.write(PARTS, "part", {"value": value, "flag": flag})
-    assert grammar.canonical(PARTS, once, what="thing") == once
+    assert canonical(PARTS, once, what="thing") == once
 
 
 @pytest.mark.parametrize("name", sorted(OPTIMIZERS))
 def test_every_optimizer_has_a_canonical_spelling(name):
-    assert grammar.canonical(OPTIMIZERS, name, what="optimizer") == name
+    assert canonical(OPTIMIZERS, name, what="optimizer") == name
 
 
 @pytest.mark.parametrize("value", [0, -1, 1.5, True, "3"])
@@ -147,10 +152,3 @@ def test_whole_numbers_are_checked_by_name(value):
     with pytest.raises(GGLError, match="rounds: got"):
         grammar.at_least(1, rounds=value)
     grammar.at_least(1, rounds=1)
-
-
-@pytest.mark.parametrize("value", [0.0, -1, float("nan"), float("inf"), True, "1"])
-def test_numbers_are_checked_by_name(value):
-    with pytest.raises(GGLError, match="rate: got"):
-        grammar.above(0.0, rate=value)
-    grammar.above(0.0, rate=1e-9)

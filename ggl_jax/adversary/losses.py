@@ -6,13 +6,13 @@ loss knows without forming a candidate's gradient. New distances and regulariser
 """
 
 import math
-import re
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from ggl_jax import grammar
 from ggl_jax.errors import GGLError
 from ggl_jax.images import to_signed
 from ggl_jax.types import PyTree
@@ -404,8 +404,7 @@ def parse_regularizer(
     terms = []
     known = {**REGULARIZERS, **(more or {})}
     text = specification.strip()
-    # A "+" inside an exponent (1e+3) does not separate terms.
-    pieces = [] if text == "none" else re.split(r"(?<!\de)\+", text)
+    pieces = [] if text == "none" else grammar.split(text)
     for piece in pieces:
         name, _, number = piece.strip().partition(":")
         if name not in known:

@@ -147,15 +147,9 @@ def environment() -> dict[str, str]:
 
 
 class AuditBar:
-    """Live progress on a terminal; elsewhere a line for each change of phase, and each minute.
+    """Live progress on a terminal; elsewhere a line for each change of phase, and each minute."""
 
-    Args:
-        audits: how many audits of equal size it will be the ``progress`` of, one after the other.
-    """
-
-    def __init__(self, audits: int = 1):
-        self.audits = audits
-        self.name, self.index = "", 0
+    def __init__(self):
         self.live = console.is_terminal
         self.last, self.printed = "", 0.0
         self.bar = Progress(
@@ -178,13 +172,8 @@ class AuditBar:
     def __exit__(self, *error):
         self.bar.__exit__(*error)
 
-    def begin(self, name: str, index: int) -> None:
-        """The audit that follows: its name, and how many went before."""
-        self.name, self.index = f"{name}: ", index
-
     def __call__(self, phase, number, total, fraction, loss):
-        number, total = self.index * total + number, self.audits * total
-        text = f"[{number + 1}/{total}] {self.name}{phase}"
+        text = f"[{number + 1}/{total}] {phase}"
         shown = "" if loss is None else f"loss {loss:.4g}"
         if self.live:
             self.bar.update(

@@ -7,12 +7,12 @@ hyper-parameter is the one that ``"name:value"`` sets.
 
 import functools
 import inspect
-import re
 from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
 
+from ggl_jax import grammar
 from ggl_jax.client.defenses import _checks
 from ggl_jax.client.defenses.clip import clip
 from ggl_jax.client.defenses.noise import noise
@@ -320,8 +320,7 @@ def parse(spec: str, fidelity: str = "paper", compare: str = "published") -> Def
     """
     _checks.fidelity("parse", fidelity)
     _checks.comparison("parse", compare)
-    # The + of an exponent (1e+2) joins nothing.
-    parts = [part.strip() for part in re.split(r"(?<![0-9.][eE])\+", spec)]
+    parts = grammar.split(spec)
     if compare == "support" and any(part.partition(":")[0] == "noise" for part in parts):
         compare = "published"  # noise leaves no entry at zero
     return chain(*(_parse_stage(part, spec, fidelity, compare) for part in parts))
@@ -348,7 +347,8 @@ def _parse_stage(part: str, spec: str, fidelity: str, compare: str) -> Defense:
                 f"{', '.join(known) if known else 'no arguments'}"
                 + (f", e.g. {name}:{known[0]}=VALUE" if known else "")
             )
-        given[key] = _value(text)
+        # No words: a strength of None would quietly be the factory's default.
+        given[key] = grammar.number_of(text)
     own_fidelity = "fidelity" in given
     if "fidelity" in known:
         given.setdefault("fidelity", fidelity)
@@ -357,12 +357,3 @@ def _parse_stage(part: str, spec: str, fidelity: str, compare: str) -> Defense:
     defense = factory(**given)
     # Two fidelities side by side must not go by the same name.
     return defense._replace(name=part) if own_fidelity else defense
-
-
-def _value(text: str):
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            pass
-    return text
