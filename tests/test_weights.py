@@ -3,10 +3,14 @@
 import errno
 import hashlib
 import http.server
+import io
+import logging
 import os
+import sys
 import threading
 
 import numpy as np
+import pooch.core
 import pytest
 from test_cli import one_error_line
 from test_lpips import random_tensors
@@ -75,6 +79,20 @@ def test_download(server, tmp_path):
     assert target.read_bytes() == CONTENT
 
 
+def test_download_says_nothing(server, tmp_path, capfd, monkeypatch):
+    # Messages on a closed stream come with a traceback, on an open one as they are.
+    closed, (handler,) = io.StringIO(), pooch.get_logger().handlers
+    closed.close()
+    for stream in (closed, sys.stderr):
+        monkeypatch.setattr(handler, "stream", stream)
+        target = tmp_path / "downloads" / "file.pth"
+        weights.download(source(server), target)
+        target.unlink()
+        failing("404", source(server, "/none.pth"), target)
+    assert capfd.readouterr() == ("", "")
+    assert pooch.get_logger().level == logging.NOTSET  # the user's own use of pooch is as it was
+
+
 def test_what_is_not_the_file_is_not_kept(server, tmp_path, monkeypatch):
     target = tmp_path / "downloads" / "file.pth"
     expected = source(server)
@@ -92,8 +110,6 @@ def test_what_is_not_the_file_is_not_kept(server, tmp_path, monkeypatch):
 
 
 def test_full_disk_and_interruption(server, tmp_path, monkeypatch):
-    import pooch.core
-
     def failing_move(*args):
         raise error
 

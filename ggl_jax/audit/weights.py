@@ -8,6 +8,7 @@ environment variable GGL_JAX_WEIGHTS names.
 
 import contextlib
 import importlib.util
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -140,6 +141,10 @@ def download(source: Source, target: Path) -> Path:
 
     show = sys.stderr.isatty()
     fetch = pooch.HTTPDownloader(progressbar=show, timeout=_TIMEOUT)
+    # pooch's own messages go to the stream that was stderr when it was imported, closed or not.
+    logger = pooch.get_logger()
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
     try:
         pooch.retrieve(
             source.url,
@@ -153,6 +158,8 @@ def download(source: Source, target: Path) -> Path:
             f"{source.url} could not be fetched to {target.parent} ({first_line(error)}); "
             "try again, or fetch the file by other means and give it with --from"
         ) from error
+    finally:
+        logger.setLevel(level)
     return target
 
 
