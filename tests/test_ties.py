@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 import ggl_jax as gx
 from ggl_jax import trees
+from ggl_jax.client.networks import BasicBlock
 from ggl_jax.selection import zero_smallest
 
 FIDELITIES = ["paper", "code"]
@@ -93,11 +94,28 @@ def test_rounding_does_not_decide(classes, fidelity, seed, candidate):
         assert np.mean((before == 0) != (after == 0)) == 0
 
 
-@pytest.mark.parametrize("fidelity", ["paper", pytest.param("code", marks=pytest.mark.slow)])
-def test_the_loss_of_a_resnet_is_zero_at_the_truth(fidelity):
-    model = gx.resnet18(num_classes=2, image_shape=(32, 32, 3))
+class Residual(nn.Module):
+    """ResNet-18's blocks, two of them."""
+
+    @nn.compact
+    def __call__(self, x):
+        for features, stride in ((8, 1), (16, 2)):
+            x = BasicBlock(features, stride, "eval", nn.initializers.he_normal())(x)
+        return nn.Dense(2)(jnp.mean(x, axis=(1, 2)))
+
+
+RESNETS = {
+    "two blocks": lambda: gx.from_flax(Residual(), (16, 16, 3), 2),
+    "resnet18": lambda: gx.resnet18(2, (32, 32, 3)),
+}
+
+
+@pytest.mark.parametrize("fidelity", FIDELITIES)
+@pytest.mark.parametrize("name", ["two blocks", pytest.param("resnet18", marks=pytest.mark.slow)])
+def test_the_loss_of_a_resnet_is_zero_at_the_truth(name, fidelity):
+    model = RESNETS[name]()
     variables = jax.jit(model.init)(jax.random.key(0))
-    image = jax.random.uniform(jax.random.key(1), (1, 32, 32, 3))
+    image = jax.random.uniform(jax.random.key(1), (1, *model.image_shape))
     labels = jnp.array([0])
     defense = gx.parse("sparsify:0.9", fidelity)
     update = jax.jit(gx.gradient, static_argnums=0)(model, variables, image, labels)
