@@ -30,9 +30,9 @@ OPTIONS = {
     "population": 16,
     "round_size": 5,
     "num_initial": 20,
-    "num_candidates": 200,
+    "num_candidates": 100,
     "max_points": 64,
-    "fit_steps": 20,
+    "fit_steps": 4,
 }
 TARGET = jnp.asarray([0.5, -0.3, 0.8, -1.0])
 
