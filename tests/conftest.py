@@ -27,10 +27,18 @@ import jax.numpy as jnp
 import pytest
 from flax import linen as nn
 
+from ggl_jax.adversary.search import release_programs
 from ggl_jax.client.models import from_flax
 from ggl_jax.types import Prior
 
 TINY_SHAPE = (8, 8, 3)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _bounded_memory():
+    """A worker that kept all programs of its half of the suite would hold 5 GB; this is half."""
+    yield
+    release_programs(0.15)
 
 
 class TinyNet(nn.Module):
