@@ -41,7 +41,9 @@ from ggl_jax.client.defenses import (
     soteria,
     sparsify,
 )
-from ggl_jax.client.gradients import gradient, local_update
+from ggl_jax.client.defenses.transformations import from_optax
+from ggl_jax.client.functions import from_function_model, from_nnx
+from ggl_jax.client.gradients import LOSSES, gradient, local_update
 from ggl_jax.client.models import MODELS, convnet, from_flax, lenet, resnet18
 from ggl_jax.client.share import share
 from ggl_jax.errors import GGLError
@@ -69,6 +71,7 @@ __all__ = [
     "ATTACKS",
     "DEFENSES",
     "DISTANCES",
+    "LOSSES",
     "METRICS",
     "MODELS",
     "OPTIMIZERS",
@@ -108,6 +111,9 @@ __all__ = [
     "fit_latents",
     "from_flax",
     "from_function",
+    "from_function_model",
+    "from_nnx",
+    "from_optax",
     "gradient",
     "hybrid",
     "infer_labels",

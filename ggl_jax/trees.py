@@ -15,8 +15,13 @@ from ggl_jax.errors import GGLError
 from ggl_jax.types import Path, PyTree
 
 
+def names_of_path(path) -> list[str]:
+    """The names along a path of ``jax.tree_util``."""
+    return [str(getattr(p, "key", getattr(p, "idx", getattr(p, "name", p)))) for p in path]
+
+
 def _name(path) -> str:
-    return "/".join(str(getattr(p, "key", getattr(p, "idx", getattr(p, "name", p)))) for p in path)
+    return "/".join(names_of_path(path))
 
 
 def names(tree: PyTree) -> list[str]:
@@ -115,7 +120,7 @@ def check_finite(tree: PyTree, what: str = "the observed update") -> None:
         if bad:
             raise GGLError(
                 f"{what}: {name} holds {bad} NaN or infinite values out of {np.size(leaf)}; "
-                f"only finite gradients can be audited, check the client's loss and images"
+                f"only finite gradients can be audited, check the client's loss, defense and images"
             )
 
 

@@ -39,11 +39,14 @@ class Model(NamedTuple):
         head: path of the last Dense layer inside ``variables["params"]``, e.g. ``("fc",)``; it
             holds ``kernel`` [d k] and, usually, ``bias`` [k].
         image_shape: ``(h, w, c)``.
-        num_classes: ``k``.
+        num_classes: labels are 0 to ``num_classes - 1``; ``k`` of them, but for other losses.
         name: shown in results.
         statistics: ``statistics(variables, images[b h w c] in [0, 1]) -> tree`` shaped as
             ``variables["batch_stats"]``: the ``mean`` and ``var`` over the batch of what enters
             every BatchNorm layer; None where the model has none.
+        loss: ``loss(logits[b k], labels) -> scalar``, the batch's mean loss, for labels [b] or soft
+            ones [b num_classes]; None for softmax cross-entropy, of which alone k has to be the
+            number of classes. See :data:`ggl_jax.LOSSES`.
     """
 
     init: Callable
@@ -53,6 +56,7 @@ class Model(NamedTuple):
     num_classes: int
     name: str
     statistics: Callable | None = None
+    loss: Callable | None = None
 
 
 class Prior(NamedTuple):

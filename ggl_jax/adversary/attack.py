@@ -7,7 +7,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ggl_jax import grammar
+from ggl_jax import gate, grammar
 from ggl_jax.adversary.losses import (
     batch_norm_distance,
     parse_regularizer,
@@ -17,10 +17,12 @@ from ggl_jax.adversary.losses import (
 from ggl_jax.adversary.matching import matching_loss
 from ggl_jax.adversary.optimizers import OPTIMIZERS, BestState, best_so_far
 from ggl_jax.adversary.sharding import over_population
+from ggl_jax.client.gradients import is_binary
 from ggl_jax.errors import GGLError
 from ggl_jax.priors.decoding import decode
 from ggl_jax.priors.pixels import pixels
 from ggl_jax.spec import Client, Search, Speed, checked
+from ggl_jax.trees import head_parts
 from ggl_jax.types import Attack, Candidates, Model, Optimizer, Prior, View
 
 
@@ -264,6 +266,15 @@ def search_attack(
 
 
 def _check(model: Model, prior: Prior, search: Search) -> None:
+    kernel, _ = head_parts(gate.variable_shapes(model)["params"], model.head)
+    inferred = search.labels != "searched"
+    if inferred and not (model.loss is None or is_binary(model, kernel.shape[1])):
+        name = getattr(model.loss, "__name__", "the model's own")
+        raise GGLError(
+            f"labels: got {search.labels!r} ({search.attack}), but from the loss {name} labels "
+            "cannot be inferred, only from cross-entropy (softmax, or binary of one logit); "
+            "search them: labels='searched', refine='none' (as attack dlg)"
+        )
     if search.pool and search.pool < search.restarts:
         raise GGLError(
             f"pool: got {search.pool}, allowed: 0, or at least the number of restarts, "

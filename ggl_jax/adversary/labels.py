@@ -5,6 +5,7 @@ import jax.numpy as jnp
 
 from ggl_jax import trees
 from ggl_jax.client.defenses.noise import estimate_sigma
+from ggl_jax.client.gradients import is_binary
 from ggl_jax.errors import GGLError
 from ggl_jax.priors.decoding import images_at_once
 from ggl_jax.types import Model, Path, Prior, PyTree
@@ -98,6 +99,33 @@ def infer_labels(
     return _round_counts(batch_size * (probabilities - residual), batch_size)
 
 
+def softmax_form(model: Model, update: PyTree) -> tuple[PyTree, Path]:
+    """What :func:`infer_labels` takes: an update, and the path of its last layer.
+
+    The binary cross-entropy of one logit is that of the softmax over (0, logit), whose gradient in
+    the first is minus that in the second. Any other model's update is taken as it is.
+    """
+    kernel, bias = trees.head_parts(update, model.head)
+    if not is_binary(model, kernel.shape[1]):
+        return update, model.head
+    layer = {"kernel": jnp.concatenate([-kernel, kernel], axis=1)}
+    if bias is not None:
+        layer["bias"] = jnp.concatenate([-bias, bias])
+    return {"head": layer}, ("head",)
+
+
+def check_told(model: Model, update: PyTree, *, searched: bool) -> None:
+    """Refuse an update that tells nothing, or not the labels although they are to be inferred."""
+    if not any(bool(jnp.any(leaf)) for leaf in jax.tree.leaves(update)):
+        raise GGLError("update: zero in every entry, so it tells nothing of the images behind it")
+    kernel, bias = trees.head_parts(update, model.head)
+    if not (searched or jnp.any(kernel) or (bias is not None and jnp.any(bias))):
+        raise GGLError(
+            f"labels: the update of the last layer {'/'.join(model.head)} is zero, so the label "
+            "cannot be told; search it: labels='searched', refine='none' (as attack dlg)"
+        )
+
+
 def public_expectations(
     model: Model, variables: PyTree, prior: Prior, prior_params: PyTree, key: jax.Array
 ) -> dict[str, jax.Array]:
@@ -112,6 +140,8 @@ def public_expectations(
 
     def seen(latents, labels):
         logits, features = model.apply(variables, prior.apply(prior_params, latents, labels))
+        if is_binary(model, logits.shape[1]):
+            logits = jnp.concatenate([jnp.zeros_like(logits), logits], axis=1)
         return jax.nn.softmax(logits), features
 
     at_once = images_at_once(prior, prior_params)

@@ -10,7 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from ggl_jax.adversary import estimation
-from ggl_jax.adversary.labels import infer_labels, public_expectations
+from ggl_jax.adversary.labels import (
+    check_told,
+    infer_labels,
+    public_expectations,
+    softmax_form,
+)
 from ggl_jax.adversary.resume import Checkpoints
 from ggl_jax.adversary.search import Stage, run_stages
 from ggl_jax.adversary.stages import combines, make_stages, result_images
@@ -152,7 +157,8 @@ def reconstruct(
         One :class:`Reconstruction` for each update.
 
     Raises:
-        GGLError: NaN or infinity in an update, or a setting out of its range.
+        GGLError: an update with NaN or infinity, or one that tells nothing; a setting out of its
+            range.
     """
     client, search, speed = client or Client(), search or Search(), speed or Speed()
 
@@ -166,9 +172,11 @@ def reconstruct(
     problems = []
     for one in shared:
         estimation.check_finite(one.update)
+        check_told(public.model, one.update, searched=search.labels == "searched")
+        update, head = softmax_form(public.model, one.update)
         labels = infer_labels(
-            one.update,
-            public.model.head,
+            update,
+            head,
             batch_size=client.batch_size,
             num_steps=client.local_steps,
             fidelity=search.fidelity,

@@ -3,15 +3,17 @@
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
+from ggl_jax import gate
 from ggl_jax.adversary.reconstruct import prepare
 from ggl_jax.audit import identity, metrics
 from ggl_jax.client import defenses as client_defenses
+from ggl_jax.client.defenses.transformations import as_defense
 from ggl_jax.errors import GGLError
 from ggl_jax.files import digest
 from ggl_jax.grammar import at_least
@@ -77,15 +79,17 @@ class Inputs:
             put("prior", prior)
             put("prior_params", params)
         put("speed", checked(self.speed))
-        put("images", np.asarray(self.images, np.float32))
-        put("labels", np.asarray(self.labels))
+        images, labels = admit(self.model, self.images, self.labels, self.variables)
+        put("images", images)
+        put("labels", labels)
+        gate.prior(self.prior, self.prior_params, self.model)
         num = range(len(self.images))
         put("names", [f"image-{i}" for i in num] if self.names is None else list(self.names))
         put(
             "instance_ids",
             [int(i) for i in (num if self.instance_ids is None else self.instance_ids)],
         )
-        _check(self)
+        _check_names(self)
 
     @functools.cached_property
     def perceptual(self) -> metrics.Perceptual:
@@ -110,7 +114,7 @@ class Inputs:
         variables = self.variables
         if variables is None:
             key = jax.random.fold_in(jax.random.key(seed), MODEL_STREAM)
-            variables = _init(self.model)(key)
+            variables = gate.initialise(self.model)(key)
         return Public(self.model, variables, self.prior, self.prior_params)
 
 
@@ -118,43 +122,26 @@ def _short(*parts: Any) -> str:
     return digest(*parts)[:12]
 
 
-@functools.lru_cache(maxsize=16)
-def _init(model: Model) -> Callable:
-    return jax.jit(model.init)
+def admit(
+    model: Any, images: Any, labels: Any, variables: PyTree | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Images [n h w c] and labels [n] as arrays, once they, the model and its variables fit.
+
+    Raises:
+        GGLError: what does not fit, see :mod:`ggl_jax.gate`.
+    """
+    gate.model(model)
+    found, classes = gate.images(images), gate.labels(labels)
+    gate.data(model, found, classes)
+    if variables is not None:
+        gate.variables(model, variables)
+    gate.model_values(model, variables)
+    for name, function in metrics.own_metrics().items():
+        gate.metric(function, name, model, variables)
+    return found, classes
 
 
-def check_data(model: Model, images: np.ndarray, labels: np.ndarray) -> None:
-    """Raise :class:`GGLError` for images [n h w c] or labels [n] that do not fit the model."""
-    if not len(images):
-        raise GGLError("images: got none; give at least one")
-    if images.ndim != 4 or images.shape[1:] != model.image_shape:
-        raise GGLError(
-            f"images: got shape {images.shape}, allowed: (n, *{model.image_shape}), as model "
-            f"{model.name!r} takes them"
-        )
-    if not np.all(np.isfinite(images)) or images.min() < 0.0 or images.max() > 1.0:
-        raise GGLError("images: values must be finite and lie in [0, 1]; divide uint8 by 255")
-    if labels.shape != images.shape[:1] or not np.issubdtype(labels.dtype, np.integer):
-        raise GGLError(
-            f"labels: got {labels.dtype} {labels.shape}, allowed: integers ({len(images)},), one "
-            "per image"
-        )
-    if labels.min() < 0 or labels.max() >= model.num_classes:
-        raise GGLError(
-            f"labels: got {labels.min()} to {labels.max()}, allowed: 0 to {model.num_classes - 1}; "
-            "raise the model's number of classes"
-        )
-
-
-def _check(inputs: Inputs) -> None:
-    model, prior = inputs.model, inputs.prior
-    check_data(model, inputs.images, inputs.labels)
-    if prior.image_shape != model.image_shape:
-        raise GGLError(
-            f"prior: {prior.name!r} makes images of shape {prior.image_shape}, but model "
-            f"{model.name!r} takes {model.image_shape}; choose a prior of that size, or attack "
-            f"pixels, which needs none: prior=ggl_jax.pixels({model.image_shape})"
-        )
+def _check_names(inputs: Inputs) -> None:
     num = len(inputs.images)
     for name in ("names", "instance_ids"):
         given = getattr(inputs, name)
@@ -212,12 +199,13 @@ class Cells:
         self._parsed: dict[tuple[str, str, str], Defense] = {}
         self._searches: dict[tuple, tuple[int, str]] = {}
 
-    def defense(self, given: Defense | str, search: Search) -> Defense:
-        """A defense as it is given, or by its specification.
+    def defense(self, given: Any, search: Search) -> Defense:
+        """A defense as it is given, by its specification, or of an optax transformation.
 
         Raises:
-            GGLError: two defenses of one name.
+            GGLError: two defenses of one name, or one that does not keep the contract.
         """
+        given = as_defense(given)
         if isinstance(given, str):
             spec = (given, search.fidelity, search.compare)
             if spec not in self._parsed:
@@ -226,12 +214,16 @@ class Cells:
                 )
             defense, found = self._parsed[spec], ""
         else:
+            gate.defense(given, self.inputs.model)
             defense, found = given, str(id(given))
+        if identity.names_own(given):
+            gate.defense(defense, self.inputs.model)
         if self.told_apart and (defense is given or identity.names_own(given)):
             found = identity.defense_digest(defense, self.inputs.model)
         if self.defenses.setdefault(defense.name, found) != found:
             raise GGLError(
-                f"defenses: {defense.name!r} names two defenses; give each a name of its own"
+                f"defenses: {defense.name!r} names two defenses; give each a name of its own "
+                "(from_function and from_optax take name=)"
             )
         return defense
 

@@ -2,14 +2,13 @@
 
 import functools
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.extend
 import jax.numpy as jnp
-import numpy as np
 
+from ggl_jax import gate
 from ggl_jax.adversary.attacks import ATTACKS
 from ggl_jax.adversary.losses import DISTANCES, REGULARIZERS
 from ggl_jax.adversary.optimizers import OPTIMIZERS
@@ -18,7 +17,7 @@ from ggl_jax.client.defenses import DEFENSES
 from ggl_jax.client.gradients import local_update
 from ggl_jax.errors import GGLError
 from ggl_jax.files import digest
-from ggl_jax.types import Context, Defense, Model, Prior, Problem, PyTree, View
+from ggl_jax.types import Context, Defense, Model, Prior, PyTree, View
 
 _REGISTRIES: tuple[Any, ...] = (ATTACKS, DEFENSES, DISTANCES, OPTIMIZERS, REGULARIZERS)
 _SHIPPED = [dict(registry) for registry in _REGISTRIES]
@@ -39,39 +38,18 @@ def traced(what: str, function: Callable, *arguments: Any) -> tuple[str, Any]:
         GGLError: it cannot be traced, or calls back into Python, where nothing can be told.
     """
     try:
-        program, shapes = jax.make_jaxpr(function, return_shape=True)(*arguments)
+        text, constants, found = gate.program(function, *arguments)
     except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise GGLError(
-            f"{what}: cannot be traced ({reason}), so a folder of results could not tell it from "
-            "another one; write it in JAX, or leave out the folder"
+            f"{what}: cannot be traced ({gate.reason(error)}), so a folder of results could not "
+            "tell it from another one; write it in JAX, or leave out the folder"
         ) from error
-    text = re.sub(r" at 0x[0-9a-f]+", "", str(program))
     if re.search(r"\b(pure|io)_callback\[", text):
         raise GGLError(
             f"{what}: calls back into Python, so a folder of results could not tell it from "
             "another one; write it in JAX, or leave out the folder"
         )
-    return digest(text, list(_constants(program)))[:_DIGITS], shapes
-
-
-def _constants(program: Any) -> Iterator[Any]:
-    """The arrays that a traced program holds, those of its inner programs as well."""
-    if isinstance(program, jax.extend.core.ClosedJaxpr):
-        yield from program.consts
-        program = program.jaxpr
-    if isinstance(program, jax.extend.core.Jaxpr):
-        for equation in program.eqns:
-            for variable in equation.invars:
-                if isinstance(variable, jax.extend.core.Literal):
-                    yield np.asarray(variable.val)
-            for value in equation.params.values():
-                yield from _constants(value)
-    elif isinstance(program, list | tuple):
-        for one in program:
-            yield from _constants(one)
-    elif isinstance(program, np.ndarray | jax.Array):
-        yield program
+    return digest(text, constants)[:_DIGITS], found
 
 
 def _shapes(model: Model) -> tuple[Any, Any, Any, Any]:
@@ -157,11 +135,7 @@ def search_digest(
     search: Prepared, model: Model, prior_params: PyTree, view: View, batch_size: int
 ) -> str:
     """A digest of a step of a search, with the attack, optimiser and penalties that are in it."""
-    key, variables, _, _ = _shapes(model)
-    update, attack = variables["params"], search.stages[0].attack
-    estimated = jax.eval_shape(functools.partial(view.estimate, head=model.head), update)
-    params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), prior_params)
-    labels: Any = jax.ShapeDtypeStruct((batch_size,), jnp.int32)
-    problem = Problem(update, variables, params, labels, estimated)
+    attack, key = search.stages[0].attack, jax.random.key(0)
+    problem = gate.problem_shapes(model, prior_params, view, batch_size)
     state = jax.eval_shape(attack.init, key, problem)
     return traced(f"attack {attack.name}", attack.step, key, problem, state)[0]

@@ -259,6 +259,12 @@ METRICS: dict[str, Metric | Callable[..., Any]] = {
         "PSNR on the paper's scale, 6.02 dB lower", "PSNR (paper)", "dB", ".1f", shown=False,
     ),
 }  # fmt: skip
+_SHIPPED = dict(METRICS)
+
+
+def own_metrics() -> dict[str, Metric | Callable[..., Any]]:
+    """Those that the user put into `METRICS`."""
+    return {name: one for name, one in METRICS.items() if _SHIPPED.get(name) is not one}
 
 
 class Perceptual(NamedTuple):

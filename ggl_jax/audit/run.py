@@ -12,7 +12,7 @@ import itertools
 import math
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -32,7 +32,7 @@ from ggl_jax.client.share import share
 from ggl_jax.errors import GGLError, StorageError
 from ggl_jax.files import digest
 from ggl_jax.spec import Client, Search, checked
-from ggl_jax.types import Defense, Model
+from ggl_jax.types import Model
 
 # Streams of an instance's key, so that defense noise and search never share random numbers.
 STREAM_DEFENSE, STREAM_SEARCH, STREAM_CONTROLS = 0, 1, 2
@@ -385,7 +385,7 @@ def audit(
     labels,
     *,
     model: Model,
-    defenses: Sequence[Defense | str],
+    defenses: Sequence[Any],
     search: Search | None = None,
     client: Client | None = None,
     seed: int = 0,
@@ -404,8 +404,8 @@ def audit(
         images: [n h w c], the private images, float in [0, 1].
         labels: [n] integer class labels.
         model: the federated model; see :func:`ggl_jax.from_flax` for your own.
-        defenses: specifications such as "clip:4+noise:0.1", or :class:`Defense` objects, each of
-            another name.
+        defenses: specifications such as "clip:4+noise:0.1", :class:`Defense` objects, or optax
+            transformations (:func:`ggl_jax.from_optax`), each of another name.
         search: how the adversary searches; None for GGL as published. :func:`ggl_jax.search_of`
             makes those of other attacks and of presets.
         client: batch size and local steps.
@@ -428,6 +428,8 @@ def audit(
     given = Inputs(images, labels, model, **inputs)
     search, client = checked(search or Search()), checked(client or Client())
     maker = Cells(given, told_apart=out is not None)
+    if isinstance(defenses, str) or not isinstance(defenses, Iterable):
+        raise GGLError(f"defenses: got {defenses!r}, allowed: a list, such as ['none', 'clip:4']")
     parsed = [maker.defense(defense, search) for defense in defenses]
     names = [defense.name for defense in parsed]
     if not names:

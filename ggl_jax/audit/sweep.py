@@ -14,6 +14,7 @@ import numpy as np
 from ggl_jax.adversary.attacks import search_of
 from ggl_jax.audit.cells import Cell, Cells, Inputs, image_batches
 from ggl_jax.audit.run import Progress, RunResult, config_of, run
+from ggl_jax.client.defenses.transformations import as_defense
 from ggl_jax.errors import GGLError, did_you_mean
 from ggl_jax.spec import Client, Number, Search, check, combinations, options_of, replace
 from ggl_jax.types import Defense, Model
@@ -73,7 +74,7 @@ def check_axes(axes: Mapping[str, Sequence]) -> dict[str, list]:
         plain = [
             check(f"axes: {name}", one, allowed)
             for value in plain
-            for one in (expand(value) if isinstance(value, str) else [value])
+            for one in (expand(value) if isinstance(value, str) else [as_defense(value)])
         ]
         shown = [json.dumps(_shown(value)) for value in plain]
         twice = [value for value in shown if shown.count(value) > 1]

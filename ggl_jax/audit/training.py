@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from ggl_jax.client.gradients import update_fn
+from ggl_jax.client.gradients import predicted, update_fn
 from ggl_jax.errors import GGLError
 from ggl_jax.types import Context, Defense, Model, PyTree
 
@@ -271,5 +271,5 @@ def accuracy(model: Model, variables: PyTree, images: jax.Array, labels: jax.Arr
 @functools.partial(jax.jit, static_argnums=0)
 def _num_right(model, variables, images, labels):
     logits, _ = model.apply(variables, images)
-    right = jnp.argmax(logits, axis=-1) == labels
+    right = predicted(model, logits) == labels
     return jnp.sum(right & jnp.all(jnp.isfinite(logits), axis=-1))

@@ -15,13 +15,14 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from ggl_jax import files
+from ggl_jax import files, gate
 from ggl_jax.audit import folder as folders
 from ggl_jax.audit import privacy, training
-from ggl_jax.audit.cells import MODEL_STREAM, check_data
+from ggl_jax.audit.cells import MODEL_STREAM, admit
 from ggl_jax.audit.judge import jsonable
 from ggl_jax.audit.run import Progress
 from ggl_jax.client import defenses as client_defenses
+from ggl_jax.client.defenses.transformations import as_defense
 from ggl_jax.errors import GGLError
 from ggl_jax.types import Defense, Model, PyTree
 
@@ -166,16 +167,16 @@ def measure(
     """
     settings = settings or UtilitySettings()
     privacy.check_delta(settings.delta)
-    images, labels = np.asarray(images, np.float32), np.asarray(labels)
-    check_data(model, images, labels)
+    images, labels = admit(model, images, labels, variables)
     train_at, test_at = split(len(images), settings.test_images, settings.clients, settings.seed)
     if train_at.shape[1] < settings.batch_size:
         raise GGLError(
             f"batch_size: {settings.batch_size} is more than the {train_at.shape[1]} training "
             f"images of each client; give more images, fewer test images or fewer clients"
         )
-    todo = _named(defenses, fidelities)
+    todo = _named([as_defense(one) for one in defenses], fidelities)
     for defense, _ in todo:
+        gate.defense(defense, model)
         client_defenses.check_local_steps(defense, settings.local_steps)
         _training(model, defense, settings)  # refuses unusable settings before any work is done
     config = {

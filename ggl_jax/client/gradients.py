@@ -61,6 +61,103 @@ def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
     )
 
 
+def binary_cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """Mean binary cross-entropy of one logit for class 1, or of one for each class, in nats.
+
+    Args:
+        logits: [b 1], real numbers; or [b k], each class against all others (summed over them).
+        labels: [b] class indices, 0 or 1 (or below k); or soft labels [b 2] (or [b k]).
+
+    Returns:
+        Scalar.
+
+    Raises:
+        GGLError: the shapes do not fit.
+    """
+    targets = _targets(logits, labels, 2)
+    targets = targets[:, 1:] if logits.shape[1] == 1 else targets
+    terms = jax.nn.softplus(logits) - targets * logits
+    return jnp.mean(jnp.sum(terms, axis=1))
+
+
+def mean_squared_error(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """Mean squared error over the batch and the outputs.
+
+    Args:
+        logits: [b k] outputs, compared with the label's one-hot vector; or [b 1], compared with
+            the label as a number.
+        labels: [b] class indices, or soft labels [b k] (a single output is then compared with
+            their mean).
+
+    Returns:
+        Scalar.
+
+    Raises:
+        GGLError: the shapes do not fit.
+    """
+    if logits.shape[1] > 1:
+        return jnp.mean(jnp.square(logits - _targets(logits, labels, logits.shape[1])))
+    labels = jnp.asarray(labels)
+    if labels.ndim == 2:
+        labels = labels @ jnp.arange(labels.shape[1], dtype=logits.dtype)
+    return jnp.mean(jnp.square(logits[:, 0] - labels))
+
+
+def _targets(logits: jax.Array, labels: jax.Array, num_classes: int) -> jax.Array:
+    """Labels as distributions [b c], c the outputs but at least ``num_classes``."""
+    labels, num = jnp.asarray(labels), max(num_classes, logits.shape[1])
+    if labels.ndim == 1 and jnp.issubdtype(labels.dtype, jnp.integer):
+        labels = jax.nn.one_hot(labels, num, dtype=logits.dtype)
+    if labels.shape != (logits.shape[0], num):
+        raise GGLError(
+            f"labels have shape {tuple(labels.shape)}; give integers [{logits.shape[0]}] or soft "
+            f"labels as floats [{logits.shape[0]} {num}]"
+        )
+    return labels
+
+
+#: Losses by name, ``loss(logits[b k], labels) -> scalar``.
+LOSSES: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
+    "cross_entropy": cross_entropy,
+    "binary_cross_entropy": binary_cross_entropy,
+    "mean_squared_error": mean_squared_error,
+}
+
+
+def loss_named(loss: str | Callable | None) -> Callable | None:
+    """A loss by its name in :data:`LOSSES`, or as it is; None for cross-entropy.
+
+    Raises:
+        GGLError: an unknown name, or no function.
+    """
+    if isinstance(loss, str):
+        if loss not in LOSSES:
+            raise GGLError(
+                f"loss={loss!r}: choose one of {', '.join(LOSSES)}, or give loss(logits, labels)"
+            )
+        loss = LOSSES[loss]
+    elif loss is not None and not callable(loss):
+        raise GGLError(f"loss={loss!r}: give a name or a function loss(logits, labels) -> scalar")
+    return None if loss is cross_entropy else loss
+
+
+def loss_of(model: Model) -> Callable:
+    """What the model is trained with: ``loss(logits, labels) -> scalar``."""
+    return model.loss or cross_entropy
+
+
+def is_binary(model: Model, num_outputs: int) -> bool:
+    """Whether the model has one logit for class 1 of two, a softmax over (0, logit)."""
+    return model.loss is binary_cross_entropy and num_outputs == 1
+
+
+def predicted(model: Model, logits: jax.Array) -> jax.Array:
+    """The class [b] of logits [b k]: the largest; of one logit by its sign, or its value."""
+    if logits.shape[1] > 1:
+        return jnp.argmax(logits, axis=-1)
+    return (logits[:, 0] > 0) if is_binary(model, 1) else jnp.round(logits[:, 0])
+
+
 def gradient(model: Model, variables: PyTree, images: jax.Array, labels: jax.Array) -> PyTree:
     """The gradient of one training step, which federated SGD shares.
 
@@ -71,7 +168,7 @@ def gradient(model: Model, variables: PyTree, images: jax.Array, labels: jax.Arr
         labels: [b] class indices or [b k] soft labels, see :func:`cross_entropy`.
 
     Returns:
-        Gradient of the batch's mean cross-entropy, a pytree like ``variables["params"]``.
+        Gradient of the batch's mean loss (:func:`loss_of`), a pytree like ``variables["params"]``.
         Differentiable with respect to ``images`` and soft ``labels``.
 
     Raises:
@@ -82,7 +179,7 @@ def gradient(model: Model, variables: PyTree, images: jax.Array, labels: jax.Arr
 
     def loss(params):
         logits, _ = model.apply({**variables, "params": params}, images)
-        return cross_entropy(logits, labels)
+        return loss_of(model)(logits, labels)
 
     return jax.grad(loss)(variables["params"])
 

@@ -17,7 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from ggl_jax import grammar
+from ggl_jax import gate, grammar
+from ggl_jax.client.gradients import loss_named
 from ggl_jax.client.networks import ConvNet, LeNet, ResNet18
 from ggl_jax.errors import GGLError
 from ggl_jax.images import to_signed
@@ -141,16 +142,6 @@ def _init_fn(module, preprocess, image_shape, init_kwargs) -> Callable[[jax.Arra
     return functools.partial(_compiled_init, *static)
 
 
-def _check_image_shape(image_shape: Sequence[int]) -> tuple[int, int, int]:
-    shape = tuple(image_shape)
-    if len(shape) != 3 or not all(isinstance(n, int | np.integer) and n > 0 for n in shape):
-        raise GGLError(
-            f"image_shape={image_shape!r}: give (height, width, channels), three positive "
-            f"integers, e.g. (32, 32, 3)"
-        )
-    return int(shape[0]), int(shape[1]), int(shape[2])
-
-
 def from_flax(
     module: nn.Module,
     image_shape: Sequence[int],
@@ -159,6 +150,7 @@ def from_flax(
     *,
     preprocess: Callable = to_signed,
     apply_kwargs: Mapping[str, Any] | None = None,
+    loss: str | Callable | None = None,
     name: str | None = None,
 ) -> Model:
     """Make a :class:`~ggl_jax.types.Model` of your own Flax Linen module.
@@ -183,6 +175,9 @@ def from_flax(
             ``{"train": True, "mutable": ["batch_stats"]}``; the updated statistics are dropped.
             All but ``mutable``, ``rngs`` and ``capture_intermediates`` also go to
             ``module.init``.
+        loss: what it is trained with: a name in :data:`ggl_jax.LOSSES` or ``loss(logits, labels)``,
+            see :class:`ggl_jax.types.Model`; None for softmax cross-entropy. With another one
+            ``num_classes`` is by default the number of outputs, and at least 2.
         name: shown in results; the class name in lower case when None.
 
     Returns:
@@ -205,21 +200,25 @@ def from_flax(
     >>> model.head, model.num_classes
     (('Dense_0',), 10)
     """
-    image_shape = _check_image_shape(image_shape)
+    image_shape = gate.image_shape("image_shape", image_shape)
     if not isinstance(module, nn.Module):
         raise GGLError(
             f"from_flax: module is {type(module).__name__}, not a flax.linen.Module instance; "
             f"pass e.g. MyNet(num_classes=10)"
         )
+    loss = loss_named(loss)
     kwargs = dict(apply_kwargs or {})
     init_kwargs = {key: value for key, value in kwargs.items() if key not in _APPLY_ONLY}
     title = type(module).__name__
 
     init = _init_fn(module, preprocess, image_shape, init_kwargs)
-    variables = jax.eval_shape(init, jax.random.key(0))
+    what = f"from_flax: {title}"
+    variables = gate.shapes(f"{what}.init", init, jax.random.key(0))
     # Two images, so that a batch axis cannot be mistaken for any other of size one.
     dummy_images = jax.ShapeDtypeStruct((2, *image_shape), jnp.float32)
-    dummy = jax.eval_shape(preprocess, dummy_images)
+    dummy = gate.shapes("from_flax: preprocess", preprocess, dummy_images)
+    run_alone = functools.partial(_run, module, _nothing, kwargs)
+    gate.shapes(f"{what}.apply", run_alone, variables, dummy)
     path = _find_head(module, kwargs, variables, dummy) if head is None else tuple(head)
     is_head = functools.partial(_has_path, path)
 
@@ -243,11 +242,7 @@ def from_flax(
             f"{tuple(logits.shape)}; it must return logits [2 num_classes]"
         )
     num_logits = logits.shape[1]
-    if num_classes is not None and num_classes != num_logits:
-        raise GGLError(
-            f"from_flax: num_classes={num_classes}, but {title} returns {num_logits} logits; "
-            f"leave num_classes out or mend the module"
-        )
+    num_classes = count_classes("from_flax", title, num_logits, num_classes, loss)
     if features.ndim != 2 or tuple(kernel.shape) != (features.shape[-1], num_logits):
         raise GGLError(
             f"from_flax: the layer head={path!r} of {title} has a kernel {tuple(kernel.shape)} "
@@ -256,16 +251,7 @@ def from_flax(
         )
 
     def apply(variables: PyTree, images: jax.Array) -> tuple[jax.Array, jax.Array]:
-        if images.ndim != 4 or tuple(images.shape[1:]) != image_shape:
-            raise GGLError(
-                f"images have shape {tuple(images.shape)}, but {title} takes "
-                f"[b {_dims(image_shape)}]; resize them or build the model with their image_shape"
-            )
-        if not jnp.issubdtype(images.dtype, jnp.floating):
-            raise GGLError(
-                f"images have dtype {images.dtype}; give floats in [0, 1], "
-                f"e.g. images.astype('float32') / 255"
-            )
+        check_images(images, image_shape, title)
         return run(variables, preprocess(images))
 
     def statistics(variables: PyTree, images: jax.Array) -> PyTree:
@@ -277,10 +263,42 @@ def from_flax(
         apply=apply,
         head=path,
         image_shape=image_shape,
-        num_classes=num_logits,
+        num_classes=num_classes,
         name=name or title.lower(),
         statistics=statistics if jax.eval_shape(statistics, variables, dummy_images) else None,
+        loss=loss,
     )
+
+
+def count_classes(
+    what: str, title: str, num_logits: int, given: int | None, loss: Callable | None
+) -> int:
+    """The number of classes of a model with so many outputs, if it is not given otherwise."""
+    if loss is None and num_logits == 1:
+        raise GGLError(gate.one_logit(f"{what}: {title}"))
+    if loss is None and given not in (None, num_logits):
+        raise GGLError(
+            f"{what}: num_classes={given}, but {title} returns {num_logits} logits; leave "
+            "num_classes out or mend the module"
+        )
+    return max(2, num_logits) if given is None else given
+
+
+def check_images(images: jax.Array, image_shape: tuple[int, int, int], title: str) -> None:
+    if images.ndim != 4 or tuple(images.shape[1:]) != image_shape:
+        raise GGLError(
+            f"images have shape {tuple(images.shape)}, but {title} takes "
+            f"[b {_dims(image_shape)}]; resize them or build the model with their image_shape"
+        )
+    if not jnp.issubdtype(images.dtype, jnp.floating):
+        raise GGLError(
+            f"images have dtype {images.dtype}; give floats in [0, 1], "
+            f"e.g. images.astype('float32') / 255"
+        )
+
+
+def _nothing(module: nn.Module) -> bool:
+    return False
 
 
 def _has_path(path: Path, module: nn.Module) -> bool:
@@ -358,8 +376,8 @@ def resnet18(
     Reference: He et al., "Deep Residual Learning for Image Recognition"; torchvision's
     ``resnet18`` and, for the CIFAR stem, the widely used ``ResNet18`` for 32x32 images.
     """
-    image_shape = _check_image_shape(image_shape)
-    _check_count("num_classes", num_classes, 2)
+    image_shape = gate.image_shape("image_shape", image_shape)
+    gate.count_of_classes("num_classes", num_classes)
     if stem is None:
         stem = "cifar" if max(image_shape[:2]) <= 64 else "imagenet"
     _check_option("stem", stem, ("cifar", "imagenet"))
@@ -384,7 +402,7 @@ def lenet(num_classes: int = 2, image_shape: Sequence[int] = (32, 32, 3)) -> Mod
     Raises:
         GGLError: an argument is outside its range.
     """
-    _check_count("num_classes", num_classes, 2)
+    gate.count_of_classes("num_classes", num_classes)
     return from_flax(LeNet(num_classes), image_shape, num_classes, ("fc",), name="lenet")
 
 
@@ -409,10 +427,10 @@ def convnet(
     Raises:
         GGLError: an argument is outside its range.
     """
-    image_shape = _check_image_shape(image_shape)
+    image_shape = gate.image_shape("image_shape", image_shape)
     if min(image_shape[:2]) < 4:
         raise GGLError(f"image_shape={image_shape!r}: convnet needs at least 4 pixels a side")
-    _check_count("num_classes", num_classes, 2)
+    gate.count_of_classes("num_classes", num_classes)
     _check_count("width", width, 1)
     apply_kwargs = _batch_norm_kwargs(batch_norm)
     module = ConvNet(num_classes, width, batch_norm)

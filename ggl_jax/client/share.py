@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
+from ggl_jax import trees
 from ggl_jax.client.defenses import check_local_steps
 from ggl_jax.client.gradients import local_update
 from ggl_jax.errors import GGLError
@@ -63,8 +64,8 @@ def share(
         the client (the audit compares it with what the server estimates).
 
     Raises:
-        GGLError: statistics of a model that has none, or several local steps under a defense of
-            single gradients.
+        GGLError: statistics of a model that has none, several local steps under a defense of
+            single gradients, or NaN or infinity in the update.
     """
     client = client or Client()
     check_local_steps(defense, client.local_steps)
@@ -76,6 +77,7 @@ def share(
         )
     program = _program(public.model, defense, client)
     update, record = program(key, public.variables, images, labels)
+    trees.check_finite(update, f"the update shared under {defense.name}")
     statistics = None
     if client.share_statistics:
         statistics = _statistics(public.model)(public.variables, images)

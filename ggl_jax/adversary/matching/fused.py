@@ -21,7 +21,6 @@ from ggl_jax.adversary.losses import Distance, Statistics
 from ggl_jax.adversary.matching import convolve, layers
 from ggl_jax.adversary.matching.program import Program, run, split_variables
 from ggl_jax.adversary.matching.separate import separate
-from ggl_jax.client.gradients import cross_entropy
 from ggl_jax.selection import any_of
 from ggl_jax.trees import in_chunks
 from ggl_jax.types import Factored, PyTree
@@ -75,7 +74,7 @@ def passes(
         def loss(taps, own):
             merged = [own.get(leaf, value) for leaf, value in enumerate(leaves)]
             logits, inputs = run(program, merged, others, images, taps, replace)
-            return cross_entropy(logits, labels), inputs
+            return program.loss(logits, labels), inputs
 
         taps = [jnp.zeros(site.output.shape, site.output.dtype) for site in program.sites]
         (cotangents, gradients), inputs = jax.grad(loss, argnums=(0, 1), has_aux=True)(taps, own)

@@ -8,17 +8,16 @@ or plain functions; padding modes, dilation, groups, nested ``jax.jit`` and ``nn
 """
 
 import math
-import warnings
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.extend import core
 
+from ggl_jax.client.gradients import loss_of
+from ggl_jax.jaxprs import evaluate, walk
 from ggl_jax.types import Model, PyTree
-
-# Calls that only wrap a sub-program: their equations are visited in place.
-_WRAPPERS = ("jit", "pjit", "closed_call", "core_call", "remat", "remat2", "checkpoint")
 
 
 class Layer(NamedTuple):
@@ -97,12 +96,14 @@ class Program(NamedTuple):
         num_params: number of parameter leaves.
         sites: tappable layers in the order of execution.
         activations: entries of all intermediate arrays together.
+        loss: ``loss(logits, labels) -> scalar``, the model's.
     """
 
     jaxpr: core.ClosedJaxpr
     num_params: int
     sites: tuple[Site, ...]
     activations: int
+    loss: Callable
 
 
 def trace(model: Model, variables: PyTree, images: jax.ShapeDtypeStruct) -> Program:
@@ -145,7 +146,7 @@ def trace(model: Model, variables: PyTree, images: jax.ShapeDtypeStruct) -> Prog
         if leaf is not None:
             uses[leaf] += 1
     sites = tuple(site for site in found if uses[site.leaf] == 1)
-    return Program(closed, leaves, sites, activations)
+    return Program(closed, leaves, sites, activations, loss_of(model))
 
 
 def split_variables(variables: PyTree) -> tuple[PyTree, PyTree]:
@@ -189,63 +190,6 @@ def run(program: Program, params, others, images, taps, replace=None):
     closed = program.jaxpr
     outputs = walk(closed.jaxpr, closed.consts, arguments, visit, lambda value: value)
     return outputs[0], inputs
-
-
-def walk(jaxpr, consts, arguments, visit, constant):
-    """Visit a jaxpr's equations in order, those of wrapped sub-programs in place.
-
-    Args:
-        jaxpr: the program.
-        consts: its constants, as ``constant`` would give them.
-        arguments: its arguments, of any type that ``visit`` understands.
-        visit: ``visit(equation, inputs) -> outputs``.
-        constant: what stands for a constant array of the program.
-
-    Returns:
-        Its outputs.
-    """
-    env = dict(zip(jaxpr.constvars, consts, strict=True))
-    env.update(zip(jaxpr.invars, arguments, strict=True))
-
-    def read(atom):
-        return constant(atom.val) if isinstance(atom, core.Literal) else env[atom]
-
-    for eqn in jaxpr.eqns:
-        values = [read(atom) for atom in eqn.invars]
-        inner = _wrapped(eqn)
-        if inner is None:
-            outputs = visit(eqn, values)
-        else:
-            body, constants = inner
-            outputs = walk(body, [constant(c) for c in constants], values, visit, constant)
-        env.update(zip(eqn.outvars, outputs, strict=True))
-    return [read(atom) for atom in jaxpr.outvars]
-
-
-def _wrapped(eqn):
-    """The sub-program of an equation that only wraps one, and its constants; else None."""
-    if eqn.primitive.name not in _WRAPPERS:
-        return None
-    for body in (eqn.params.get("jaxpr"), eqn.params.get("call_jaxpr")):
-        if isinstance(body, core.ClosedJaxpr):
-            return body.jaxpr, body.consts
-        if isinstance(body, core.Jaxpr):
-            return body, ()
-    return None
-
-
-def evaluate(eqn, values) -> list:
-    """The outputs of one equation, through a program of one line (the public way to do it)."""
-    inputs = {
-        atom: value
-        for atom, value in zip(eqn.invars, values, strict=True)
-        if not isinstance(atom, core.Literal)
-    }
-    with warnings.catch_warnings():
-        # Debug information would have to come from a private module.
-        warnings.simplefilter("ignore", DeprecationWarning)
-        program = core.Jaxpr((), tuple(inputs), eqn.outvars, [eqn], eqn.effects)
-    return jax.core.eval_jaxpr(program, (), *inputs.values())
 
 
 def _layer_of(eqn) -> Layer | None:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from ggl_jax import trees
 from ggl_jax.client.defenses import _checks
 from ggl_jax.client.defenses.sparsify import zero_count
-from ggl_jax.client.gradients import cross_entropy
+from ggl_jax.client.gradients import loss_of
 from ggl_jax.types import Defense, Factored, Facts, Model, Path, PyTree, View
 
 
@@ -204,13 +204,13 @@ def percentile(values: jax.Array, rate: float) -> jax.Array:
 def pruned_gradient(
     model: Model, variables: PyTree, images: jax.Array, labels: jax.Array, mask: jax.Array
 ) -> PyTree:
-    """Gradient of the mean cross-entropy with the representation multiplied by ``mask`` [b d]."""
+    """Gradient of the mean loss with the representation multiplied by ``mask`` [b d]."""
 
     def loss(params):
         _, features = model.apply({**variables, "params": params}, images)
         kernel, bias = trees.head_parts(params, model.head)
         logits = (mask * features) @ kernel
-        return cross_entropy(logits if bias is None else logits + bias, labels)
+        return loss_of(model)(logits if bias is None else logits + bias, labels)
 
     return jax.grad(loss)(variables["params"])
 
