@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from ggl_jax import gate
-from ggl_jax.adversary.reconstruct import prepare
+from ggl_jax import gate, grammar
+from ggl_jax.adversary.optimizers import OPTIMIZERS
+from ggl_jax.adversary.reconstruct import Prepared, prepare
 from ggl_jax.audit import identity, metrics
 from ggl_jax.client import defenses as client_defenses
 from ggl_jax.client.defenses.transformations import as_defense
@@ -227,6 +228,24 @@ class Cells:
             )
         return defense
 
+    def ready(self, search: Search, client: Client, defense: Defense) -> Prepared:
+        """The search made ready; parts of the user's own are tried first.
+
+        Raises:
+            GGLError: options that do not go together, or a part that does not keep its contract.
+        """
+        inputs, view = self.inputs, defense.view
+        own = identity.names_own(*dataclasses.asdict(search).values())
+        if own:
+            steps = search.steps
+            made = grammar.build(OPTIMIZERS, search.optimizer, what="optimizer", steps=steps)
+            gate.optimizer(made, search.optimizer)
+        found = prepare(inputs.model, inputs.prior, view, client, search)
+        if own:
+            params, size = inputs.prior_params, client.batch_size
+            gate.attack(found.stages[0].attack, search.attack, inputs.model, params, view, size)
+        return found
+
     def make(
         self,
         axes: Mapping[str, Any],
@@ -244,7 +263,7 @@ class Cells:
         if program not in self._searches:
             self._searches[program] = 0, ""
             with contextlib.suppress(GGLError):  # its cells will fail and say why
-                ready = prepare(inputs.model, inputs.prior, defense.view, client, search)
+                ready = self.ready(search, client, defense)
                 own = ""
                 if self.told_apart and identity.names_own(*searched.values()):
                     own = identity.search_digest(

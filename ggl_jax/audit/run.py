@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ggl_jax.adversary.reconstruct import expectations, prepare, reconstruct
+from ggl_jax.adversary.reconstruct import expectations, reconstruct
 from ggl_jax.adversary.resume import Checkpoints
 from ggl_jax.adversary.search import release_programs
 from ggl_jax.audit import folder as folders
@@ -439,7 +439,7 @@ def audit(
         raise GGLError(f"defenses: {twice[0]!r} is there twice; name each once")
     at_once = instances_of(given, mesh)
     for defense in parsed:  # for its errors: options that do not fit are the call's, not a cell's
-        prepare(model, given.prior, defense.view, client, search)
+        maker.ready(search, client, defense)
     parts = image_batches(len(given.images), client.batch_size)
     each = math.ceil(len(parts) / math.ceil(len(parts) / at_once))
     # Those of the first images come first, so that these are complete first.

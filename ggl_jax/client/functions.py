@@ -361,8 +361,8 @@ def from_nnx(
     if not isinstance(module, nnx.Module):
         way = "; for a Linen module use gx.from_flax" if "linen" in str(type(module).mro()) else ""
         raise GGLError(f"from_nnx: module is {type(module).__name__}, allowed: an nnx.Module{way}")
-    graph, own, others = nnx.split(module, nnx.Param, ...)
-    keys, arrays = nnx.split_state(others, nnx.RngState, ...)
+    split: Any = nnx.split(module, nnx.Param, nnx.RngState, ...)
+    graph, own, keys, arrays = split
 
     def apply(params, state, images):
         filled = jax.tree.unflatten(jax.tree.structure(own), jax.tree.leaves(params))
@@ -375,7 +375,7 @@ def from_nnx(
     stateful = bool(jax.tree.leaves(arrays))
     return from_function_model(
         apply if stateful else alone,
-        own,
+        nnx.to_pure_dict(own),
         image_shape,
         num_classes,
         head,

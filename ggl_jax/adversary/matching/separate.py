@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import jax
 
-from ggl_jax.adversary.matching.program import evaluate, walk
+from ggl_jax.jaxprs import evaluate, walk
 from ggl_jax.types import PyTree
 
 
