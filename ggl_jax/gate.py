@@ -19,6 +19,7 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 from ggl_jax import trees
 from ggl_jax.errors import GGLError, first_line
 from ggl_jax.files import digest
+from ggl_jax.jaxprs import walk
 from ggl_jax.types import (
     Attack,
     Candidates,
@@ -219,6 +220,20 @@ def _hashable(what: str, given: Any) -> None:
         ) from error
 
 
+def options(name: str, given: Any, kind: type) -> Any:
+    """Options of a kind; None for its defaults.
+
+    Raises:
+        GGLError: they are of another kind.
+    """
+    if given is None:
+        return kind()
+    if not isinstance(given, kind):
+        way = f"; gx.search_of({given!r}) makes one" if isinstance(given, str) else ""
+        raise GGLError(f"{name}: got {_short(given)}, allowed: gx.{kind.__name__}(...){way}")
+    return given
+
+
 # --------------------------------------------------------------------------------------------------
 # Images and labels
 # --------------------------------------------------------------------------------------------------
@@ -237,6 +252,20 @@ def images(given: Any) -> np.ndarray:
             f"images: got {_short(given)}, which is no array of numbers ({first_line(error)}); "
             "give floats in [0, 1] of shape (n, h, w, c)"
         ) from error
+
+
+def suspects(given: Any, model: Model) -> np.ndarray:
+    """Other images [m h w c] as an array, once they fit the model."""
+    try:
+        found = np.asarray(given, np.float32)
+    except Exception as error:
+        raise GGLError(f"others: got {_short(given)}, which is no array of numbers") from error
+    if found.ndim != 4 or not len(found) or found.shape[1:] != model.image_shape:
+        raise GGLError(
+            f"others: got shape {found.shape}, allowed: (m, *{model.image_shape}), at least one "
+            "image; None for no test"
+        )
+    return found
 
 
 def labels(given: Any) -> np.ndarray:
@@ -373,6 +402,13 @@ def _model_shapes(model: Model) -> None:
             f"{what}: apply gave {outputs} logits, allowed: num_classes={model.num_classes} of "
             "them; mend one of the two"
         )
+    if model.loss is None or "cross_entropy" in getattr(model.loss, "__name__", ""):
+        last = _last_primitive(lambda v, x: model.apply(v, x)[0], variables, _batch(model))
+        if last == "logistic":
+            raise GGLError(
+                f"{what}: its outputs are probabilities already (sigmoids), allowed: logits; leave "
+                "out the sigmoid, which is part of the loss"
+            )
     kernel, _ = trees.head_parts(variables["params"], model.head)
     if getattr(features, "ndim", 0) != 2 or kernel.shape != (features.shape[-1], outputs):
         raise GGLError(
@@ -386,6 +422,19 @@ def _model_shapes(model: Model) -> None:
     if model.statistics is not None:
         shapes(f"{what}: statistics", model.statistics, variables, _batch(model))
     _repeats(f"{what}: apply", model.apply, variables, _batch(model))
+
+
+def _last_primitive(function: Callable, *arguments: Any) -> str | None:
+    """What a function's result was computed by, but for its type and shape."""
+    closed = jax.make_jaxpr(function)(*arguments)
+
+    def visit(equation, inputs):
+        name = equation.primitive.name
+        shaped = name in ("convert_element_type", "copy", "reshape", "squeeze", "broadcast_in_dim")
+        return [inputs[0] if shaped else name] * len(equation.outvars)
+
+    given = [None] * len(closed.jaxpr.invars)
+    return walk(closed.jaxpr, [None] * len(closed.consts), given, visit, lambda value: None)[0]
 
 
 @functools.lru_cache(maxsize=64)

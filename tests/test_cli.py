@@ -237,6 +237,7 @@ def test_interrupt_keeps_finished_cells(audit, tmp_path, capsys, monkeypatch):
         (["--memory", "-1"], ["memory", "-1"]),
         (["--refine-steps", "0"], ["refine_steps", "0"]),
         (["--num-classes", "0"], ["num_classes", "0"]),
+        (["--label", "2147483646"], ["num_classes=2147483647", "at most"]),
         (["--defenses"], ["defenses", "none"]),
         (["--compare", "support", "--no-adaptive"], ["compare", "--adaptive"]),
         (["--indices", "0:100:10"], ["'0:100:10'"]),

@@ -198,6 +198,9 @@ FAULTS = {
     ("model", "probabilities"): (
         lambda: inputs(model=apply_with(lambda y, f: (jax.nn.softmax(y), f))), "softmax"
     ),
+    ("model", "sigmoids"): (
+        lambda: inputs(model=apply_with(lambda y, f: (jax.nn.sigmoid(y), f))), "sigmoid"
+    ),
     ("model", "always the same"): (
         lambda: inputs(model=apply_with(lambda y, f: (0 * y, 0 * f))), "same features"
     ),
@@ -355,6 +358,33 @@ def test_one_line_for_each_fault(kind, fault, tmp_path, monkeypatch):
     assert "\n" not in message
     assert words in message
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"search": "quick"}, "gx.search_of('quick')"),
+        ({"search": {"steps": 3}}, "search: got dict"),
+        ({"client": {"batch_size": 2}}, "client: got dict"),
+        ({"seed": "a"}, "seed: got 'a'"),
+        ({"speed": 3}, "speed: got int"),
+        ({"num_controls": 0}, "num_controls: got 0"),
+        ({"ceiling_steps": 0}, "ceiling_steps: got 0"),
+        ({"instance_ids": [0, -1]}, "instance_ids[1]"),
+        ({"names": ["a", "a"]}, "names two images"),
+        ({"others": IMAGES[:, :4]}, "others: got shape"),
+        ({"lpips": "resnet"}, "resnet"),
+    ],
+)
+def test_options_of_other_kinds(options, words):
+    with pytest.raises(gx.GGLError) as caught:
+        gx.audit(
+            *(IMAGES, [0, 1]),
+            **{"model": MODEL, "prior": PRIOR, "prior_params": PRIOR_PARAMS},
+            **{"defenses": ["none"], **options},
+        )
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 def test_the_table_is_large_enough():

@@ -16,6 +16,8 @@ from ggl_jax.adversary.matching import matching_loss
 from ggl_jax.audit import folder as folders
 from ggl_jax.audit import report
 from ggl_jax.audit.check import check
+from ggl_jax.client.defenses.soteria import pruned_gradient
+from ggl_jax.client.gradients import predicted
 
 PRIOR = make_tiny_prior()
 PRIOR_PARAMS = PRIOR.init(jax.random.key(0))
@@ -188,6 +190,10 @@ def test_client_and_both_methods_of_matching_use_the_models_loss(outputs, loss, 
     kernel = variables["params"]["head"]["kernel"]
     wanted = jax.grad(lambda w: jnp.mean(written(x @ w, labels)))(kernel)
     np.testing.assert_allclose(update["head"]["kernel"], wanted, rtol=1e-4, atol=1e-6)
+    # Soteria takes the gradient anew; with nothing pruned it is the same.
+    kept = np.ones((2, 192), np.float32)
+    again = pruned_gradient(model, variables, jnp.asarray(IMAGES), labels, kept)
+    np.testing.assert_allclose(again["head"]["kernel"], wanted, rtol=1e-4, atol=1e-6)
     losses = [
         matching_loss(model, variables, update, speed=gx.Speed(method=method))(
             jnp.stack([IMAGES, IMAGES[::-1]]), labels
@@ -196,6 +202,12 @@ def test_client_and_both_methods_of_matching_use_the_models_loss(outputs, loss, 
     ]
     np.testing.assert_allclose(losses[0], losses[1], rtol=1e-3, atol=1e-6)
     assert losses[0][0] < 1e-5 < losses[0][1]
+
+
+def test_the_class_of_one_output():
+    logits = jnp.asarray([[-0.4], [1.6]])
+    assert predicted(linear(1, "binary_cross_entropy"), logits).tolist() == [0, 1]
+    assert predicted(linear(1, "mean_squared_error", 3), logits).tolist() == [0, 2]
 
 
 @pytest.mark.parametrize("label", [0, 1])
@@ -255,8 +267,7 @@ def test_a_failing_cell_is_a_row_with_its_reason_and_the_others_go_on(tmp_path, 
     assert "shared under poison" in (tmp_path / "report.md").read_text()
     with pytest.raises(gx.GGLError, match="1 cell of poison failed"):
         check(records, max_ssim=0.5)
-    # Python's exceptions inside a cell are reasons, too.
-    again = audit(model, defenses=[poison, headless, "none"], out=tmp_path)
+    again = audit(model, defenses=[poison, headless, "none"], out=tmp_path, retry_failed=True)
     assert again.failures == found.failures
 
 

@@ -13,6 +13,7 @@ from ggl_jax import gate, grammar
 from ggl_jax.adversary.optimizers import OPTIMIZERS
 from ggl_jax.adversary.reconstruct import Prepared, prepare
 from ggl_jax.audit import identity, metrics
+from ggl_jax.audit.lpips import smallest_side
 from ggl_jax.client import defenses as client_defenses
 from ggl_jax.client.defenses.transformations import as_defense
 from ggl_jax.errors import GGLError
@@ -79,18 +80,21 @@ class Inputs:
             prior, params, _ = load_prior(self.prior)
             put("prior", prior)
             put("prior_params", params)
-        put("speed", checked(self.speed))
+        put("speed", checked(gate.options("speed", self.speed, Speed)))
+        smallest_side(self.lpips)  # for its error
+        at_least(1, num_controls=self.num_controls, ceiling_steps=self.ceiling_steps)
         images, labels = admit(self.model, self.images, self.labels, self.variables)
         put("images", images)
         put("labels", labels)
         gate.prior(self.prior, self.prior_params, self.model)
         num = range(len(self.images))
         put("names", [f"image-{i}" for i in num] if self.names is None else list(self.names))
-        put(
-            "instance_ids",
-            [int(i) for i in (num if self.instance_ids is None else self.instance_ids)],
-        )
+        ids = list(num if self.instance_ids is None else self.instance_ids)
+        at_least(0, **{f"instance_ids[{place}]": one for place, one in enumerate(ids)})
+        put("instance_ids", [int(one) for one in ids])
         _check_names(self)
+        if self.others is not None:
+            put("others", gate.suspects(self.others, self.model))
 
     @functools.cached_property
     def perceptual(self) -> metrics.Perceptual:

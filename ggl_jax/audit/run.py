@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ggl_jax import gate
 from ggl_jax.adversary.reconstruct import expectations, reconstruct
 from ggl_jax.adversary.resume import Checkpoints
 from ggl_jax.adversary.search import release_programs
@@ -31,6 +32,7 @@ from ggl_jax.audit.judge import in_order, judge
 from ggl_jax.client.share import share
 from ggl_jax.errors import GGLError, StorageError
 from ggl_jax.files import digest
+from ggl_jax.grammar import at_least
 from ggl_jax.spec import Client, Search, checked
 from ggl_jax.types import Model
 
@@ -390,6 +392,7 @@ def audit(
     client: Client | None = None,
     seed: int = 0,
     out: str | Path | None = None,
+    retry_failed: bool = False,
     mesh: jax.sharding.Mesh | None = None,
     progress: Progress | None = None,
     **inputs: Any,
@@ -413,6 +416,7 @@ def audit(
         out: folder for all results; ``ggl-jax report``, ``check`` and ``status`` read it. Cells
             that an earlier run of the same audit finished there are kept and not repeated. None
             keeps nothing.
+        retry_failed: try the cells again that failed in an earlier run there.
         mesh: of devices to share the searches out to; see :func:`ggl_jax.run_search`.
         progress: called as the audit goes on.
         **inputs: further arguments of :class:`Inputs`: the prior and its parameters, the model's
@@ -426,7 +430,9 @@ def audit(
         AuditInterrupted: Ctrl-C; it holds what was finished.
     """
     given = Inputs(images, labels, model, **inputs)
-    search, client = checked(search or Search()), checked(client or Client())
+    search = checked(gate.options("search", search, Search))
+    client = checked(gate.options("client", client, Client))
+    at_least(0, seed=seed)
     maker = Cells(given, told_apart=out is not None)
     if isinstance(defenses, str) or not isinstance(defenses, Iterable):
         raise GGLError(f"defenses: got {defenses!r}, allowed: a list, such as ['none', 'clip:4']")
@@ -454,6 +460,7 @@ def audit(
         with tempfile.TemporaryDirectory(prefix="ggl-jax-") as scratch:
             return _result(run(cells, given, scratch, config=None, **rest), given, kept=False)
     plain = {"search": dataclasses.asdict(search), "client": dataclasses.asdict(client)}
+    rest["retry_failed"] = retry_failed
     config = config_of(cells, given, {"defenses": names, "seed": seed, **plain})
     return _result(run(cells, given, out, config=config, **rest), given)
 

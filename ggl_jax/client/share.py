@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from ggl_jax import trees
+from ggl_jax import gate, trees
 from ggl_jax.client.defenses import check_local_steps
 from ggl_jax.client.gradients import local_update
 from ggl_jax.errors import GGLError
@@ -67,6 +67,7 @@ def share(
         GGLError: statistics of a model that has none, several local steps under a defense of
             single gradients, or NaN or infinity in the update.
     """
+    gate.model(public.model)
     client = client or Client()
     check_local_steps(defense, client.local_steps)
     images, labels = jnp.asarray(images, jnp.float32), jnp.asarray(labels, jnp.int32)

@@ -60,6 +60,8 @@ class AuditCommand:
     shard: bool = False
     """Share the work out to all devices of this machine: the images of a batch where there are as
     many as devices (see instances), else each step's candidates."""
+    retry_failed: bool = False
+    """Try failed cells again."""
     out: Path | None = None
     """Folder for the results; by default ggl-audit-<fingerprint of the options> here."""
 
@@ -95,7 +97,7 @@ def read_config(path: Path) -> AuditCommand:
 
 def _options(command: AuditCommand) -> dict:
     """The options that determine the results, as they go into ``config.json``."""
-    left_out = ("out", "config", "shard", *flat(Speed()))
+    left_out = ("out", "config", "shard", "retry_failed", *flat(Speed()))
     options = {k: v for k, v in flat(command).items() if k not in left_out}
     return {**options, "defenses": list(command.defenses)}
 
@@ -147,6 +149,7 @@ def run(command: AuditCommand, argv: list[str]) -> int:
                 client=client,
                 seed=command.setup.seed,
                 out=out,
+                retry_failed=command.retry_failed,
                 mesh=_devices.mesh(command.shard),
                 progress=bar,
             )
