@@ -5,6 +5,18 @@ has already set.
 """
 
 import os
+import signal
+import sys
+
+
+def _leave(number, frame):
+    os.write(2, b"ggl-jax: interrupted\n")
+    os._exit(130)
+
+
+# The command's own imports take seconds, in which Ctrl-C would show where in them it came.
+if os.path.basename(sys.argv[0]).startswith("ggl-jax") or sys.orig_argv[1:3] == ["-m", "ggl_jax"]:
+    signal.signal(signal.SIGINT, _leave)
 
 # Many small eigendecompositions (one per CMA-ES restart) fight over OpenBLAS's threads:
 # 10 ms against 116 to 1,670 ms a generation on two cores.

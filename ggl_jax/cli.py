@@ -4,8 +4,10 @@ Everything that can go wrong with a user's input ends in one line and exit code 
 what is finished and exits with 130.
 """
 
+import dataclasses
 import functools
 import importlib.metadata as metadata
+import itertools
 import operator
 import os
 import sys
@@ -36,7 +38,7 @@ from ggl_jax.commands import (
 )
 from ggl_jax.commands._options import choice_of
 from ggl_jax.errors import GGLError
-from ggl_jax.spec import replace
+from ggl_jax.spec import options_of, replace
 
 #: Subcommands: their options, and ``run(options, argv) -> exit code``. A new one is one file in
 #: ``ggl_jax/commands`` and one line here.
@@ -58,13 +60,61 @@ COMMANDS: dict[str, tuple[type, Callable[[Any, list[str]], int]]] = {
     "info": (info.InfoCommand, info.run),
 }
 
+#: What a switch may have been given as if it took a value.
+_VALUES_OF_SWITCHES = ("true", "false", "yes", "no", "on", "off", "1", "0")
+
+#: Settings of JAX that change results, at the values that results are known for: the environment's
+#: would be no part of what a folder says was asked for.
+_JAX = {
+    "jax_enable_x64": False,
+    "jax_default_prng_impl": "threefry2x32",
+    "jax_threefry_partitionable": True,
+    "jax_random_seed_offset": 0,
+    "jax_numpy_dtype_promotion": "standard",
+    "jax_default_matmul_precision": None,
+}
+
 #: Those with a search, whose defaults hang on the user's own options.
 _SEARCHING = {"audit": audit.defaults, "attack": attack.defaults, "landscape": landscape.defaults}
+
+
+def _hint(value: str) -> str:
+    """What a help text ends with; its words say what None stands for."""
+    return "" if value == "None" else f"(default: {value})"
+
+
+def _without_none(kind: Any) -> None:
+    """Let the help texts of options show no None."""
+    for field in dataclasses.fields(kind):
+        hint = kind.__annotations__[field.name]
+        if dataclasses.is_dataclass(hint):
+            _without_none(hint)
+        elif field.default is None:
+            own = tyro.conf.arg(help_behavior_hint=_hint)
+            kind.__annotations__[field.name] = Annotated[hint, own]
+
+
+for _options, _ in COMMANDS.values():
+    _without_none(_options)
+
+
+def _refuse_values_of_switches(options: type, argv: list[str]) -> None:
+    """Say how a switch is written where it was given a value."""
+    for given, value in itertools.pairwise(argv):
+        name = given.removeprefix("--").removeprefix("no-").replace("-", "_")
+        if options_of(options).get(name) is bool and value.lower() in _VALUES_OF_SWITCHES:
+            plain = name.replace("_", "-")
+            raise GGLError(
+                f"{name}: got {value!r}, but a switch takes no value; write --{plain} or "
+                f"--no-{plain}"
+            )
 
 
 def _parse(argv: list[str]):
     # A subcommand's default is given to tyro so that --help shows what will be used.
     name, rest = (argv or [""])[0], argv[1:]
+    if name in COMMANDS:
+        _refuse_values_of_switches(COMMANDS[name][0], rest)
     own: dict[str, Any] = {name: _SEARCHING[name](rest)} if name in _SEARCHING else {}
     commands: Any = functools.reduce(
         operator.or_,
@@ -92,11 +142,13 @@ def _parse(argv: list[str]):
     return command
 
 
-def _use_compilation_cache() -> None:
-    """Keep compiled programs in the user's cache folder, so that later runs start at once."""
+def _set_up_jax() -> None:
+    """Fix what results depend on, and keep compiled programs in the user's cache folder."""
     import jax
     import platformdirs
 
+    for name, value in _JAX.items():
+        jax.config.update(name, value)
     if "JAX_COMPILATION_CACHE_DIR" in os.environ:
         return
     # CPU programs hold instructions of the very processor they were compiled on.
@@ -128,7 +180,7 @@ def run(argv: list[str] | None = None) -> int:
         return 0
     try:
         command = _parse(argv)
-        _use_compilation_cache()
+        _set_up_jax()
         for options, run_command in COMMANDS.values():
             if type(command) is options:
                 return run_command(command, argv)

@@ -17,7 +17,13 @@ from ggl_jax.types import PyTree
 SUFFIXES = (".bin", ".pt", ".pth", ".safetensors", ".npz")
 
 #: Torch's batch norms count their batches in tensors that nobody needs.
-_COUNTER = "num_batches_tracked"
+COUNTER = "num_batches_tracked"
+
+#: Entries under which checkpoints keep their tensors beside other things; the first one counts.
+_WRAPPINGS = ("state_dict", "model_state_dict", "model", "net", "module", "gradients", "update")
+
+#: What wrappers of torch modules put before all names.
+_PREFIXES = ("module.", "model.", "_orig_mod.", "net.", "network.")
 
 
 def _read_torch(path: Path) -> Any:
@@ -60,8 +66,9 @@ def as_arrays(tensors: Mapping[str, Any], *, source: str = "state_dict") -> dict
 
     Args:
         tensors: name -> array, torch tensor (on any device) or number. A checkpoint that holds its
-            tensors under an entry ``"state_dict"`` or ``"model_state_dict"`` is unwrapped, and the
-            prefix ``module.`` that torch's ``DataParallel`` gives to all names is taken off.
+            tensors under an entry ``"state_dict"``, ``"model_state_dict"``, ``"model"`` and the
+            like is unwrapped, and the prefixes that torch's wrappers give to all names
+            (``module.``, ``model.``, ``_orig_mod.``) are taken off.
         source: what to call it in errors, such as the file's path.
 
     Returns:
@@ -74,9 +81,11 @@ def as_arrays(tensors: Mapping[str, Any], *, source: str = "state_dict") -> dict
     >>> as_arrays({"state_dict": {"module.bias": [1.0, 2.0]}})
     {'bias': array([1., 2.])}
     """
-    for wrapping in ("state_dict", "model_state_dict"):
-        if isinstance(tensors, Mapping) and isinstance(tensors.get(wrapping), Mapping):
-            tensors = tensors[wrapping]
+    while isinstance(tensors, Mapping):
+        inner = [w for w in _WRAPPINGS if isinstance(tensors.get(w), Mapping)]
+        if not inner:
+            break
+        tensors = tensors[inner[0]]
     if not isinstance(tensors, Mapping) or not tensors:
         raise GGLError(
             f"{source}: holds {'no entries' if tensors == {} else type(tensors).__name__}, not "
@@ -91,9 +100,19 @@ def as_arrays(tensors: Mapping[str, Any], *, source: str = "state_dict") -> dict
                 f"{source}: entry {name!r} is no tensor ({first_line(error)}); save a plain "
                 "state_dict"
             ) from error
-    if all(name.startswith("module.") for name in arrays):
-        arrays = {name.removeprefix("module."): array for name, array in arrays.items()}
-    return arrays
+    return unprefixed(arrays)
+
+
+def unprefixed(named: Mapping[str, Any]) -> dict[str, Any]:
+    """The same values without the wrappers' prefixes that all of their names have.
+
+    >>> unprefixed({"_orig_mod.module.fc.bias": 0})
+    {'fc.bias': 0}
+    """
+    named = dict(named)
+    while named and (shared := [p for p in _PREFIXES if all(name.startswith(p) for name in named)]):
+        named = {name.removeprefix(shared[0]): value for name, value in named.items()}
+    return named
 
 
 def read(path) -> dict[str, np.ndarray]:
@@ -214,7 +233,7 @@ def convert(
            [1., 1.],
            [1., 1.]], dtype=float32)}
     """
-    arrays = {k: np.asarray(v) for k, v in tensors.items() if not k.endswith(_COUNTER)}
+    arrays = {k: np.asarray(v) for k, v in tensors.items() if not k.endswith(COUNTER)}
     check_shapes(arrays, {name: tensor.shape for name, tensor in layout.items()}, what=what)
     tree: dict[str, Any] = {}
     for name, tensor in layout.items():

@@ -100,7 +100,8 @@ class Search:
     bound: Literal["none", "tanh"] = "none"
     """tanh keeps every latent entry within (-1, 1)."""
     distance: str = "squared_l2"
-    """Distance between updates: squared_l2 or cosine."""
+    """Distance between updates: squared_l2, cosine, or scaled_l2 (to the nearest multiple of the
+    candidate's update)."""
     relative: bool = False
     """Divide distances by that of an update of zero, so that penalties weigh as much under each
     defense."""

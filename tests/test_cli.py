@@ -249,6 +249,36 @@ def test_bad_options(audit, tmp_path, capsys, arguments, words):
     assert not (tmp_path / "out").exists()  # nothing is in the corrected command's way
 
 
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        ("landscape --defense nois:1", ["nois"]),
+        ("landscape --label 7 --num-classes 2", ["label", "7"]),
+        ("reproduce table9", ["table9", "table3"]),
+        ("reproduce table3 --data DATA --images 41", ["images", "41"]),
+        ("utility --defenses clip:-4 --data DATA --batch-size 2", ["clip", "-4"]),
+        ("utility --defenses none --data DATA --batch-size 500", ["500"]),
+        ("utility --defenses none --data DATA --model nets", ["nets"]),
+        ("sweep grid.toml", ["grid.toml"]),
+        ("train-prior --data DATA --holdout 500", ["holdout", "500"]),
+        ("train-prior --data none.npz", ["none.npz"]),
+        ("sample-prior --prior nothing", ["nothing"]),
+        ("import-prior dcgan --from none.npz", ["none.npz"]),
+        ("attack --gradient none.npz --weights none.npz", ["none.npz"]),
+        ("audit --adaptive true", ["adaptive", "'true'", "--no-adaptive"]),
+        ("sweep grid.toml --shard 1", ["shard", "takes no value"]),
+    ],
+)
+def test_a_rejected_command_leaves_nothing_behind(tmp_path, monkeypatch, capsys, command, words):
+    monkeypatch.chdir(tmp_path)
+    images = np.random.default_rng(0).integers(0, 256, (40, 32, 32, 3), np.uint8)
+    write_npz(tmp_path / "data.npz", images=images, labels=np.arange(40) % 2)
+    command = command.replace("DATA", "data.npz").split()
+    assert run([*command, "--out", "out"]) == 2
+    one_error_line(capsys, *words)
+    assert [path.name for path in tmp_path.iterdir()] == ["data.npz"]
+
+
 def write_npz(path, **arrays):
     np.savez(path, **arrays)
     return str(path)
@@ -340,6 +370,7 @@ def test_help_explains_every_option():
         env={**os.environ, "COLUMNS": "200"},
     )
     assert "(default: 800)" in done.stdout  # the preset's steps, not quick's
+    assert "None)" not in done.stdout  # the words say what that would be
 
 
 def test_sample_prior_and_info(prior_folder, tmp_path, capsys):

@@ -7,6 +7,7 @@ import sys
 import numpy as np
 
 from ggl_jax import files, machine
+from ggl_jax.cli import run
 
 
 def python(code, **environment):
@@ -44,6 +45,20 @@ def test_a_missing_device_is_called_so_by_every_command(tmp_path):
     assert all("JAX_PLATFORMS=cuda" in line for line in lines)
     assert "damaged" not in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_the_environment_does_not_change_results(tmp_path):
+    """Nothing in a folder would say that JAX had been set up otherwise."""
+    options = ["sample-prior", "--num", "1", "--out"]
+    assert run([*options, f"{tmp_path}/a.png"]) == 0
+    done = python(
+        f"from ggl_jax.cli import run\nrun({[*options, f'{tmp_path}/b.png']!r})",
+        JAX_ENABLE_X64="1",
+        JAX_DEFAULT_PRNG_IMPL="rbg",
+        JAX_RANDOM_SEED_OFFSET="7",
+        JAX_NUMPY_DTYPE_PROMOTION="strict",
+    )
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes(), done.stderr
 
 
 def test_where_there_is_no_flock(tmp_path):

@@ -570,3 +570,4 @@ def test_comparison_is_paired_by_image(tmp_path):
     assert run(["report", *folders, "--compare", "--out", str(path)]) == 0
     page = Page((path / "comparison.html").read_text())
     assert "+1.0 [+0.8,\N{NO-BREAK SPACE}+1.2]" in page.said
+    assert run(["report", folders[0], folders[0], "--compare", "--out", str(path)]) == 2

@@ -1,6 +1,8 @@
 """Updates from elsewhere: names and layouts of tensor files, and the attack on one."""
 
 import json
+import re
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -10,9 +12,18 @@ from PIL import Image
 
 import ggl_jax as gx
 from ggl_jax import checkpoint, trees
+from ggl_jax.adversary.losses import resolve_distance
+from ggl_jax.adversary.scale import read_scale
 from ggl_jax.cli import run
 from ggl_jax.client.gradients import gradient
-from ggl_jax.client.updates import read_update, read_variables
+from ggl_jax.client.updates import (
+    normalised,
+    read_part,
+    read_update,
+    read_variables,
+    shared_part,
+    whole,
+)
 from ggl_jax.priors import dcgan
 
 
@@ -83,7 +94,7 @@ def test_a_flax_update_is_mapped_by_path(tmp_path, tiny_variables, form):
         read_update(named | {"extra": np.zeros(1)}, tiny_variables["params"])
     with pytest.raises(gx.GGLError, match="instead of"):
         read_update(named | {name: np.zeros(1)}, tiny_variables["params"])
-    with pytest.raises(gx.GGLError, match="NaN"):
+    with pytest.raises(gx.GGLError, match="finite"):
         read_update(named | {name: named[name] * np.nan}, tiny_variables["params"])
 
 
@@ -151,8 +162,220 @@ def test_the_server_averages_restarts_where_it_was_asked_to(
     assert np.max(np.abs(found["best"] - found["mean"])) > 0.05
 
 
-def test_the_command(tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "cache"))
+@pytest.fixture(scope="module")
+def leaked(tiny_model, tiny_variables, tiny_images):
+    """The gradient of the first tiny image, of class 2."""
+    return gradient(tiny_model, tiny_variables, tiny_images[:1], jnp.asarray([2]))
+
+
+@pytest.fixture
+def scale_of(tiny_model, tiny_variables, tiny_prior, tiny_prior_params):
+    def read(update, **options):
+        client = gx.Client(**options)
+        public = gx.Public(tiny_model, tiny_variables, tiny_prior, tiny_prior_params)
+        return read_scale(jax.random.key(3), public, update, client=client, undefended=True)
+
+    return read
+
+
+@pytest.mark.parametrize("factor", [1.0, 0.5, 128.0])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_the_last_layer_tells_scale_and_sign(scale_of, leaked, factor, sign):
+    found = scale_of(jax.tree.map(lambda g: sign * factor * g, leaked))
+    assert found.factor == pytest.approx(factor, rel=1e-3)
+    assert found.source == "the last layer"
+    assert found.negated == (sign < 0)
+    assert found.is_off == (factor != 1.0)
+
+
+def test_the_sign_of_two_classes(tiny_prior, tiny_prior_params):
+    model = gx.convnet(2, (8, 8, 3), width=2)
+    public = gx.Public(model, model.init(jax.random.key(0)), tiny_prior, tiny_prior_params)
+    image = jnp.full((1, 8, 8, 3), 0.3).at[:, :4].set(0.8)
+    update = gradient(model, public.variables, image, jnp.asarray([1]))
+    for sign in (1, -1):
+        own = jax.tree.map(lambda g, sign=sign: sign * g, update)
+        settings = {"client": gx.Client(), "undefended": True}
+        found = read_scale(jax.random.key(0), public, own, **settings)
+        assert (found.negated, round(found.factor, 3)) == (sign < 0, 1.0)
+
+
+def test_samples_tell_the_scale_of_batches_and_of_a_backbone(scale_of, tiny_model, leaked):
+    summed = jax.tree.map(lambda g: 100 * g, leaked)
+    found = scale_of(summed, batch_size=2)
+    assert found.source == "samples of the prior"
+    assert 30 < found.factor < 300
+    assert found.is_off
+    assert not scale_of(leaked, batch_size=2).is_off
+
+
+@pytest.mark.parametrize("shared", ["head", "backbone"])
+@pytest.mark.parametrize(
+    ("defense", "compare"),
+    [
+        ("none", "published"),
+        ("clip:0.2", "published"),
+        ("sparsify:0.5", "published"),
+        ("sparsify:0.5", "support"),
+        ("soteria:0.5", "undefended"),
+    ],
+)
+def test_what_was_not_shared_is_left_out(
+    tiny_model, tiny_variables, tiny_images, leaked, shared, defense, compare
+):
+    params, head = tiny_variables["params"], tiny_model.head
+    part = [n for n in trees.names(params) if n.startswith("Dense") == (shared == "head")]
+    made = gx.parse(defense, compare=compare)
+    if "soteria" in defense and shared == "backbone":
+        with pytest.raises(gx.GGLError, match="defends the last layer"):
+            shared_part(made.view, params, part, head)
+        return
+    if "soteria" in defense:
+        made = gx.parse(defense, fidelity="code", compare=compare)
+    own = dict(zip(trees.names(leaked), jax.tree.leaves(leaked), strict=True))
+    own = {name: own[name] for name in part}
+    context = gx.Context(tiny_model, tiny_variables, tiny_images[:1], jnp.asarray([2]))
+    sent, _ = made.apply(jax.random.key(0), own, context)
+    observed = whole(sent, params)
+    view = shared_part(made.view, params, part, head)
+    estimated = gx.estimate(view, observed, head)
+    images = jnp.stack([tiny_images[:1], tiny_images[1:]])
+    found = []
+    for method in ("direct", "auto"):
+        losses = gx.matching_loss(
+            tiny_model,
+            tiny_variables,
+            observed if view.observe is None else view.observe(estimated, observed),
+            view=view,
+            estimated=estimated,
+            speed=gx.Speed(method=method),
+        )(images, jnp.asarray([2]))
+        found.append(np.asarray(losses))
+        size = sum(float(jnp.sum(x**2)) for x in jax.tree.leaves(sent))
+        assert found[-1][0] < 1e-4 * size
+        assert found[-1][1] > 1e-3 * size
+    np.testing.assert_allclose(found[0][1], found[1][1], rtol=1e-3)
+
+
+def test_noise_is_estimated_on_what_was_shared():
+    big = {"a": {"kernel": jnp.zeros((80, 80))}, "Dense_0": {"kernel": jnp.zeros((8, 3))}}
+    noisy, _ = gx.noise(sigma=0.2).apply(jax.random.key(0), {"a/kernel": big["a"]["kernel"]}, None)
+    view = shared_part(gx.noise(sigma=1.0).view, big, ["a/kernel"], ("Dense_0",))
+    found = gx.estimate(view, whole(noisy, big), ("Dense_0",))
+    assert float(found["sigma"]) == pytest.approx(0.2, rel=0.05)
+
+
+def test_the_scaled_distance_is_that_of_the_best_multiple(tiny_model, tiny_variables, tiny_images):
+    rng = np.random.default_rng(0)
+    y, g = ({"a": rng.normal(size=9), "b": rng.normal(size=4)} for _ in range(2))
+    g = jax.tree.map(lambda g, y: g + y, g, y)
+    chosen = resolve_distance("scaled_l2")
+    tries = [sum(np.sum((y[n] - s * g[n]) ** 2) for n in y) for s in np.linspace(0, 2, 20001)]
+    assert float(chosen.between(g, y)) == pytest.approx(min(tries), rel=1e-5)
+    away = jax.tree.map(lambda y: -y, y)
+    assert float(chosen.between(away, y)) == pytest.approx(sum(np.sum(v**2) for v in y.values()))
+    # Through the fused loss: any multiple of the private image's update is at distance 0.
+    update = gradient(tiny_model, tiny_variables, tiny_images[:1], jnp.asarray([2]))
+    scaled = jax.tree.map(lambda g: 7.0 * g, update)
+    loss = gx.matching_loss(tiny_model, tiny_variables, scaled, distance="scaled_l2")
+    near, far = loss(jnp.stack([tiny_images[:1], tiny_images[1:]]), jnp.asarray([2]))
+    assert near < 1e-6 * far
+
+
+def test_other_normalisations(tiny_model, tiny_variables, tiny_images):
+    mean, std = np.float32([0.5, 0.4, 0.3]), np.float32([0.2, 0.3, 0.4])
+    own = normalised(tiny_model, mean, std)
+    seen = (tiny_images - mean) / std
+    expected, _ = tiny_model.apply(tiny_variables, (seen + 1) / 2)  # which it maps to [-1, 1]
+    np.testing.assert_allclose(own.apply(tiny_variables, tiny_images)[0], expected, rtol=1e-5)
+    with pytest.raises(gx.GGLError, match=r"mean: got 0\.1 0\.2, allowed: 1 or 3"):
+        normalised(tiny_model, [0.1, 0.2], [1.0])
+
+
+def test_usual_wrappings(tiny_variables):
+    params = tiny_variables["params"]
+    named = dict(zip(trees.names(params), jax.tree.leaves(params), strict=True))
+    dotted = {name.replace("/", "."): np.asarray(leaf) for name, leaf in named.items()}
+    for prefix in ("module.", "model.", "_orig_mod.", "_orig_mod.module.", "params."):
+        for key in ("state_dict", "model_state_dict", "model"):
+            wrapped = {key: {prefix + name: leaf for name, leaf in dotted.items()}, "epoch": 3}
+            assert_equal(read_update(wrapped, params), params)
+
+
+def torch_client():
+    """A ConvNet of width 4 as a torch user writes it, in training mode."""
+    torch = pytest.importorskip("torch")
+    nn = torch.nn
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            for i, (inputs, outputs) in enumerate(((3, 4), (4, 8), (8, 16)), start=1):
+                setattr(self, f"conv{i}", nn.Conv2d(inputs, outputs, 3, padding=1, bias=False))
+                setattr(self, f"bn{i}", nn.BatchNorm2d(outputs))
+            self.fc = nn.Linear(16 * 8 * 8, 3)
+
+        def forward(self, x):
+            x = torch.relu(self.bn1(self.conv1(x)))
+            x = torch.max_pool2d(torch.relu(self.bn2(self.conv2(x))), 2)
+            x = torch.max_pool2d(torch.relu(self.bn3(self.conv3(x))), 2)
+            return self.fc(x.flatten(1))
+
+    torch.manual_seed(0)
+    return torch, Net()
+
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_a_torch_training_loop(tmp_path, monkeypatch, capsys, prior_folder, steps):
+    """The README's recipe, run as it stands there, and what attack makes of its files."""
+    torch, model = torch_client()
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    recipe = next(b for b in re.findall(r"```python\n(.*?)```", readme, re.S) if "backward" in b)
+    assert len(recipe.splitlines()) <= 10
+    pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "private.png")
+    seen = torch.tensor((pixels / 255.0 - MEAN) / STD).float().permute(2, 0, 1)[None]
+    monkeypatch.chdir(tmp_path)
+    names = {"model": model, "optimizer": torch.optim.SGD(model.parameters(), lr=0.05)}
+    exec(recipe, {**names, "loader": [(seen, torch.tensor([2]))] * steps})
+
+    net, variables = read_variables("before.pt", "convnet:width=4,batch_norm=train", (32, 32, 3))
+    net = normalised(net, MEAN, STD)
+    before, after = (read_part(file, variables["params"]) for file in ("before.pt", "after.pt"))
+    update = whole({n: (before[n] - after[n]) / 0.05 for n in before}, variables["params"])
+    image = jnp.asarray(pixels[None] / 255.0, jnp.float32)
+    client = gx.Client(local_steps=steps, local_learning_rate=0.05)
+    loss = gx.matching_loss(net, variables, update, client=client)
+    squares = sum(float(jnp.sum(x**2)) for x in jax.tree.leaves(update))
+    assert float(loss(image[None], jnp.asarray([2]))[0]) < 1e-5 * squares
+    if steps > 1:
+        return
+    command = (
+        f"attack --before before.pt --after after.pt --learning-rate 0.05 --prior {prior_folder}"
+    )
+    command += " --model convnet:width=4,batch_norm=train --steps 2 --restarts 1 --pool 0"
+    command += f" --refine none --mean {' '.join(map(str, MEAN))} --std {' '.join(map(str, STD))}"
+    assert run([*command.split(), "--out", "out"]) == 0
+    result = json.loads((tmp_path / "out" / "result.json").read_text())
+    assert result["labels"] == [2]
+    assert result["notes"] == []
+    capsys.readouterr()
+    # A wrong scale is said, or found.
+    assert run([*command.replace("0.05", "0.1").split(), "--out", "half"]) == 0
+    said = capsys.readouterr().out
+    assert "Note: By the last layer the client's loss was multiplied by some 0.5, not 1" in said
+    assert "Distance of updates" in said
+    options = ["--loss-scale", "auto", "--out", "auto"]
+    assert run([*command.replace("0.05", "0.1").split(), *options]) == 0
+    assert "Loss scale: 0.5, from the last layer." in capsys.readouterr().out
+
+
+@pytest.fixture(scope="module")
+def prior_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("weights") / "prior"
     prior = dcgan(width=2, latent_dim=4)
     card = {
         "name": "tiny",
@@ -161,7 +384,12 @@ def test_the_command(tmp_path, monkeypatch, capsys):
         "trained_on": [],
         "data": [],
     }
-    checkpoint.save(tmp_path / "prior", prior.init(jax.random.key(0)), card)
+    checkpoint.save(folder, prior.init(jax.random.key(0)), card)
+    return folder
+
+
+def test_the_command(tmp_path, monkeypatch, capsys, prior_folder):
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "cache"))
     model = gx.lenet(3, (32, 32, 3))
     variables = model.init(jax.random.key(1))
     image = np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)
@@ -174,7 +402,7 @@ def test_the_command(tmp_path, monkeypatch, capsys):
         "gradient": "update.npz",
         "weights": "weights.npz",
         "out": "out",
-        "prior": "prior",
+        "prior": prior_folder,
     }
     command = ["attack", "--model", "lenet", "--steps", "2", "--num-controls", "4"]
     command += ["--ceiling-steps", "2", "--optimizer", "cma_es"]
@@ -186,9 +414,12 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     assert "judged" not in result
     assert "cannot be told without it" in capsys.readouterr().out
     assert (tmp_path / "out" / "reconstruction-0.png").is_file()
-    assert run([*command, "--image", str(tmp_path / "private.png"), "--label", "2"]) == 0
-    judged = json.loads((tmp_path / "out" / "result.json").read_text())["judged"]
-    shown = np.asarray(Image.open(tmp_path / "out" / "reconstruction-0.png")) / 255.0
+    judged_too = [*command, "--image", str(tmp_path / "private.png"), "--label", "2"]
+    assert run(judged_too) == 2
+    assert "holds something else" in capsys.readouterr().err
+    assert run([*judged_too, "--out", str(tmp_path / "judged")]) == 0
+    judged = json.loads((tmp_path / "judged" / "result.json").read_text())["judged"]
+    shown = np.asarray(Image.open(tmp_path / "judged" / "reconstruction-0.png")) / 255.0
     error = np.mean((shown - image / 255.0) ** 2)
     assert judged["psnr"] == pytest.approx(-10 * np.log10(error), abs=0.05)
     assert judged["psnr_ceiling"] >= judged["psnr_control_mean"]
@@ -199,3 +430,26 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     assert not (tmp_path / "other").exists()  # found out before the search
     assert run([*command, "--model", "resnet18"]) == 2
     assert "not those of a resnet18" in capsys.readouterr().err
+    without = ["--gradient", str(tmp_path / "nothing.npz"), "--out", str(tmp_path / "other")]
+    for tensors, words in (({}, "no entries"), ({"fc/kernel": np.zeros((768, 3))}, "is zero")):
+        np.savez(tmp_path / "nothing.npz", **tensors)
+        assert run([*command, *without]) == 2
+        assert words in capsys.readouterr().err
+    after = [*command[: command.index("--gradient")], "--out", str(tmp_path / "other")]
+    after += ["--weights", str(tmp_path / "weights.npz")]
+    assert run(after) == 2
+    assert "--after with --learning-rate" in capsys.readouterr().err
+    assert run([*after, "--after", str(tmp_path / "weights.npz")]) == 2
+    assert "learning_rate" in capsys.readouterr().err
+    assert not (tmp_path / "other").exists()
+    # A frozen last layer: the labels are unknown, and searched.
+    stored = dict(np.load(tmp_path / "update.npz"))
+    frozen = {name: x for name, x in stored.items() if not name.startswith("fc")}
+    np.savez(tmp_path / "frozen.npz", **frozen)
+    options = ["--gradient", str(tmp_path / "frozen.npz"), "--out", str(tmp_path / "frozen")]
+    assert run([*command, *options]) == 0
+    said = capsys.readouterr().out
+    assert "6 of the model's 8 tensors were shared" in said
+    assert "the labels are unknown" in said
+    result = json.loads((tmp_path / "frozen" / "result.json").read_text())
+    assert not result["labels_known"]

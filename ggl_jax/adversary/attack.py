@@ -125,7 +125,8 @@ def _distance(
         reference = chosen.at_zero(tree_statistics(observed, observed))
         if chosen.scales is None:  # else the distance is relative by itself
             squares = sum(jnp.sum(y**2) for y in jax.tree.leaves(observed))
-            entries = sum(y.size for y in jax.tree.leaves(observed))
+            # Where nothing was shared there is no noise, either.
+            entries = sum(jnp.count_nonzero(y) for y in jax.tree.leaves(observed))
             # The estimate of the noise is off by more than what is left under strong noise.
             left = jnp.maximum(squares - entries * variance, 1e-3 * squares)
             reference = reference * left / jnp.where(squares > 0, squares, 1.0)

@@ -176,12 +176,46 @@ def cosine(*, weights: PyTree | None = None) -> Distance:
     return Distance(from_statistics, scales, from_squares, "cosine")
 
 
+def scaled_l2() -> Distance:
+    """Squared l2 distance to the nearest multiple of a candidate's update: min over s >= 0.
+
+    For updates of unknown scale, such as those of a loss that was summed or scaled. In closed form
+    s = <y, g> / |g|^2, and the distance is |y|^2 sin^2 of the angle between the two.
+
+    Edge cases:
+        |y|^2 where the candidate's update vanishes or points away.
+    """
+
+    def best(statistics):
+        inner, candidate, _ = (_weighted_sum(tree, None) for tree in statistics)
+        return jnp.maximum(inner, 0.0) / jnp.maximum(candidate, _TINY)
+
+    def from_statistics(statistics):
+        inner, _, observed = (_weighted_sum(tree, None) for tree in statistics)
+        return observed - jnp.maximum(inner, 0.0) * best(statistics)
+
+    def scales(statistics):
+        factor = best(statistics)
+        ones = jax.tree.map(jnp.ones_like, statistics.candidate)
+        return jax.tree.map(lambda one: factor * one, ones), ones
+
+    def from_squares(squares):
+        return _weighted_sum(squares, None)
+
+    return Distance(from_statistics, scales, from_squares, "scaled_l2")
+
+
 def _inverse_norm(square):
     return jax.lax.rsqrt(jnp.maximum(square, _TINY))
 
 
 #: Distance factories by name.
-DISTANCES = {"squared_l2": squared_l2, "mean_squared_l2": mean_squared_l2, "cosine": cosine}
+DISTANCES = {
+    "squared_l2": squared_l2,
+    "mean_squared_l2": mean_squared_l2,
+    "cosine": cosine,
+    "scaled_l2": scaled_l2,
+}
 
 
 def resolve_distance(distance: str | Distance) -> Distance:

@@ -4,8 +4,10 @@ Each maps images [b h w c] in [-1, 1] to logits [b k]; :mod:`ggl_jax.client.mode
 them.
 """
 
+import functools
 import math
 import os
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -16,7 +18,7 @@ from flax import linen as nn
 
 from ggl_jax import foreign
 from ggl_jax.errors import GGLError
-from ggl_jax.types import Path, PyTree
+from ggl_jax.types import PyTree
 
 # --------------------------------------------------------------------------------------------------
 # Initialisers
@@ -249,36 +251,69 @@ class ConvNet(nn.Module):
 # --------------------------------------------------------------------------------------------------
 
 
-def _torch_layout(stem: int, channels: int, num_classes: int) -> dict[str, foreign.Tensor]:
-    """Torchvision's names of a ResNet-18's arrays, for a stem of that kernel size."""
+#: How torch calls an array of a layer.
+_TORCH_NAMES = {
+    **{"kernel": "weight", "scale": "weight", "bias": "bias"},
+    **{"mean": "running_mean", "var": "running_var"},
+}
+
+
+def torch_layout(variables: PyTree) -> dict[str, foreign.Tensor]:
+    """Torch's names and axes of a built-in network's arrays.
+
+    Layers are called as here (``conv1``, ``bn1``, ``fc``), those of ResNet-18 as in torchvision
+    (``layer2.0.downsample.0``).
+
+    Args:
+        variables: of the network, or its shapes; whole collections.
+
+    Returns:
+        Name -> shape there, path in ``variables``, and how axes change. Where the last layer reads
+        flattened images of features, its inputs are reordered: torch flattens channels first.
+    """
+    leaves = jax.tree_util.tree_leaves_with_path(variables)
+    kernels = [leaf.shape for _, leaf in leaves if len(leaf.shape) == 4]
+    channels = kernels[-1][-1] if kernels else 1
+
+    def flattened(weight):
+        num_classes, features = weight.shape
+        return weight.reshape(num_classes, channels, -1).transpose(2, 1, 0).reshape(features, -1)
+
     layout: dict[str, foreign.Tensor] = {}
-
-    def put(name: str, shape: tuple[int, ...], collection: str, *path: str) -> None:
-        layout[name] = foreign.Tensor(shape, (collection, *path))
-
-    def conv(name: str, path: Path, norm: Path, features: int, inputs: int, size: int) -> None:
-        put(f"{name}.weight", (features, inputs, size, size), "params", *path, "kernel")
-        # downsample.0 is followed by downsample.1, conv1 by bn1
-        after = name[:-1] + "1" if name.endswith("0") else name.replace("conv", "bn")
-        put(f"{after}.weight", (features,), "params", *norm, "scale")
-        put(f"{after}.bias", (features,), "params", *norm, "bias")
-        put(f"{after}.running_mean", (features,), "batch_stats", *norm, "mean")
-        put(f"{after}.running_var", (features,), "batch_stats", *norm, "var")
-
-    conv("conv1", ("conv1",), ("bn1",), 64, channels, stem)
-    inputs = 64
-    for stage, features in enumerate((64, 128, 256, 512), start=1):
-        for block in range(2):
-            name, at = f"layer{stage}.{block}", f"layer{stage}_{block}"
-            conv(f"{name}.conv1", (at, "conv1"), (at, "bn1"), features, inputs, 3)
-            conv(f"{name}.conv2", (at, "conv2"), (at, "bn2"), features, features, 3)
-            if inputs != features:
-                shortcut = (at, "shortcut_conv"), (at, "shortcut_bn")
-                conv(f"{name}.downsample.0", *shortcut, features, inputs, 1)
-            inputs = features
-    put("fc.weight", (num_classes, 512), "params", "fc", "kernel")
-    put("fc.bias", (num_classes,), "params", "fc", "bias")
+    for entries, leaf in leaves:
+        path = tuple(entry.key for entry in entries)
+        layer = re.sub(r"^layer(\d)_(\d)", r"layer\1.\2", ".".join(path[1:-1]))
+        layer = layer.replace("shortcut_conv", "downsample.0").replace(
+            "shortcut_bn", "downsample.1"
+        )
+        *inner, inputs, outputs = leaf.shape if path[-1] == "kernel" else (0, *leaf.shape)
+        shape = (outputs, inputs, *inner) if path[-1] == "kernel" else leaf.shape
+        change = flattened if len(shape) == 2 and kernels else foreign.channels_last
+        layout[f"{layer}.{_TORCH_NAMES[path[-1]]}"] = foreign.Tensor(shape, path, change)
     return layout
+
+
+@functools.cache
+def _resnet18_shapes(stem: str, channels: int, num_classes: int) -> PyTree:
+    image = jax.ShapeDtypeStruct((1, 32, 32, channels), jnp.float32)
+    return jax.eval_shape(ResNet18(num_classes, stem).init, jax.random.key(0), image)
+
+
+def torchvision_names(state_dict: Mapping[str, Any]) -> dict[str, Any]:
+    """The arrays of a CIFAR ResNet-18 (``shortcut``, ``linear``) under torchvision's names.
+
+    Raises:
+        GGLError: an array is there under both.
+    """
+    arrays: dict[str, Any] = {}
+    for key, value in state_dict.items():
+        name = key.replace(".shortcut.", ".downsample.")
+        if name.startswith("linear."):
+            name = "fc." + name.removeprefix("linear.")
+        if name in arrays:
+            raise GGLError(f"state_dict: {key} is there twice, under two names")
+        arrays[name] = value
+    return arrays
 
 
 def resnet18_from_torch(state_dict: Mapping[str, Any] | str | os.PathLike) -> PyTree:
@@ -300,15 +335,10 @@ def resnet18_from_torch(state_dict: Mapping[str, Any] | str | os.PathLike) -> Py
         GGLError: the file cannot be read; or names are missing, unknown or given twice, or shapes
             are not those of a ResNet-18; the message names them.
     """
-    arrays: dict[str, Any] = {}
-    for key, value in foreign.read_or_take(state_dict).items():
-        name = key.replace(".shortcut.", ".downsample.")
-        if name.startswith("linear."):
-            name = "fc." + name.removeprefix("linear.")
-        if name in arrays:
-            raise GGLError(f"state_dict: {key} is there twice, under two names")
-        arrays[name] = value
+    arrays = torchvision_names(foreign.read_or_take(state_dict))
     stem, classifier = (np.shape(arrays.get(name, 0)) for name in ("conv1.weight", "fc.weight"))
     channels, size = stem[1:3] if len(stem) == 4 and stem[2] in (3, 7) else (3, 3)
-    layout = _torch_layout(size, channels, classifier[0] if len(classifier) == 2 else 2)
-    return jax.tree.map(jnp.asarray, foreign.convert(arrays, layout, what="a ResNet-18"))
+    num_classes = classifier[0] if len(classifier) == 2 else 2
+    shapes = _resnet18_shapes("cifar" if size == 3 else "imagenet", channels, num_classes)
+    tree = foreign.convert(arrays, torch_layout(shapes), what="a ResNet-18")
+    return jax.tree.map(jnp.asarray, tree)

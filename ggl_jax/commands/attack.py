@@ -3,16 +3,26 @@
 import dataclasses
 import shlex
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import tyro
 
-from ggl_jax import files
+from ggl_jax import files, trees
 from ggl_jax.commands import _devices
 from ggl_jax.commands._options import Preset, choice_of
 from ggl_jax.commands._shared import AuditBar, console, environment
 from ggl_jax.errors import GGLError
-from ggl_jax.spec import Client, Count, Number, Search, Speed, checked
+from ggl_jax.spec import (
+    Client,
+    Count,
+    Number,
+    Positive,
+    Search,
+    Speed,
+    checked,
+    flat,
+    replace,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,21 +34,36 @@ class AttackCommand:
     only what the server could know is reported.
     """
 
-    gradient: Path
-    """The update: a .npz, .safetensors, .pt or .pth file of named tensors, named as the model's
-    parameters (fc/kernel, ...) or as torch names a ResNet-18's (fc.weight, ...). After several
-    local steps, the sum of their gradients."""
-    weights: Path
-    """The global model's weights that the update was computed at, in a file of the same kind; of
-    torch, the whole state dict with its buffers."""
+    weights: Annotated[Path, tyro.conf.arg(aliases=("--before",))]
+    """The global model's weights that the update was computed at: a .npz, .safetensors, .pt or .pth
+    file of tensors, named as the model's parameters (fc/kernel, ...) or as in torch (fc.weight,
+    ...); of torch, the whole state dict with its buffers."""
     out: Path
     """Folder for the reconstruction and result.json."""
+    gradient: Path | None = None
+    """The update: a file of the same kind, with a gradient for each parameter that was shared (the
+    others are left out of the comparison). After several local steps, the sum of their gradients,
+    which is (before - after) / learning-rate."""
+    after: Path | None = None
+    """In place of the update, the client's weights after its training; with --learning-rate."""
+    learning_rate: Positive | None = None
+    """The client's; then also that of its local steps."""
+    loss_scale: Literal["auto"] | Positive = 1.0
+    """What the client's mean loss was multiplied by (a batch's size, where it took the sum). auto:
+    read off the last layer for one undefended image; else the size of updates of the prior's
+    samples, and candidates are compared at the scale that suits each best (scaled_l2)."""
+    mean: tuple[float, ...] = (0.5,)
+    """The client's model sees (image - mean) / std of images in [0, 1]: a number, or one for each
+    channel."""
+    std: tuple[float, ...] = (0.5,)
+    """See mean; 0.5 for both is [-1, 1]."""
     image: Path | None = None
     """The private image, to judge the result."""
     label: Number = 0
     """The private image's class; read only with --image."""
     model: str = "resnet18"
-    """Federated model: resnet18, lenet or convnet, with options as for ggl-jax audit."""
+    """Federated model: resnet18, lenet or convnet, with options as for ggl-jax audit, such as
+    resnet18:batch_norm=train for a client whose model was in training mode."""
     defense: str = "none"
     """What the client is taken to have done, e.g. clip:4; its parameters are estimated."""
     prior: str = "dcgan32_faces"
@@ -65,86 +90,201 @@ class AttackCommand:
 def defaults(argv: list[str]) -> AttackCommand:
     """The options before the user's own: the preset's search."""
     needed: Any = tyro.MISSING
-    return AttackCommand(needed, needed, needed, search=choice_of(argv).search)
+    return AttackCommand(needed, needed, search=choice_of(argv).search)
 
 
 def run(command: AttackCommand, argv: list[str]) -> int:
     """``ggl-jax attack``."""
     import jax
-    import jax.numpy as jnp
 
-    from ggl_jax import foreign
     from ggl_jax.adversary.reconstruct import expectations, reconstruct
+    from ggl_jax.client import updates
     from ggl_jax.client.defenses import parse, summary
-    from ggl_jax.client.updates import read_update, read_variables
     from ggl_jax.priors import load_prior
     from ggl_jax.types import STATUS_MESSAGES, Public, Shared
 
     command = checked(command)
+    if command.learning_rate is not None:
+        command = replace(command, local_learning_rate=command.learning_rate)
     search, client = command.search, command.client
     if command.image is not None and client.batch_size > 1:
         raise GGLError("image: judged for one image only; use --batch-size 1, or ggl-jax audit")
-    prior, prior_params, _ = load_prior(command.prior)
+    prior, prior_params, card = load_prior(command.prior)
     original = None if command.image is None else _private_image(command, prior)
-    tensors = foreign.read(command.weights)
-    model, variables = read_variables(tensors, command.model, prior.image_shape)
-    update = read_update(command.gradient, variables["params"])
+    model, variables = updates.read_variables(command.weights, command.model, prior.image_shape)
+    if (command.mean, command.std) != ((0.5,), (0.5,)):
+        model = updates.normalised(model, command.mean, command.std)
+    part = _read_part(command, variables["params"])
     statistics = None
     if command.statistics is not None:
-        statistics = read_update(command.statistics, variables.get("batch_stats", {}))
+        statistics = updates.read_update(command.statistics, variables.get("batch_stats", {}))
     defense = parse(command.defense, fidelity=search.fidelity, compare=search.compare)
-    command.out.mkdir(parents=True, exist_ok=True)
+    view = updates.shared_part(defense.view, variables["params"], list(part), model.head)
     public = Public(model, variables, prior, prior_params)
-    search_key, samples_key = (jax.random.fold_in(jax.random.key(command.seed), i) for i in (0, 1))
+    keys = [jax.random.fold_in(jax.random.key(command.seed), stream) for stream in range(3)]
+    part, scale, notes = _scaled(command, keys[2], public, part)
+    if scale["profiled"] and search.distance == "squared_l2":
+        search = replace(search, distance="scaled_l2")
+    last = "/".join(model.head)
+    known = f"{last}/kernel" in part or f"{last}/bias" in part
+    if not known:
+        # A refinement has no labels of its own to go on with.
+        search = replace(search, labels="searched", refine="none")
+        notes.append(
+            f"The update has no {last}, so the labels are unknown: they are searched with the "
+            "images, which are not refined."
+        )
+    options = {k: _plain(v) for k, v in flat(command).items() if k not in _NO_OPTIONS}
+    sources = [getattr(command, n) for n in ("weights", "gradient", "after", "image", "statistics")]
+    digests = [None if path is None else files.sha256(path) for path in sources]
+    shown = "ggl-jax " + shlex.join(argv)
+    about = {"command": shown, "environment": environment()}
+    inputs = {"files": digests, "prior": card["sha256"]}
+    files.claim(command.out, {**about, "options": options, "inputs": inputs})
+    for note in notes:
+        console.print(f"Note: {note}", markup=False, soft_wrap=True)
+    update = updates.whole(part, variables["params"])
     with AuditBar() as bar:
         (found,) = reconstruct(
-            search_key[None],
+            keys[0][None],
             public,
             [Shared(update, statistics)],
-            view=defense.view,
+            view=view,
             client=client,
             search=search,
             speed=command.speed,
-            expected=expectations(samples_key, public) if client.batch_size > 1 else None,
+            expected=expectations(keys[1], public) if client.batch_size > 1 else None,
             mesh=_devices.mesh(command.shard),
             progress=lambda phase, fraction, loss: bar(phase, 0, 1, fraction, loss),
         )
-    norm = float(sum(jnp.sum(jnp.square(leaf)) for leaf in jax.tree.leaves(update)))
+    norm = sum(float((leaf.astype(float) ** 2).sum()) for leaf in part.values())
     content = {
         "labels": found.labels.tolist(),
+        "labels_known": known,
         "defense": defense.name,
         "defense_estimated": summary(found.estimated),
         "attack": search.attack,
+        "scale": scale,
+        "shared": list(part),
+        "notes": notes,
         "loss": found.loss,
         "distance": found.distance,
         "squared_norm": norm,
         "evaluations": found.evaluations,
         "status": STATUS_MESSAGES[found.status],
         "loss_history": [float(f"{loss:.5g}") for loss in found.history],
+        **about,
     }
     for number, image in enumerate(found.images):
         files.write_png(command.out / f"reconstruction-{number}.png", image)
     lines = [
-        f"Labels inferred: {content['labels']}. Defense as estimated: "
-        f"{content['defense_estimated'] or 'no parameters'}.",
-        f"Distance of updates {found.distance:.4g}, where the update's squared norm is {norm:.4g}.",
+        f"Labels {'inferred' if known else 'that fit best'}: {content['labels']}. Defense as "
+        f"estimated: {content['defense_estimated'] or 'no parameters'}.",
+        _distance_line(found, search, norm),
     ]
-    content |= {"command": "ggl-jax " + shlex.join(argv), "environment": environment()}
+    if command.loss_scale == "auto":
+        lines.insert(0, f"Loss scale: {scale['factor']:.4g}, from {scale['source'] or 'nothing'}.")
+    _write(command, content)  # whatever becomes of the controls
     if original is not None:
-        _write(command, content)  # whatever becomes of the controls
         content["judged"] = _judge(command, found, original, public)
         scores = content["judged"]
         lines.append(
             f"PSNR {scores['psnr']:.1f} dB; mean image {scores['psnr_mean_image']:.1f}, random "
             f"sample {scores['psnr_control_mean']:.1f}, ceiling {scores['psnr_ceiling']:.1f}."
         )
+        _write(command, content)
     else:
         lines.append("Whether it shows the private image cannot be told without it (--image).")
-    _write(command, content)
     for line in lines:
         console.print(line, markup=False)
     console.print(f"Pictures and numbers: {command.out}/", markup=False, soft_wrap=True)
     return 0
+
+
+#: What does not change the result, and what the files' contents stand for.
+_NO_OPTIONS = ("out", "shard", *flat(Speed()), *("weights", "gradient", "after", "image"))
+
+
+def _plain(value: Any) -> Any:
+    return str(value) if isinstance(value, Path) else value
+
+
+def _read_part(command: AttackCommand, params) -> dict[str, Any]:
+    """The tensors that the client shared, without those that are all zero."""
+    from ggl_jax.client import updates
+
+    if (command.gradient is None) == (command.after is None):
+        raise GGLError("gradient: give --gradient, or --after with --learning-rate; one of the two")
+    if command.gradient is not None:
+        part = updates.read_part(command.gradient, params)
+    else:
+        if command.learning_rate is None:
+            raise GGLError("learning_rate: not given; --after needs the client's --learning-rate")
+        assert command.after is not None
+        after = updates.read_part(command.after, params)
+        before = updates.read_part(command.weights, params)
+        part = {name: (before[name] - after[name]) / command.learning_rate for name in after}
+    # A layer that was frozen: nothing of the image went into it.
+    shared = {name: tensor for name, tensor in part.items() if tensor.any()}
+    if not shared:
+        raise GGLError(
+            "gradient: every tensor of the update is zero; give the gradient before it is cleared, "
+            "or the weights after a step"
+        )
+    return shared
+
+
+def _scaled(command: AttackCommand, key, public, part) -> tuple[dict, dict[str, Any], list[str]]:
+    """The update of a loss that was not scaled, what is known of the scale, and what to say."""
+    from ggl_jax.adversary.scale import read_scale
+    from ggl_jax.client import updates
+
+    params, total = public.variables["params"], len(trees.names(public.variables["params"]))
+    notes = []
+    if len(part) < total:
+        notes.append(
+            f"{len(part)} of the model's {total} tensors were shared; the others are left out of "
+            "the distance."
+        )
+    found = read_scale(
+        key,
+        public,
+        updates.whole(part, params),
+        client=command.client,
+        undefended=command.defense in ("none",) or command.defense.startswith("noise"),
+        part=frozenset(part),
+    )
+    if found.negated:
+        notes.append(
+            "The update looks like minus a gradient (of the last layer's biases, too many classes "
+            "lose); an update is (before - after) / learning-rate."
+        )
+    auto = command.loss_scale == "auto"
+    factor = found.factor if command.loss_scale == "auto" else command.loss_scale
+    left = found._replace(factor=found.factor / factor)
+    if left.is_off:
+        notes.append(
+            f"By {found.source} the client's loss was multiplied by some {found.factor:.3g}, not "
+            f"{factor:g}; see --loss-scale, and --learning-rate of two checkpoints."
+        )
+    scale = {
+        "factor": float(factor),
+        "source": found.source if auto else "given",
+        "profiled": auto and found.source != "the last layer",
+    }
+    return {name: tensor / factor for name, tensor in part.items()}, scale, notes
+
+
+def _distance_line(found, search: Search, norm: float) -> str:
+    """How near the result's update came, in the unit that its search compared in."""
+    if search.compare == "likelihood" and not found.search["refined"]:
+        return f"Distance of updates {found.distance:.4g}, minus the logarithm of the likelihood."
+    if search.relative or found.search["refined"]:
+        return f"Distance of updates {found.distance:.4g}, where an update of zero has 1."
+    return (
+        f"Distance of updates {found.distance:.4g} ({search.distance}), where the update's squared "
+        f"norm is {norm:.4g}."
+    )
 
 
 def _write(command: AttackCommand, content: dict) -> None:
