@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import jax
@@ -469,6 +470,9 @@ def test_import_biggan(tmp_path, monkeypatch, tiny_weights, golden, capsys):
     assert (tmp_path / "prior" / "samples.png").is_file()
 
     capsys.readouterr()
+    assert call(*good) == 2
+    assert "prior exists" in capsys.readouterr().err
+    shutil.rmtree(tmp_path / "prior")
     assert call() == 2  # the published config has more layers
     assert "missing: generator.layers." in capsys.readouterr().err
     (tmp_path / "config.json").write_text(json.dumps(dataclasses.asdict(NARROW)))

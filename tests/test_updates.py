@@ -24,6 +24,7 @@ from ggl_jax.client.updates import (
     shared_part,
     whole,
 )
+from ggl_jax.commands.attack import AttackCommand, _scaled
 from ggl_jax.priors import dcgan
 
 
@@ -358,19 +359,31 @@ def test_a_torch_training_loop(tmp_path, monkeypatch, capsys, prior_folder, step
     )
     command += " --model convnet:width=4,batch_norm=train --steps 2 --restarts 1 --pool 0"
     command += f" --refine none --mean {' '.join(map(str, MEAN))} --std {' '.join(map(str, STD))}"
-    assert run([*command.split(), "--out", "out"]) == 0
-    result = json.loads((tmp_path / "out" / "result.json").read_text())
-    assert result["labels"] == [2]
-    assert result["notes"] == []
-    capsys.readouterr()
-    # A wrong scale is said, or found.
-    assert run([*command.replace("0.05", "0.1").split(), "--out", "half"]) == 0
-    said = capsys.readouterr().out
-    assert "Note: By the last layer the client's loss was multiplied by some 0.5, not 1" in said
-    assert "Distance of updates" in said
-    options = ["--loss-scale", "auto", "--out", "auto"]
+    # A wrong scale is found.
+    options = ["--loss-scale", "auto", "--out", "out"]
     assert run([*command.replace("0.05", "0.1").split(), *options]) == 0
     assert "Loss scale: 0.5, from the last layer." in capsys.readouterr().out
+    result = json.loads((tmp_path / "out" / "result.json").read_text())
+    assert (result["labels"], result["notes"]) == ([2], [])
+
+
+def test_a_wrong_scale_or_sign_is_said(
+    tiny_model, tiny_variables, tiny_prior, tiny_prior_params, leaked
+):
+    public = gx.Public(tiny_model, tiny_variables, tiny_prior, tiny_prior_params)
+    part = dict(zip(trees.names(leaked), map(np.asarray, jax.tree.leaves(leaked)), strict=True))
+    some = {name: tensor for name, tensor in part.items() if name.startswith("Dense")}
+
+    def notes(part, **options):
+        command = AttackCommand(Path(), Path(), **options)
+        return " ".join(_scaled(command, jax.random.key(0), public, part)[2])
+
+    assert notes(part) == notes(part, defense="clip:4") == ""
+    assert "minus a gradient" in notes({name: -tensor for name, tensor in part.items()})
+    halved = {name: 0.5 * tensor for name, tensor in part.items()}
+    assert "multiplied by some 0.5, not 1" in notes(halved)
+    assert notes(halved, loss_scale=0.5) == notes(halved, loss_scale="auto") == ""
+    assert notes(some).startswith("2 of the model's 6 tensors were shared")
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ from ggl_jax.types import Public, PyTree
 
 #: Cosine of the bias gradient and the one that the weights imply, from which they are believed.
 _FITS = 0.98
-#: Relative error of the scale that the last layer tells (weights in half precision, noise of 0.1).
+#: Relative error of the scale that the last layer tells, of weights in half precision, say.
 _CLOSE = 0.05
 
 
@@ -60,8 +60,8 @@ def read_scale(
         public: model, weights and prior.
         update: a pytree like ``variables["params"]``, zeros where nothing was shared.
         client: images and local steps behind it.
-        undefended: the update's tensors are a client's own, but for noise. Else there is nothing
-            to compare sizes with: clipping, say, scales each tensor by itself.
+        undefended: no defense changed the update. Else there is nothing to compare sizes with:
+            clipping, say, scales each tensor by itself.
         part: names of the tensors that were shared; None for all.
 
     Method: of one image and step with a bias, f = dW db / |db|^2 is the image's representation

@@ -265,7 +265,7 @@ def torch_layout(variables: PyTree) -> dict[str, foreign.Tensor]:
     (``layer2.0.downsample.0``).
 
     Args:
-        variables: of the network, or its shapes; whole collections.
+        variables: of the network, or its shapes.
 
     Returns:
         Name -> shape there, path in ``variables``, and how axes change. Where the last layer reads
@@ -281,14 +281,17 @@ def torch_layout(variables: PyTree) -> dict[str, foreign.Tensor]:
 
     layout: dict[str, foreign.Tensor] = {}
     for entries, leaf in leaves:
-        path = tuple(entry.key for entry in entries)
+        path = tuple(str(getattr(entry, "key", entry)) for entry in entries)
+        if path[-1] not in _TORCH_NAMES:
+            continue
         layer = re.sub(r"^layer(\d)_(\d)", r"layer\1.\2", ".".join(path[1:-1]))
         layer = layer.replace("shortcut_conv", "downsample.0").replace(
             "shortcut_bn", "downsample.1"
         )
         *inner, inputs, outputs = leaf.shape if path[-1] == "kernel" else (0, *leaf.shape)
         shape = (outputs, inputs, *inner) if path[-1] == "kernel" else leaf.shape
-        change = flattened if len(shape) == 2 and kernels else foreign.channels_last
+        reads_images = len(shape) == 2 and shape[1] % channels == 0
+        change = flattened if reads_images else foreign.channels_last
         layout[f"{layer}.{_TORCH_NAMES[path[-1]]}"] = foreign.Tensor(shape, path, change)
     return layout
 

@@ -236,7 +236,7 @@ def _read_part(command: AttackCommand, params) -> dict[str, Any]:
 
 def _scaled(command: AttackCommand, key, public, part) -> tuple[dict, dict[str, Any], list[str]]:
     """The update of a loss that was not scaled, what is known of the scale, and what to say."""
-    from ggl_jax.adversary.scale import read_scale
+    from ggl_jax.adversary.scale import Scale, read_scale
     from ggl_jax.client import updates
 
     params, total = public.variables["params"], len(trees.names(public.variables["params"]))
@@ -246,14 +246,16 @@ def _scaled(command: AttackCommand, key, public, part) -> tuple[dict, dict[str, 
             f"{len(part)} of the model's {total} tensors were shared; the others are left out of "
             "the distance."
         )
-    found = read_scale(
-        key,
-        public,
-        updates.whole(part, params),
-        client=command.client,
-        undefended=command.defense in ("none",) or command.defense.startswith("noise"),
-        part=frozenset(part),
-    )
+    found = Scale(1.0, "", False)
+    if "noise" not in command.defense:  # which turns signs and adds to sizes
+        found = read_scale(
+            key,
+            public,
+            updates.whole(part, params),
+            client=command.client,
+            undefended=command.defense == "none",
+            part=frozenset(part),
+        )
     if found.negated:
         notes.append(
             "The update looks like minus a gradient (of the last layer's biases, too many classes "

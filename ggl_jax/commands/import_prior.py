@@ -7,6 +7,8 @@ from typing import Annotated, Literal
 
 import tyro
 
+from ggl_jax.errors import GGLError
+
 
 @dataclasses.dataclass(frozen=True)
 class ImportPriorCommand:
@@ -46,6 +48,8 @@ def run(command: ImportPriorCommand, argv: list[str]) -> int:
     """``ggl-jax import-prior``."""
     from ggl_jax.priors import import_prior
 
+    if command.out.exists():
+        raise GGLError(f"out: {command.out} exists; choose another --out, or remove it first")
     options = dataclasses.asdict(command)
     shown = "ggl-jax " + shlex.join(argv)
     import_prior(**options, command=shown)
