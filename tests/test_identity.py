@@ -178,7 +178,7 @@ def test_programs_are_told_apart_by_their_constants(kind):
     assert one == again != two
 
 
-def test_what_cannot_be_traced_is_refused_with_a_folder_only(given, tmp_path):
+def test_what_cannot_be_told_apart_is_refused(given, tmp_path):
     def by_numpy(key, update):
         return jax.tree.map(lambda g: jnp.asarray(np.clip(np.asarray(g), -1, 1)), update)
 
@@ -188,7 +188,10 @@ def test_what_cannot_be_traced_is_refused_with_a_folder_only(given, tmp_path):
 
         return jax.tree.map(halved, update)
 
-    for function, words in ((by_numpy, "cannot be traced"), (by_callback, "calls back into")):
+    for function, words in (
+        (by_numpy, "it gives traced arrays to NumPy"),
+        (by_callback, "calls back into"),
+    ):
         own = gx.from_function(function, name="own")
         with pytest.raises(gx.GGLError, match=f"defense own: {words}"):
             gx.audit(**given, defenses=[own], out=tmp_path / "out")
