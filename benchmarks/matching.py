@@ -37,7 +37,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-SETTINGS = ("none", "noise:0.1", "clip:4", "sparsify:0.9", "soteria:0.8")
+SETTINGS = ("none", "noise:0.1", "clip:4", "sparsify:0.9", "soteria:0.8,representation=False")
 CONTESTANTS = ("torch loop", "torch vmap", "jax vmap", "ggl_jax")
 CHUNKS = (5, 10, 25, 50)
 RESULTS = Path(__file__).parent / "results"
@@ -89,7 +89,7 @@ def make_problem(folder: str, size: int, population: int, settings: list[str]) -
     np.savez(f"{folder}/images.npz", images=images[1:])
     for number, spec in enumerate(settings):
         # Soteria in the code's form: a mask on the plain gradient, which all contestants can copy.
-        defense = gx.parse(spec, fidelity="code" if spec.startswith("soteria") else "paper")
+        defense = gx.parse(spec)
         context = gx.Context(model, variables, jnp.asarray(images[0]), label)
         observed, _ = defense.apply(jax.random.key(1), update, context)
         estimated = defense.view.estimate(observed, model.head)
@@ -178,7 +178,7 @@ class JaxWorker:
         self.images = jnp.asarray(load(f"{folder}/images.npz")["images"])
         self.problems = {
             spec: (
-                gx.parse(spec, fidelity="code" if spec.startswith("soteria") else "paper"),
+                gx.parse(spec),
                 put(f"{folder}/observed{number}.npz"),
                 put(f"{folder}/estimated{number}.npz"),
             )

@@ -322,12 +322,12 @@ def their_ggl(case: Case, steps: int, folder: Path, params: dict) -> Outcome:
 
 def our_attack(name: str, model, prior, steps: int) -> Attack:
     """The attack with the published code's settings, one restart."""
-    options: dict[str, Any] = {"fidelity": "code", "restarts": 1, "steps": steps}
+    options: dict[str, Any] = {"restarts": 1, "steps": steps}
     if name == "ig":
         options["regularizer"] = f"total_variation:{TOTAL_VARIATION}"
     if name == "ggl":
         options["optimizer"] = "adam"
-    return gx.search_attack(model, prior, gx.search_of("paper", name, **options))
+    return gx.search_attack(model, prior, gx.search_of("code", name, **options))
 
 
 def ours(attack: Attack, case: Case, steps: int, prior_params) -> Outcome:

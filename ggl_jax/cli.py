@@ -20,6 +20,7 @@ from rich.console import Console
 
 from ggl_jax import files, machine
 from ggl_jax.commands import (
+    _plugins,
     attack,
     audit,
     check,
@@ -133,7 +134,7 @@ def _parse(argv: list[str]):
         prog="ggl-jax",
         args=argv,
         description="Audit privacy defenses in federated learning: what does a defended gradient "
-        "still leak about the image behind it? Start with: ggl-jax audit",
+        "still leak about the image behind it? Start with: ggl-jax audit\n\n" + _plugins.known(),
         config=(tyro.conf.OmitArgPrefixes,),
     )
     if own and choice_of(rest).optimizer is not None:
@@ -179,7 +180,7 @@ def run(argv: list[str] | None = None) -> int:
         print(f"ggl-jax {metadata.version('ggl-jax')}")
         return 0
     try:
-        command = _parse(argv)
+        command = _parse(_plugins.load(argv))
         _set_up_jax()
         for options, run_command in COMMANDS.values():
             if type(command) is options:

@@ -676,9 +676,8 @@ def _view(what: str, view: View, model: Model, update: PyTree, known: PyTree) ->
     _tables(f"{what}: estimate gave", estimated)
     simulated = shapes(f"{what}: simulate", view.simulate, estimated, update)
     _like(f"{what}: simulate's result", simulated, update, "an update like the one it is given")
-    if view.observe is not None:
-        seen = shapes(f"{what}: observe", view.observe, estimated, update)
-        _like(f"{what}: observe's result", seen, update, "an update like the observed one")
+    if view.on_support is not None:
+        _view(f"{what}: on_support", view.on_support, model, update, known)
     if view.noise_std is not None:
         level = shapes(f"{what}: noise_std", view.noise_std, estimated)
         if jnp.shape(level) != ():

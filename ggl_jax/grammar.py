@@ -8,9 +8,10 @@ option. Parts that work together are joined by ``+``: ``clip:4+noise:0.1``.
 import inspect
 import re
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Annotated, Any
 
 from ggl_jax.errors import GGLError, did_you_mean
+from ggl_jax.spec import AtLeast, check
 
 _WORDS: dict[str, Any] = {"true": True, "false": False, "none": None}
 
@@ -138,6 +139,4 @@ def at_least(low: float, **values: Any) -> None:
         GGLError: names the argument, its value and what is allowed.
     """
     for name, value in values.items():
-        whole = not isinstance(value, bool) and hasattr(value, "__index__")
-        if not whole or value < low:
-            raise GGLError(f"{name}: got {value!r}, allowed: whole numbers of at least {low:g}")
+        check(name, value, Annotated[int, AtLeast(low)])

@@ -5,19 +5,31 @@ dictionary is what ``config.json`` holds. An option is one field here.
 """
 
 import dataclasses
+import functools
+import inspect
+import itertools
 import math
 import types
 import typing
-from collections.abc import Iterator, Mapping
-from typing import Annotated, Any, Literal, NamedTuple
+from collections.abc import Callable, Iterator, Mapping
+from typing import Annotated, Any, Literal, NamedTuple, ParamSpec, TypeVar
 
-from ggl_jax.errors import GGLError, did_you_mean
+import numpy as np
+
+from ggl_jax.errors import GGLError, about, did_you_mean
+
+Options = ParamSpec("Options")
+Made = TypeVar("Made")
 
 
 class AtLeast(NamedTuple):
-    """The lowest value of a whole number, beside its type: ``Annotated[int, AtLeast(1)]``."""
+    """The lowest value of a finite number, beside its type: ``Annotated[int, AtLeast(1)]``.
 
-    low: int
+    ``below``, if given, must not be reached: ``Annotated[float, AtLeast(0, below=1)]``.
+    """
+
+    low: float
+    below: float = math.inf
 
 
 class Above(NamedTuple):
@@ -29,6 +41,7 @@ class Above(NamedTuple):
 Count = Annotated[int, AtLeast(1)]
 Number = Annotated[int, AtLeast(0)]
 Positive = Annotated[float, Above(0.0)]
+Share = Annotated[float, AtLeast(0.0, below=1.0)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,8 +92,9 @@ class Search:
     gradients), gi (GradInversion), with the options below as its authors published them."""
     space: Literal["latents", "pixels"] = "latents"
     """What is searched: the prior's latents, or pixels, without a prior."""
-    labels: Literal["inferred", "searched"] = "inferred"
-    """Whether labels are read off the update, or searched with the images."""
+    labels: Literal["inferred", "smallest", "searched"] = "inferred"
+    """Whether labels are read off the update (inferred: counts of each class; smallest, the
+    published code's: the classes of smallest row sums, each once), or searched with the images."""
     adaptive: bool = True
     """Whether candidates' gradients go through the estimated defense before they are compared
     (published: for ggl, not for the baselines)."""
@@ -100,18 +114,20 @@ class Search:
     bound: Literal["none", "tanh"] = "none"
     """tanh keeps every latent entry within (-1, 1)."""
     distance: str = "squared_l2"
-    """Distance between updates: squared_l2, cosine, or scaled_l2 (to the nearest multiple of the
-    candidate's update)."""
+    """Distance between updates: squared_l2, mean_squared_l2 (over the tensors), cosine, scaled_l2
+    (to the nearest multiple of the candidate's update), or likelihood (squared_l2 over twice the
+    estimated noise's variance, where there is noise)."""
     relative: bool = False
     """Divide distances by that of an update of zero, so that penalties weigh as much under each
     defense."""
-    compare: Literal["published", "support", "undefended", "likelihood"] = "published"
-    """What is compared: published; support (sparsified updates on the entries that were shared);
-    undefended (Soteria's layer left out); likelihood (of the estimated noise)."""
+    support: bool = False
+    """Adaptive searches compare sparsified updates without noise on the entries that were shared,
+    not on each candidate's own largest (published)."""
     regularizer: str = "kld:0.1"
-    """Penalties on the candidate, as name:weight joined by +, or none. Names: kld, norm,
-    gaussian, total_variation, l2, group (consistency of the restarts), batch_norm (distance to the
-    shared statistics, or else to the model's running ones)."""
+    """Penalties on the candidate, as name:weight joined by +, or none. Names: kld, norm (kld_mean,
+    norm_score in the published code), gaussian, total_variation, l2, group (consistency of the
+    restarts), batch_norm (distance to the shared statistics, or else to the model's running ones).
+    """
     finalists: Number = 0
     """So many of the restarts go on by adam, for final-steps; 0 for none."""
     final_steps: Count = 100
@@ -124,8 +140,6 @@ class Search:
     noise, which pixels would fit)."""
     refine_steps: Count = 300
     """Steps of the refinement."""
-    fidelity: Literal["paper", "code"] = "paper"
-    """Where the paper and its published code differ: follow the paper, or the code."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -217,10 +231,30 @@ def check(name: str, value: Any, hint: Any) -> Any:
     Raises:
         GGLError: names the option, the value and what is allowed.
     """
-    found = _fit(value, hint)
+    found = _fit(value.item() if isinstance(value, np.generic) else value, hint)
     if found is _NO:
         raise GGLError(f"{name}: got {value!r}, allowed: {allowed(hint)}")
     return found
+
+
+def ranged(factory: Callable[Options, Made]) -> Callable[Options, Made]:
+    """A factory whose options are checked by their annotations, as :func:`check` does.
+
+    >>> ranged(lambda *, size: size)(size=3)
+    3
+    """
+    hints = typing.get_type_hints(factory, include_extras=True)
+    signature = inspect.signature(factory)
+
+    @functools.wraps(factory)
+    def make(*args: Options.args, **options: Options.kwargs) -> Made:
+        given = signature.bind(*args, **options)
+        with about(factory.__name__):
+            for name, value in given.arguments.items():
+                given.arguments[name] = check(name, value, hints.get(name, Any))
+        return factory(*given.args, **given.kwargs)
+
+    return make
 
 
 _NO = object()
@@ -232,9 +266,9 @@ def _fit(value: Any, hint: Any) -> Any:
         found, bound = _fit(value, args[0]), args[1]
         if found is _NO or not isinstance(bound, AtLeast | Above):
             return found
-        low = isinstance(bound, AtLeast)
-        fits = found >= bound.low if low else bound.low < found < math.inf
-        return found if fits else _NO
+        if isinstance(bound, AtLeast):
+            return found if bound.low <= found < bound.below else _NO
+        return found if bound.low < found < math.inf else _NO
     if origin in (typing.Union, types.UnionType):
         return next((one for arg in args if (one := _fit(value, arg)) is not _NO), _NO)
     if origin is Literal:
@@ -261,9 +295,10 @@ def allowed(hint: Any) -> str:
     """
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin is Annotated and isinstance(args[1], AtLeast):
-        return f"whole numbers of at least {args[1].low}"
+        below = f" and below {args[1].below:g}" if args[1].below < math.inf else ""
+        return f"{allowed(args[0])} of at least {args[1].low:g}{below}"
     if origin is Annotated and isinstance(args[1], Above):
-        return f"numbers above {args[1].low:g}"
+        return f"{allowed(args[0])} above {args[1].low:g}"
     if origin is Annotated:
         return allowed(args[0])
     if origin is Literal:
@@ -285,10 +320,4 @@ def options_of(kind: type) -> dict[str, Any]:
 
 def combinations(axes: Mapping[str, typing.Sequence[Any]]) -> Iterator[dict[str, Any]]:
     """Every combination of the axes' values, the last axis fastest."""
-    names = list(axes)
-    if not names:
-        yield {}
-        return
-    for value in axes[names[0]]:
-        for rest in combinations({name: axes[name] for name in names[1:]}):
-            yield {names[0]: value, **rest}
+    return (dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values()))

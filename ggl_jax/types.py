@@ -155,9 +155,8 @@ class View(NamedTuple):
         rewire: ``rewire(estimated, variables, head) -> variables`` at which candidates' gradients
             are taken, for a defense that changes the forward pass (Soteria on the representation);
             None where they are the shared ones.
-        observe: ``observe(estimated, update) -> update``: the part of the observed update that
-            candidates are compared with, where the simulation leaves something out that the client
-            shared (Soteria's layer); None where all of it is compared.
+        on_support: the view that compares candidates on the entries that were shared, whatever
+            the defense would have left of them (sparsification); None where there is no such other.
         adds_noise: whether the shared update holds noise that no candidate can explain. The mean
             of several reconstructions then says more than the best by loss.
         noise_std: ``noise_std(estimated)``, the standard deviation of that noise on every entry;
@@ -169,9 +168,13 @@ class View(NamedTuple):
     simulate: Callable
     factor: Callable | None = None
     rewire: Callable | None = None
-    observe: Callable | None = None
+    on_support: "View | None" = None
     adds_noise: bool = False
     noise_std: Callable | None = None
+
+    def comparing(self, support: bool) -> "View":
+        """The view that compares on the support where that is wanted and there is one."""
+        return self.on_support if support and self.on_support is not None else self
 
 
 class Facts(NamedTuple):

@@ -65,12 +65,13 @@ def test_published_settings():
     other = search_of("paper", "ig", "cma_es", steps=5, adaptive=True)
     assert (other.steps, other.adaptive, other.optimizer) == (5, True, "cma_es")
     # The published code of GGL: D1 over the number of tensors but for Adam, which starts at noise.
-    code = search_of(fidelity="code")
+    code = search_of("code")
     assert (code.distance, code.optimizer, code.steps) == ("mean_squared_l2", "cma_es:18", 2222)
-    assert search_of(optimizer="cma_es:50", fidelity="code").optimizer == "cma_es"
-    adam = search_of(optimizer="adam", fidelity="code")
+    assert search_of("code", optimizer="cma_es:50").optimizer == "cma_es"
+    assert (code.regularizer, code.labels) == ("kld_mean:0.1", "smallest")
+    adam = search_of("code", optimizer="adam")
     assert (adam.start, adam.distance, adam.steps) == ("normal", "squared_l2", 2500)
-    assert search_of("paper", "dlg", fidelity="code").distance == "squared_l2"
+    assert search_of("code", "dlg").distance == "squared_l2"
     assert search_of(optimizer="adam").start == "zeros"
     for wrong, words in (
         ({"attack": "idgl"}, "did you mean 'idlg'"),
@@ -92,9 +93,6 @@ def test_presets_change_what_they_name():
     named = search_of("quick", optimizer="adam:0.05,signed=True")
     assert named.optimizer == "adam:0.05,schedule=ramp"
     assert search_of("quick", optimizer="turbo").optimizer == "turbo"
-    # Without a simulation there is nothing that a comparison of its result could change.
-    assert search_of("quick").compare == "support"
-    assert search_of("quick", adaptive=False).compare == "published"
 
 
 @pytest.mark.parametrize("name", [name for name in ATTACKS if name != "ggl"])
@@ -187,11 +185,11 @@ def test_regularizers_by_hand():
     latents = jnp.asarray([[[1.0, 3.0]]])  # mean 2, variance 1, norm^2 10
     nothing = jnp.zeros((1, 1, 1, 1, 1))
     # KLD to N(0, 1): (variance + mean^2 - 1 - log variance) / 2, once, or for each of 2 entries.
-    for fidelity, expected in (("code", 2.0), ("paper", 4.0)):
-        found = parse_regularizer("kld", fidelity=fidelity)(latents, nothing)
+    for name, expected in (("kld_mean", 2.0), ("kld", 4.0)):
+        found = parse_regularizer(name)(latents, nothing)
         np.testing.assert_allclose(found, [expected], rtol=1e-6)
     np.testing.assert_allclose(parse_regularizer("norm:0.5")(latents, nothing), [0.5 * 8.0**2])
-    code = parse_regularizer("norm:0.5", fidelity="code")
+    code = parse_regularizer("norm_score:0.5")
     np.testing.assert_allclose(code(latents, nothing), [0.5 * 9.0**2])
     assert not jax.grad(lambda z: code(z, nothing)[0])(latents).any()
     # [-1, 1]: vertical differences 0.4 and 0.4, horizontal 0.8 and 0.8.
@@ -217,9 +215,9 @@ def test_group_consistency():
 
 def test_likelihood_scales_by_the_noise(model, variables, tiny_images, tiny_prior):
     defense, problem = problem_of(model, variables, tiny_images[0], 1, "clip:1+noise:0.05")
-    options = {"optimizer": "adam", "steps": 1, "restarts": 1, "distance": "squared_l2"}
+    options = {"optimizer": "adam", "steps": 1, "restarts": 1}
     losses = []
-    for likelihood in (False, True):
+    for distance in ("squared_l2", "likelihood"):
         attack = attack_of(
             "ig",
             model,
@@ -227,7 +225,7 @@ def test_likelihood_scales_by_the_noise(model, variables, tiny_images, tiny_prio
             view=defense.view,
             regularizer="none",
             **options,
-            compare="likelihood" if likelihood else "published",
+            distance=distance,
         )
         key = jax.random.key(0)
         state = attack.init(key, problem, pixels_of(tiny_images[None, 1:]))
@@ -394,15 +392,7 @@ def test_every_option_of_an_optimizer_is_reachable(model, tiny_prior):
         assert gx.search_attack(model, tiny_prior, gx.Search(optimizer=text)).name == "ggl"
 
 
-def test_comparisons_need_what_they_change(model, tiny_prior):
-    for compare in ("support", "undefended"):
-        search = gx.search_of("paper", "ig", compare=compare)
-        with pytest.raises(GGLError, match=f"compare: '{compare}'.*--adaptive"):
-            gx.make_stages(search, model, tiny_prior, gx.parse("none").view)
-        search = dataclasses.replace(search, adaptive=True)
-        assert gx.make_stages(search, model, tiny_prior, gx.parse("none").view)
-    with pytest.raises(GGLError, match=r"compare: 'likelihood'.*--distance squared_l2"):
-        attack_of("ig", model, tiny_prior, compare="likelihood")
+def test_stages_need_what_they_work_on(model, tiny_prior):
     with pytest.raises(GGLError, match="local_steps: soteria"):
         gx.make_stages(
             gx.Search(),
@@ -416,25 +406,6 @@ def test_comparisons_need_what_they_change(model, tiny_prior):
             gx.make_stages(
                 gx.Search(**{name: 0}), model, tiny_prior, gx.parse("none").view
             )  # fmt: skip
-
-
-@pytest.mark.parametrize("fidelity", ["paper", "code"])
-def test_soteria_undefended_fits_the_private_image(
-    fidelity, model, variables, tiny_images, tiny_prior
-):
-    defense = gx.parse("soteria:0.5", fidelity=fidelity, compare="undefended")
-    images, labels = tiny_images[:1], jnp.asarray([1])
-    update = gx.gradient(model, variables, images, labels)
-    context = gx.Context(model, variables, images, labels)
-    for chained in (defense, gx.chain(defense, gx.parse("none"))):
-        observed, _ = chained.apply(jax.random.key(1), update, context)
-        estimated = chained.view.estimate(observed, model.head)
-        problem = Problem(observed, variables, {}, labels, estimated)
-        attack = attack_of("gi", model, tiny_prior, view=chained.view, adaptive=True, steps=1)
-        # The defended layer is left out on both sides, so the truth is at distance 0.
-        at_truth = attack.distances(problem, images[:, None], labels)
-        elsewhere = attack.distances(problem, tiny_images[1:2, None], labels)
-        assert float(at_truth[0]) < 1e-6 * float(elsewhere[0])
 
 
 def test_refinement_keeps_the_attacks_distance(model, variables, tiny_images, tiny_prior):

@@ -402,10 +402,10 @@ def test_bad_layers():
         ([], "at least one layer"),
         ([fc | {"colour": 1}], "unknown colour"),
         ([{"name": "a"}], "with a kind"),
-        ([fc | {"kind": "pool"}], "kind='pool' must be one of dense"),
-        ([fc | {"features": 0}], "features=0"),
-        ([fc | {"activation": "gelu"}], "activation='gelu'"),
-        ([fc | {"name": ""}, image | out], "name=''"),
+        ([fc | {"kind": "pool"}], "kind: got 'pool', allowed: dense"),
+        ([fc | {"features": 0}], "features: got 0"),
+        ([fc | {"activation": "gelu"}], "activation: got 'gelu'"),
+        ([fc | {"name": ""}, image | out], "name: got ''"),
         ([fc, image], "last activation is ''"),
         ([fc, image | {"shape": [3, 2, 3]} | out], "do not fill"),
         ([fc | out], "shape [12]"),
@@ -418,7 +418,7 @@ def test_bad_layers():
         one_line(error, words)
     with pytest.raises(GGLError, match="latents='cauchy'"):
         convolutional([fc, image | out], latent_dim=4, latents="cauchy")
-    with pytest.raises(GGLError, match="latent_dim=0"):
+    with pytest.raises(GGLError, match="latent_dim: got 0"):
         convolutional([fc, image | out], latent_dim=0)
     with pytest.raises(GGLError, match=r"missing: a\.bias; misshapen: a\.weight \[4, 12\]"):
         convolutional_from_torch({"a.weight": np.zeros((4, 12))}, [fc, image | out], latent_dim=4)

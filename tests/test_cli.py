@@ -24,7 +24,7 @@ from ggl_jax.priors import dcgan
 
 FIELDS = {
     *("image", "label_true", "label_inferred", "defense", "defense_true", "defense_estimated"),
-    *("attack", "optimizer", "fidelity", "seed", "evaluations", "seconds", "loss", "psnr", "ssim"),
+    *("attack", "optimizer", "seed", "evaluations", "seconds", "loss", "psnr", "ssim"),
     *("mse_i", "mse_r", "psnr_control_mean", "psnr_control_best", "psnr_mean_image"),
     *("psnr_ceiling", "reconstruction", "lpips", "lpips_backbone"),
 }
@@ -137,10 +137,11 @@ def test_presets_know_attacks_and_optimizers(capsys):
     assert quick.optimizer == "adam:schedule=ramp,signed=False"
     assert (quick.pool, quick.refine) == (100, "auto")
     assert search("--preset", "paper") == ATTACKS["ggl"]
+    assert search("--preset", "code").distance == "mean_squared_l2"
+    assert defaults(["--preset", "code"]).defenses[2] == "clip:4,layerwise=False"
     by_adam = search("--preset", "paper", "--optimizer", "adam")
     assert (by_adam.optimizer, by_adam.steps) == ("adam", 2500)
     assert search("--preset", "paper", "--attack", "ig").distance == "cosine"
-    assert search("--no-adaptive").compare == "published" != quick.compare
     other = search("--optimizer", "cma_es:20")
     assert (other.optimizer, other.pool, other.restarts) == ("cma_es:20", 0, 1)
     assert other.steps == 16
@@ -239,7 +240,6 @@ def test_interrupt_keeps_finished_cells(audit, tmp_path, capsys, monkeypatch):
         (["--num-classes", "0"], ["num_classes", "0"]),
         (["--label", "2147483646"], ["num_classes=2147483647", "at most"]),
         (["--defenses"], ["defenses", "none"]),
-        (["--compare", "support", "--no-adaptive"], ["compare", "--adaptive"]),
         (["--indices", "0:100:10"], ["'0:100:10'"]),
     ],
 )

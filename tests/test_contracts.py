@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 
+from ggl_jax.audit.paper import FORMS
 from ggl_jax.client.defenses import DEFENSES, parse
 from ggl_jax.client.gradients import gradient
 from ggl_jax.types import Context, Defense
@@ -40,7 +41,7 @@ def test_the_registry_is_covered():
 @pytest.mark.parametrize("spec", SPECS)
 def test_defense_contract(spec, fidelity, shared):
     update, context = shared
-    defense = parse(spec, fidelity=fidelity)
+    defense = parse(FORMS[fidelity](spec))
     assert isinstance(defense, Defense)
     assert list(inspect.signature(defense.apply).parameters) == ["key", "update", "context"]
     head = context.model.head

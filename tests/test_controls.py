@@ -225,9 +225,9 @@ def test_nan_is_not_hidden():
     [
         ({}, (8, 8, 3), r"image of shape \[8, 8, 3\]; prior grey needs \[12, 12, 3\]"),
         ({}, (1, *SHAPE), "image of shape"),
-        ({"num_samples": 0}, SHAPE, "num_samples=0"),
-        ({"num_mean_samples": 0}, SHAPE, "num_mean_samples=0"),
-        ({"chunk_size": 0}, SHAPE, "chunk_size=0"),
+        ({"num_samples": 0}, SHAPE, "num_samples: got 0"),
+        ({"num_mean_samples": 0}, SHAPE, "num_mean_samples: got 0"),
+        ({"chunk_size": 0}, SHAPE, "chunk_size: got 0"),
         ({"ceiling_steps": 0}, SHAPE, "steps=0"),
     ],
 )

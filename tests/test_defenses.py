@@ -17,11 +17,14 @@ from ggl_jax import selection, trees
 from ggl_jax.adversary.estimation import noise_level
 from ggl_jax.adversary.stages import combines, make_stages
 from ggl_jax.audit import privacy
+from ggl_jax.audit.paper import FORMS
 from ggl_jax.client import defenses
 from ggl_jax.client.defenses import (
+    IN_CODE,
     chain,
     clip,
     from_function,
+    in_code,
     noise,
     none,
     parse,
@@ -69,7 +72,7 @@ def observe(client):
 
     @functools.cache
     def observe(spec, fidelity="paper"):
-        defense = parse(spec, fidelity)
+        defense = parse(FORMS[fidelity](spec))
 
         @jax.jit
         def both_sides(key, update):
@@ -115,7 +118,7 @@ def group(golden, name):
 def test_matches_torch(golden, name, fidelity):
     value = float(golden["bound"] if name == "clip" else golden["rate"])
     # 0.8 is stored in float32; the layer counts must come out of the decimal number.
-    defense = parse(f"{name}:{round(value, 6)}", fidelity)
+    defense = parse(FORMS[fidelity](f"{name}:{round(value, 6)}"))
     actual = jax.jit(lambda g: defense.apply(None, g, None)[0])(group(golden, "gradient"))
     assert_trees(actual, group(golden, f"{name}_{fidelity}"), rtol=2e-6)
 
@@ -125,7 +128,7 @@ def test_noise_has_torchs_distribution(golden, fidelity, sigma):
     expected = np.concatenate(
         [v.ravel() for v in jax.tree.leaves(group(golden, f"noise_{fidelity}"))]
     )
-    defense = noise(fidelity=fidelity)
+    defense = noise(sigma=sigma)
     actual, record = defense.apply(jax.random.key(1), {"w": jnp.zeros(20_000)}, None)
     actual = actual["w"]
     assert record["sigma"] == np.float32(sigma)
@@ -152,7 +155,7 @@ def test_jacobian_norms_match_torch(golden, golden_context, chunk_size):
 @pytest.mark.parametrize("fidelity", FIDELITIES)
 def test_soteria_matches_torch(golden, golden_context, fidelity):
     c = golden_context
-    defense = soteria(rate=0.8, fidelity=fidelity)
+    defense = soteria(rate=0.8, representation=fidelity == "paper")
 
     @jax.jit
     def run(variables):
@@ -181,7 +184,7 @@ def tensors(size):
 
 @functools.cache
 def compiled(spec, fidelity):
-    return jax.jit(lambda g: parse(spec, fidelity).apply(None, g, None)[0])
+    return jax.jit(lambda g: parse(FORMS[fidelity](spec)).apply(None, g, None)[0])
 
 
 def norm(x):
@@ -227,19 +230,22 @@ def test_sparsify_code_is_numpys_percentile(rate, g):
 def test_sparsify_never_empties_a_tensor_and_meets_its_count_among_equals():
     tensors = {"one": jnp.ones(1), "tied": jnp.ones(10), "silent": jnp.zeros(10)}
     for fidelity in FIDELITIES:
-        after = sparsify(rate=0.9, fidelity=fidelity).apply(None, tensors, None)[0]
+        after = sparsify(rate=0.9, percentile=fidelity == "code").apply(None, tensors, None)[0]
         np.testing.assert_array_equal(after["one"], [1])
         assert float(jnp.sum(after["tied"])) == 1
         assert not jnp.any(after["silent"])
 
 
-def test_defaults_are_the_papers_and_the_codes():
-    for fidelity, expected in (
-        ("paper", ["noise:0.1", "clip:4", "sparsify:0.9", "soteria:0.8"]),
-        ("code", ["noise:0.01", "clip:4", "sparsify:0.2", "soteria:0.1"]),
-    ):
-        names = [parse(kind, fidelity).name for kind in ("noise", "clip", "sparsify", "soteria")]
-        assert names == expected
+def test_defaults_are_the_papers():
+    names = [parse(kind).name for kind in ("noise", "clip", "sparsify", "soteria")]
+    assert names == ["noise:0.1", "clip:4", "sparsify:0.9", "soteria:0.8"]
+
+
+def test_the_codes_forms_are_options_of_every_defense_that_has_one():
+    assert in_code("clip:4+noise:0.1") == "clip:4,layerwise=False+noise:0.1"
+    assert in_code("soteria + none") == "soteria:representation=False+none"
+    for name, form in IN_CODE.items():
+        assert parse(in_code(name)).name == f"{parse(name).name},{form}"
 
 
 @pytest.mark.parametrize("sigma", [1e-3, 0.1, 2.0])
@@ -354,7 +360,7 @@ def test_vmap_of_one_is_the_single_call(client, observe, spec, fidelity):
 def test_factored_form_is_the_simulation(update, observe, spec, fidelity):
     if spec == "clip:0.4+soteria:0.5" and fidelity == "paper":
         with pytest.raises(GGLError, match="must come first"):
-            parse(spec, fidelity)
+            parse(FORMS[fidelity](spec))
         return
     defense, _, estimated, _ = observe(spec, fidelity)
     factored = None if defense.view.factor is None else defense.view.factor(estimated)
@@ -527,7 +533,8 @@ def test_from_function(client):
         ("clip:4.0 + noise:1e-1", "clip:4+noise:0.1"),
         ("noise:1e+2", "noise:100"),
         ("soteria:rate=0.5,chunk_size=8", "soteria:0.5"),
-        ("clip:3,fidelity=code", "clip:3,fidelity=code"),
+        ("clip:3,layerwise=false", "clip:3,layerwise=False"),
+        ("clip:3,layerwise=True", "clip:3"),
     ],
 )
 def test_parse(spec, name):
@@ -535,32 +542,34 @@ def test_parse(spec, name):
     assert parse(parse(spec).name).name == name
 
 
-def test_parse_passes_the_fidelity_on(update):
-    assert parse("noise", "code").name == "noise:0.01"
-    layerwise, whole = (parse("clip:0.1", f).apply(None, update, None)[0] for f in FIDELITIES)
+def test_clip_bounds_each_tensor_or_the_whole(update):
+    specs = ("clip:0.1", "clip:0.1,layerwise=False")
+    layerwise, whole = (parse(spec).apply(None, update, None)[0] for spec in specs)
     assert float(trees.total(trees.sq_norms(layerwise))) > 2 * 0.01
     assert float(trees.total(trees.sq_norms(whole))) == pytest.approx(0.01, rel=1e-4)
-    assert_trees(parse("clip:0.1,fidelity=code").apply(None, update, None)[0], whole)
 
 
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("nois:0.1", "did you mean 'noise'.*known: none, noise, clip, sparsify, soteria"),
-        ("", "known: none"),
-        ("clip:4+", "known: none"),
-        ("noise:-0.1", r"noise: sigma=-0.1 is out of range; give a number at least 0 and finite"),
-        ("noise:nan", "sigma=nan is out of range"),
-        ("noise:inf", "sigma=inf is out of range"),
-        ("clip:0", "clip: bound=0 is out of range; give a number greater than 0"),
-        ("sparsify:1", "rate=1 is out of range; give a number at least 0 and below 1"),
-        ("soteria:1.5", "rate=1.5 is out of range"),
-        ("soteria:0.8,chunk_size=0", "chunk_size=0 is out of range; give an integer >= 1"),
-        ("clip:four", "bound='four' is out of range"),
-        ("clip:norm=4", "'norm=4' is not understood; clip takes bound, fidelity"),
-        ("clip:4,bound=5", "'bound=5' is not understood"),
-        ("none:1", "none takes no arguments"),
-        ("clip:4,fidelity=exact", "fidelity='exact' is unknown; give 'paper'"),
+        ("nois:0.1", "allowed: none, noise, clip, sparsify, soteria; did you mean 'noise'"),
+        ("", "got '', allowed: none"),
+        ("clip:4+", "got '', allowed: none"),
+        ("noise:-0.1", "noise: sigma: got -0.1, allowed: numbers of at least 0"),
+        ("noise:nan", "sigma: got nan"),
+        ("noise:inf", "sigma: got inf"),
+        ("clip:0", "clip: bound: got 0, allowed: numbers above 0"),
+        ("sparsify:1", "rate: got 1, allowed: numbers of at least 0 and below 1"),
+        ("soteria:1.5", "rate: got 1.5"),
+        (
+            "soteria:0.8,chunk_size=0",
+            "chunk_size: got 0, allowed: whole numbers of at least 1",
+        ),
+        ("clip:four", "bound: got 'four'"),
+        ("clip:norm=4", r"'norm=4' in .* is not understood; clip takes bound, layerwise"),
+        ("clip:4,bound=5", r"'bound=5' in .* is not understood"),
+        ("none:1", "none has no options"),
+        ("clip:4,layerwise=exact", "layerwise: got 'exact', allowed: True or False"),
         ("noise:0.1+soteria:0.8", "must come first in a chain"),
     ],
 )
@@ -629,38 +638,32 @@ def test_selection_among_equals(copies):
 
 def test_support_compares_what_was_shared(client):
     context, update = client
-    defense = parse("sparsify:0.5", compare="support")
+    defense = parse("sparsify:0.5")
+    view = defense.view.comparing(support=True)
+    assert defense.view.comparing(support=False) is defense.view
     observed, _ = defense.apply(None, update, context)
-    estimated = defense.view.estimate(observed, context.model.head)
+    estimated = view.estimate(observed, context.model.head)
     other = jax.tree.map(lambda g: g + 1.0, update)
-    simulated = defense.view.simulate(estimated, other)
+    simulated = view.simulate(estimated, other)
     assert_trees(simulated, jax.tree.map(lambda g, y: jnp.where(y != 0, g, 0), other, observed))
-    assert_trees(defense.view.simulate(estimated, update), observed)
-    mask = defense.view.factor(estimated).mask
+    assert_trees(view.simulate(estimated, update), observed)
+    mask = view.factor(estimated).mask
     assert_trees(simulated, jax.tree.map(jnp.multiply, mask, other))
     # Under noise no entry is zero: candidates then select their own.
-    noisy = parse("sparsify:0.5+noise:0.1", compare="support")
-    assert "layer_counts" in noisy.view.estimate(observed, context.model.head)[0]
-
-
-def test_undefended_leaves_the_last_kernel_out(client):
-    context, update = client
-    defense = parse("soteria:0.5", fidelity="code", compare="undefended")
-    estimated = defense.view.estimate(defense.apply(None, update, context)[0], context.model.head)
-    simulated = defense.view.simulate(estimated, update)
-    head = "/".join((*context.model.head, "kernel"))
-    for name, before, after in zip(
-        trees.names(update), jax.tree.leaves(update), jax.tree.leaves(simulated), strict=True
-    ):
-        np.testing.assert_array_equal(after, jnp.zeros_like(before) if name == head else before)
-
-
-def test_unknown_comparison_is_named():
-    with pytest.raises(GGLError, match="compare='suport' is unknown"):
-        parse("sparsify:0.5", compare="suport")
+    noisy = parse("sparsify:0.5+noise:0.1").view
+    assert noisy.comparing(support=True) is noisy
+    # Of a chain, the other stages are simulated as ever.
+    chained = parse("sparsify:0.5+clip:0.1").view.comparing(support=True)
+    both = chained.simulate(chained.estimate(observed, context.model.head), other)
+    assert_trees(
+        both,
+        parse("clip:0.1").view.simulate(
+            parse("clip:0.1").view.estimate(observed, context.model.head), simulated
+        ),
+    )
 
 
 @pytest.mark.parametrize("spec", ["noise:none", "soteria:None", "clip:true", "sparsify:rate=false"])
 def test_a_word_is_no_strength(spec):
-    with pytest.raises(GGLError, match="out of range"):
+    with pytest.raises(GGLError, match=r"got (None|True|False)"):
         defenses.parse(spec)

@@ -7,6 +7,7 @@ import pytest
 
 from ggl_jax import trees
 from ggl_jax.adversary.estimation import check_finite, compare, estimate
+from ggl_jax.audit.paper import FORMS
 from ggl_jax.client.defenses import parse, summary
 from ggl_jax.client.defenses.clip import pooled_bound
 from ggl_jax.client.defenses.noise import core_spread, estimate_sigma
@@ -33,7 +34,7 @@ def resnet_update():
 def run_defense(resnet_update):
     def run(spec, fidelity="paper", seed=0):
         """Errors of the estimates, and the estimates."""
-        defense = parse(spec, fidelity)
+        defense = parse(FORMS[fidelity](spec))
         observed, record = jax.jit(lambda k, g: defense.apply(k, g, None))(
             jax.random.key(seed), resnet_update
         )
@@ -175,7 +176,7 @@ def test_pooled_bound_where_nothing_can_be_measured():
 
 def test_global_bound_under_noise_reports_its_error(resnet_update, add_noise):
     """Good to one per cent at sigma 1e-4; at 0.1 the noise of 11 million entries hides it."""
-    clip = parse("clip:4", "code")
+    clip = parse("clip:4,layerwise=False")
     noisy = jax.jit(
         lambda g, s: clip.view.estimate(add_noise(jax.random.key(0), g, s), HEAD, noise=s)
     )
@@ -213,7 +214,7 @@ def test_soteria_mask_is_read_off(resnet_update):
     observed = jax.tree.map(jnp.multiply, mask, resnet_update)
     silent = ~jnp.any(resnet_update["fc"]["kernel"] != 0, axis=1)
     for fidelity in ("paper", "code"):
-        found = estimate(parse("soteria:0.8", fidelity).view, observed, HEAD)
+        found = estimate(parse(FORMS[fidelity]("soteria:0.8")).view, observed, HEAD)
         row = found["mask"]["fc"]["kernel"][:, 0]
         np.testing.assert_array_equal(row, jnp.where(silent, 0, kept))
         assert float(found["rate"]) == pytest.approx(1 - float(row.mean()))

@@ -12,6 +12,7 @@ from PIL import Image
 import ggl_jax as gx
 from ggl_jax import checkpoint
 from ggl_jax.audit import landscape, metrics
+from ggl_jax.audit.cells import Inputs
 from ggl_jax.audit.run import audit
 from ggl_jax.cli import _parse, run
 from ggl_jax.client import defenses
@@ -28,12 +29,14 @@ def setting(tiny_model, tiny_prior, tiny_prior_params):
     return {"model": tiny_model, "prior": tiny_prior}, {"prior_params": tiny_prior_params}
 
 
+def inputs_of(setting, images, ids=None):
+    shared, params = setting
+    return Inputs(images[:1], [1], instance_ids=ids, **shared, **params)
+
+
 @pytest.fixture(scope="module")
 def center(setting, tiny_images):
-    shared, params = setting
-    return landscape.find_center(
-        tiny_images[0], 1, instance_id=5, seed=3, **shared, **params, **OPTIONS
-    )
+    return landscape.find_center(inputs_of(setting, tiny_images, [5]), seed=3, **OPTIONS)
 
 
 def test_the_centre_is_the_audits_result(setting, tiny_images, center):
@@ -107,13 +110,12 @@ def test_values_against_each_latents_own_gradient(setting, tiny_images, center, 
     assert json.dumps(found.summary())
 
 
-@pytest.mark.parametrize("options", [{"relative": True}, {"compare": "likelihood"}])
+@pytest.mark.parametrize("options", [{"relative": True}, {"distance": "likelihood"}])
 def test_values_are_scaled_as_the_searchs(setting, tiny_images, options):
-    shared, params = setting
+    shared, _ = setting
     settings = dataclasses.replace(SETTINGS, regularizer="none", **options)
-    center = landscape.find_center(
-        tiny_images[0], 1, defense="noise:0.01", search=settings, **shared, **params
-    )
+    inputs = inputs_of(setting, tiny_images)
+    center = landscape.find_center(inputs, defense="noise:0.01", search=settings)
     found = landscape.landscape(
         center, tiny_images[0], jax.random.key(0), prior=shared["prior"], resolution=3
     )
@@ -142,21 +144,19 @@ def test_nothing_to_correlate(setting, tiny_images, center):
 
 
 def test_bad_settings(setting, tiny_images, center):
-    shared, params = setting
+    shared, _ = setting
     for options, match in (({"resolution": 1}, "resolution: got 1"), ({"span": 0.0}, "span: got")):
         with pytest.raises(GGLError, match=match):
             landscape.landscape(
                 center, tiny_images[0], jax.random.key(0), prior=shared["prior"], **options
             )
     with pytest.raises(GGLError, match="attacks on pixels have no latents"):
-        landscape.find_center(
-            tiny_images[0], 0, search=gx.search_of("paper", "ig"), **shared, **params
-        )
+        landscape.find_center(inputs_of(setting, tiny_images), search=gx.search_of("paper", "ig"))
 
 
 def test_command_searches_as_the_quick_audit():
     command, audit = _parse(["landscape"]), _parse(["audit"])
-    for name in ("steps", "pool", "restarts", "relative", "regularizer", "compare"):
+    for name in ("steps", "pool", "restarts", "relative", "regularizer", "distance"):
         assert getattr(command.search, name) == getattr(audit.search, name)
     assert _parse(["landscape", "--optimizer", "cma_es"]).search.pool == 0
 
@@ -182,4 +182,4 @@ def test_command(tmp_path, capsys, monkeypatch):
     assert Image.open(tmp_path / "out" / "landscape.png").width > 500
     assert run([*command, "--index", "1"]) == 2
     assert run([*command, "--label", "5", "--num-classes", "2"]) == 2
-    assert "label: got 5" in capsys.readouterr().err
+    assert "labels: got 5 to 5" in capsys.readouterr().err

@@ -17,6 +17,7 @@ import ggl_jax as gx
 from ggl_jax.adversary import matching
 from ggl_jax.adversary.matching import convolve, layers, winograd
 from ggl_jax.adversary.matching.program import trace
+from ggl_jax.audit.paper import FORMS
 from ggl_jax.spec import Client, Speed
 from ggl_jax.types import Model
 
@@ -137,7 +138,7 @@ def problem(name, spec, *, batch=1, fidelity="paper", num=4):
     rng = np.random.default_rng(1)
     images = jnp.asarray(rng.random((num + 1, batch, *SHAPE)))
     labels = jnp.asarray(rng.integers(0, 3, (num + 1, batch)))
-    defense = gx.parse(spec, fidelity=fidelity)
+    defense = gx.parse(FORMS[fidelity](spec))
 
     @jax.jit
     def observe(variables, images, labels):

@@ -137,7 +137,7 @@ def test_experiments_state_what_they_are(name, half):
     for word in (f"``ggl-jax reproduce {name} ", "Command:", "Cost:"):
         assert word in kind.__doc__
     assert kind.title.startswith(f"{name[:-1].title()} {name[-1]}: ")
-    for scale in paper.SCALES:
+    for scale in ("quick", "paper"):
         for fidelity in ("paper", "code"):
             experiment = kind(scale, half, fidelity)
             with pytest.raises(dataclasses.FrozenInstanceError):
@@ -146,7 +146,8 @@ def test_experiments_state_what_they_are(name, half):
             assert len(set(runs)) == len(runs) == 2 * len(experiment.searches())
             for one in runs:
                 assert one.search.attack in ATTACKS
-                assert one.search.fidelity == fidelity
+                smallest = fidelity == "code" and one.search.attack != "dlg"
+                assert (one.search.labels == "smallest") == smallest
                 assert one.seed in (3, 4)
             # Published numbers belong to searches and defenses that are really run.
             names = {run.name for run in runs}
@@ -179,6 +180,11 @@ def test_lengths_are_the_published_ones():
     quick = of("table3", "quick")
     assert len(quick) == 7
     assert all(250 <= number <= 450 for number in quick.values())
+    # In the code's fidelity: its penalties, and its forms of the defenses.
+    assert paper.Table1(fidelity="code").searches()["D1 + R2"].regularizer == "norm_score:1e-4"
+    assert paper.Figure6().defenses == ("noise:0.1", "clip:4", "clip:4+noise:0.1")
+    whole = "clip:4,layerwise=False"
+    assert paper.Figure6(fidelity="code").defenses == ("noise:0.1", whole, f"{whole}+noise:0.1")
     # Table 1's losses: the published weights of R1.
     adam = paper.Table1().searches()
     assert (adam["D1 + R1"].distance, adam["D1 + R1"].regularizer) == ("squared_l2", "kld:0.1")
@@ -392,7 +398,7 @@ def test_every_experiment_and_half(name, half, inputs, pretended, tmp_path, monk
         assert (options.setup.data, options.setup.prior) == (inputs[1], inputs[3])
         assert (options.lpips, options.out) == ("alex", out)
         assert options.search == experiment.searches()["GGL"]
-        assert options.search.fidelity == "code"
+        assert options.search.labels == "smallest"
         return
     runs = experiment.runs(range(experiment.seeds["quick"]))
     asked = [(cell.search, cell.seed, cell.defense.name) for _, cell in pretended]
@@ -462,7 +468,7 @@ def test_imagenet_half_end_to_end(inputs, tmp_path, monkeypatch):
     text = (out / "table.md").read_text()
     assert "(0.1432)" in text
     (found,) = (json.loads(line) for line in (out / "results.jsonl").open())
-    assert (found["defense"], found["fidelity"], found["attack"]) == ("clip:4", "code", "ig")
+    assert (found["defense"], found["attack"]) == ("clip:4", "ig")
     assert found["label_inferred"] == found["label_true"] == 2
 
 

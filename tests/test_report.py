@@ -196,7 +196,7 @@ def test_check_takes_the_attack_that_got_furthest(tmp_path):
     rows = [make_row(f"w{i}", f"{i}", "none", 11.0, attack="ig") for i in range(2)]
     rows += [make_row(f"s{i}", f"{i}", "none", 16.0) for i in range(2)]
     records = make_sweep(tmp_path / "s", rows)
-    (finding,) = check(records, max_psnr_over_control=2.0)
+    (finding,) = check(records, {"gain": 2.0})
     assert finding.violated
     assert finding.worst == 5.0
     assert finding.attack == "ggl"
@@ -205,23 +205,28 @@ def test_check_takes_the_attack_that_got_furthest(tmp_path):
 @pytest.mark.parametrize(
     ("rows", "more", "options", "words"),
     [
-        ([("a", 12.0)], {}, {"max_ssim": 1}, "one image"),
-        ([("a", 12.0), ("b", 12.0)], {}, {}, "no bound"),
-        ([("a", 12.0), ("b", 12.0)], {"left": ["x"]}, {"max_ssim": 1}, "not run yet"),
-        ([("a", 12.0), ("b", 12.0)], {"failed": ["x"]}, {"max_ssim": 1}, "failed"),
+        ([("a", 12.0)], {}, {"bounds": {"ssim": 1}}, "one image"),
+        ([("a", 12.0), ("b", 12.0)], {}, {"bounds": {}}, "no bound"),
+        ([("a", 12.0), ("b", 12.0)], {"left": ["x"]}, {"bounds": {"ssim": 1}}, "not run yet"),
+        ([("a", 12.0), ("b", 12.0)], {"failed": ["x"]}, {"bounds": {"ssim": 1}}, "failed"),
         (
             [("a", 12.0), ("b", 12.0)],
             {},
-            {"max_ssim": float("nan")},
-            "max_ssim: got nan, .* 0 to 1",
+            {"bounds": {"ssim": float("nan")}},
+            "ssim=nan, .* -1 to 1",
         ),
-        ([("a", 12.0), ("b", 12.0)], {}, {"max_ssim": float("inf")}, "0 to 1"),
-        ([("a", 12.0), ("b", 12.0)], {}, {"max_ssim": -0.1}, "0 to 1"),
-        ([("a", 12.0), ("b", 12.0)], {}, {"max_psnr_over_control": float("inf")}, "finite"),
+        ([("a", 12.0), ("b", 12.0)], {}, {"bounds": {"ssim": float("inf")}}, "-1 to 1"),
+        ([("a", 12.0), ("b", 12.0)], {}, {"bounds": {"ssim": -1.1}}, "-1 to 1"),
+        ([("a", 12.0), ("b", 12.0)], {}, {"bounds": {"gain": float("inf")}}, "finite"),
         ([("a", 12.0), ("b", 12.0)], {}, {"bounds": {"ssmi": 0.5}}, "did you mean 'ssim'"),
         ([("a", 12.0), ("b", 12.0)], {}, {"bounds": {"lpips": 0.5}}, "lpips was not measured"),
-        ([("a", 12.0), ("b", 12.0)], {}, {"max_ssim": 1, "defenses": ["x"]}, "allowed: none"),
-        ([], {}, {"max_ssim": 1}, "no results"),
+        (
+            [("a", 12.0), ("b", 12.0)],
+            {},
+            {"bounds": {"ssim": 1}, "defenses": ["x"]},
+            "allowed: none",
+        ),
+        ([], {}, {"bounds": {"ssim": 1}}, "no results"),
     ],
 )
 def test_check_claims_nothing_without_grounds(tmp_path, rows, more, options, words):
@@ -233,7 +238,7 @@ def test_check_claims_nothing_without_grounds(tmp_path, rows, more, options, wor
 
 def test_check_counts_exact_copies_and_broken_searches(tmp_path, capsys):
     rows = [make_row(f"{i}", f"{i}", "none", None) for i in range(2)]
-    (finding,) = check(make_sweep(tmp_path / "a", rows), max_psnr_over_control=50.0)
+    (finding,) = check(make_sweep(tmp_path / "a", rows), {"gain": 50.0})
     assert finding.violated
     broken = {"status": "the matching loss became NaN or infinite", "ok": False}
     rows = [make_row(f"{i}", f"{i}", "none", 9.0, **broken) for i in range(2)]
@@ -278,7 +283,7 @@ def test_what_was_asked_for_and_is_not_there_yet_is_no_pass(tmp_path, capsys):
         row["axes"] = {"defense": "none", "seed": 0, "image": row["image"]}
     records = make_sweep(tmp_path / "a", rows)
     assert write(records).is_file()
-    assert not check(records, max_psnr_over_control=2, defenses=["none"])[0].violated
+    assert not check(records, {"gain": 2}, defenses=["none"])[0].violated
     assert len(make_sweep(tmp_path / "b", rows, left=["2"]).left) == 1
     assert check_command(tmp_path / "b", "--max-psnr-over-control", "5") == 2
     assert "1 cell of none failed or not run yet" in capsys.readouterr().err
@@ -292,9 +297,9 @@ def test_defenses_are_found_in_any_spelling(tmp_path):
     for row in rows:
         row["axes"]["defense"] = row["defense"].replace("clip:4", "clip:4.0")
     records = make_sweep(tmp_path / "s", rows)
-    found = check(records, max_ssim=0.6, defenses=["clip:bound=4", "noise:1e-1", "sparsify:.9"])
+    found = check(records, {"ssim": 0.6}, defenses=["clip:bound=4", "noise:1e-1", "sparsify:.9"])
     assert [finding.defense for finding in found] == names
-    assert [f.defense for f in check(records, max_ssim=0.6)] == names
+    assert [f.defense for f in check(records, {"ssim": 0.6})] == names
 
 
 # --- status -------------------------------------------------------------------------------------
@@ -442,8 +447,8 @@ def test_users_metrics_are_in_every_view(tmp_path, monkeypatch):
     for view in (Page(report.page(report_)).said, report_.text(), rendered(report_, width=120)):
         for word in ("mine", "Worst", "0.25 [0.25", "the worst pixel", "lower is nearer", "plain"):
             assert word in view, word
-    assert check(records, bounds={"worst": 0.3})[0].violated
-    assert not check(records, bounds={"plain": 7.5})[0].violated
+    assert check(records, {"worst": 0.3})[0].violated
+    assert not check(records, {"plain": 7.5})[0].violated
 
 
 def test_lpips_names_its_network(tmp_path):

@@ -552,9 +552,14 @@ def test_a_grid_file(tmp_path):
             """,
         )
     )
-    assert (grid.preset, grid.fixed.judge.num_controls, grid.indices) == ("paper", 3, "0,2")
+    assert grid.fixed.judge.num_controls == 3
     assert (grid.search, grid.axes) == ({"finalists": 1}, {"restarts": [1, 2]})
-    assert grid.exclude == [{"restarts": 2}]
+    assert grid.options == {
+        "preset": "paper",
+        "fixed": {"num_controls": 3, "finalists": 1},
+        "axes": {"restarts": [1, 2], "image": "0,2"},
+        "exclude": [{"restarts": 2}],
+    }
 
 
 def test_a_grid_files_model_has_the_classes_of_its_prior(tmp_path):
@@ -584,7 +589,7 @@ def test_a_grid_files_model_has_the_classes_of_its_prior(tmp_path):
         ("[fixed]\nout = 'x'", "no option 'out'"),
         ("[fixed]\nsteps = 1\n[axes]\nsteps = [1]", "fixed and an axis"),
         ("[axes]\nsteps = [1.5]", "steps: got 1.5"),
-        ("[axes]\ncompare = ['all']", "compare"),
+        ("[axes]\nsupport = ['all']", "support"),
         ("[axes]\nfinalists = ['published']", "finalists"),
         ("[axes]\nimages = [1]", "did you mean 'image'"),
     ],

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 import ggl_jax as gx
 from ggl_jax import trees
+from ggl_jax.audit.paper import FORMS
 from ggl_jax.client.networks import BasicBlock
 from ggl_jax.selection import zero_smallest
 
@@ -37,7 +38,7 @@ def setting(classes, fidelity, rate=0.9):
     variables = model.init(jax.random.key(1))
     image = jax.random.uniform(jax.random.key(2), (1, 12, 12, 3))
     labels = jnp.array([1])
-    defense = gx.parse(f"sparsify:{rate}", fidelity)
+    defense = gx.parse(FORMS[fidelity](f"sparsify:{rate}"))
 
     @jax.jit
     def share(image):
@@ -117,7 +118,7 @@ def test_the_loss_of_a_resnet_is_zero_at_the_truth(name, fidelity):
     variables = jax.jit(model.init)(jax.random.key(0))
     image = jax.random.uniform(jax.random.key(1), (1, *model.image_shape))
     labels = jnp.array([0])
-    defense = gx.parse("sparsify:0.9", fidelity)
+    defense = gx.parse(FORMS[fidelity]("sparsify:0.9"))
     update = jax.jit(gx.gradient, static_argnums=0)(model, variables, image, labels)
     observed, _ = jax.jit(lambda g: defense.apply(None, g, None))(update)
     estimated = jax.jit(defense.view.estimate, static_argnums=1)(observed, model.head)

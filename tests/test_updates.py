@@ -212,33 +212,31 @@ def test_samples_tell_the_scale_of_batches_and_of_a_backbone(scale_of, tiny_mode
 
 @pytest.mark.parametrize("shared", ["head", "backbone"])
 @pytest.mark.parametrize(
-    ("defense", "compare"),
+    ("defense", "support"),
     [
-        ("none", "published"),
-        ("clip:0.2", "published"),
-        ("sparsify:0.5", "published"),
-        ("sparsify:0.5", "support"),
-        ("soteria:0.5", "undefended"),
+        ("none", False),
+        ("clip:0.2", False),
+        ("sparsify:0.5", False),
+        ("sparsify:0.5", True),
+        ("soteria:0.5,representation=False", False),
     ],
 )
 def test_what_was_not_shared_is_left_out(
-    tiny_model, tiny_variables, tiny_images, leaked, shared, defense, compare
+    tiny_model, tiny_variables, tiny_images, leaked, shared, defense, support
 ):
     params, head = tiny_variables["params"], tiny_model.head
     part = [n for n in trees.names(params) if n.startswith("Dense") == (shared == "head")]
-    made = gx.parse(defense, compare=compare)
+    made = gx.parse(defense)
     if "soteria" in defense and shared == "backbone":
         with pytest.raises(gx.GGLError, match="defends the last layer"):
             shared_part(made.view, params, part, head)
         return
-    if "soteria" in defense:
-        made = gx.parse(defense, fidelity="code", compare=compare)
     own = dict(zip(trees.names(leaked), jax.tree.leaves(leaked), strict=True))
     own = {name: own[name] for name in part}
     context = gx.Context(tiny_model, tiny_variables, tiny_images[:1], jnp.asarray([2]))
     sent, _ = made.apply(jax.random.key(0), own, context)
     observed = whole(sent, params)
-    view = shared_part(made.view, params, part, head)
+    view = shared_part(made.view, params, part, head).comparing(support)
     estimated = gx.estimate(view, observed, head)
     images = jnp.stack([tiny_images[:1], tiny_images[1:]])
     found = []
@@ -246,7 +244,7 @@ def test_what_was_not_shared_is_left_out(
         losses = gx.matching_loss(
             tiny_model,
             tiny_variables,
-            observed if view.observe is None else view.observe(estimated, observed),
+            observed,
             view=view,
             estimated=estimated,
             speed=gx.Speed(method=method),

@@ -91,8 +91,8 @@ def _penalties(model: Model, search: Search, space: _Space) -> Callable:
         )
 
     def penalties(problem):
-        def batch_norm(latents, images, *, fidelity):
-            del latents, fidelity
+        def batch_norm(latents, images):
+            del latents
             assert statistics is not None
             shared = problem.statistics
             target = problem.variables["batch_stats"] if shared is None else shared
@@ -102,15 +102,11 @@ def _penalties(model: Model, search: Search, space: _Space) -> Callable:
 
             return over_population(jax.vmap(one))(images)
 
-        weighted = parse_regularizer(
-            search.regularizer, fidelity=search.fidelity, more={"batch_norm": batch_norm}
-        )
+        weighted = parse_regularizer(search.regularizer, more={"batch_norm": batch_norm})
         return lambda points, images: weighted(space.latents(points), images)
 
     # For its errors: before the first step, and without a problem at hand.
-    parse_regularizer(
-        search.regularizer, fidelity=search.fidelity, more={"batch_norm": batch_norm_distance}
-    )
+    parse_regularizer(search.regularizer, more={"batch_norm": batch_norm_distance})
     return penalties
 
 
@@ -134,8 +130,6 @@ def _distance(
 
     def distance(problem):
         variables, observed = problem.variables, problem.observed
-        if view is not None and view.observe is not None:
-            observed = view.observe(problem.estimated, observed)
         if view is not None and view.rewire is not None:
             variables = view.rewire(problem.estimated, variables, model.head)
         distance_to = matching_loss(
@@ -148,7 +142,7 @@ def _distance(
             client=client,
             speed=speed,
         )
-        likelihood = search.compare == "likelihood"
+        likelihood = search.distance == "likelihood"
         if not (likelihood or search.relative):
             return distance_to
         variance = jnp.square(problem.noise)
@@ -184,7 +178,7 @@ def search_attack(
     - ``search.relative`` divides the distance by that of an update of zero (for squared l2 |y|^2,
       less what the estimated noise adds to it), so that a penalty weighs as much under each
       defense: Soteria's updates are fifty times smaller than undefended ones;
-    - ``search.compare`` "likelihood" divides squared l2, where there is noise, by twice the
+    - ``search.distance`` "likelihood" divides squared l2, where there is noise, by twice the
       noise's estimated variance, in place of ``relative``;
     - the penalty "batch_norm" is the distance of the candidate's BatchNorm statistics to those that
       the client shared (``problem.statistics``), or else to the model's running ones.
@@ -203,8 +197,8 @@ def search_attack(
         An :class:`Attack`.
 
     Raises:
-        GGLError: an option out of its range, a likelihood of another distance than squared l2, or
-            a class-conditional prior with another number of classes than the model's.
+        GGLError: an option out of its range, or a class-conditional prior with another number of
+            classes than the model's.
     """
     search, client, speed = checked(search), client or Client(), speed or Speed()
     prior = pixels(model.image_shape) if search.space == "pixels" else prior
@@ -287,11 +281,6 @@ def _check(model: Model, prior: Prior, search: Search) -> None:
             f"{prior.num_classes}; a label must mean the same to both, so choose a model with "
             f"{prior.num_classes} (--num-classes) or another prior"
         )
-    if search.compare == "likelihood" and search.distance != "squared_l2":
-        raise GGLError(
-            f"compare: 'likelihood' is that of Gaussian noise, a squared l2 distance, and "
-            f"{search.attack} has distance {search.distance!r}; give --distance squared_l2"
-        )
 
 
 def refinement_of(search: Search) -> Search:
@@ -313,7 +302,7 @@ def refinement_of(search: Search) -> Search:
         pool=0,
         bound="none",
         relative=True,
-        compare="published" if search.compare == "likelihood" else search.compare,
+        distance="squared_l2" if search.distance == "likelihood" else search.distance,
         regularizer="total_variation:0.03",
     )
 

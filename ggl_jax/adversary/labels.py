@@ -7,6 +7,7 @@ from ggl_jax import trees
 from ggl_jax.client.defenses.noise import estimate_sigma
 from ggl_jax.client.gradients import is_binary
 from ggl_jax.errors import GGLError
+from ggl_jax.grammar import at_least
 from ggl_jax.priors.decoding import images_at_once
 from ggl_jax.types import Model, Path, Prior, PyTree
 
@@ -20,9 +21,11 @@ def infer_labels(
     probabilities: jax.Array | None = None,
     features: jax.Array | None = None,
     noise: jax.Array | float | None = None,
-    fidelity: str = "paper",
 ) -> jax.Array:
     """Infer the labels of the client's images from the observed update alone.
+
+    For one image the negative row, as far as both ``dW`` and ``db`` show it; for batches a count of
+    each class.
 
     The last layer's gradient is ``dW = mean_b f_b (p_b - y_b)^T`` and ``db = mean_b (p_b - y_b)``.
     Features f are mostly >= 0 (after a ReLU) and probabilities are positive, so for one image the
@@ -39,16 +42,13 @@ def infer_labels(
         features: [d] the model's mean representation on public images. Optional; under noise it
             gives the scale of ``dW``, which the noisy bias gradient alone tells poorly.
         noise: standard deviation of the noise in the update; None estimates it.
-        fidelity: ``"paper"``: the negative row, as far as both ``dW`` and ``db`` show it, and for
-            batches a count of each class. ``"code"``: the b classes with the smallest row sums of
-            ``dW``, each at most once.
 
     Returns:
         [b] int32 class indices, sorted, repeated as often as the class occurs.
 
     Raises:
-        GGLError: batch_size or num_steps is not a positive integer, fidelity is unknown, the
-            update has no such layer, or ``"code"`` is asked for more labels than classes.
+        GGLError: batch_size or num_steps is not a positive integer, or the update has no such
+            layer.
 
     Accuracy: one image: right unless the noise exceeds the signal by far, since ``dW`` sums d
     entries (untrained ResNet-18s, 2 classes: all of 60 images at sigma 0.3, 59 at sigma 1).
@@ -65,27 +65,12 @@ def infer_labels(
     entries of ``db`` are taken from ``dW``. Where all of one is zero, the other serves. NaN gives
     arbitrary labels; check with ``estimation.check_finite``. Ties go to the lower class.
 
-    Reference: paper, label inference ("index of the negative row"). The published code takes argmin
-    of the row sums, and the n smallest for batches. Counting repeated labels is akin to Ma et al.
-    2023 (Instance-wise Batch Label Restoration), in a simpler form.
+    Reference: paper, label inference ("index of the negative row"). Counting repeated labels is
+    akin to Ma et al. 2023 (Instance-wise Batch Label Restoration), in a simpler form.
     """
-    for name, value in (("batch_size", batch_size), ("num_steps", num_steps)):
-        if isinstance(value, bool) or not hasattr(value, "__index__") or value < 1:
-            raise GGLError(f"infer_labels: {name}={value!r} is out of range; give an integer >= 1")
-    if fidelity not in ("paper", "code"):
-        raise GGLError(f"infer_labels: fidelity={fidelity!r} is unknown; give 'paper' or 'code'")
+    at_least(1, batch_size=batch_size, num_steps=num_steps)
     kernel, bias = trees.head_parts(update, head)
     num_classes = kernel.shape[1]
-    if fidelity == "code":
-        if batch_size > num_classes:
-            raise GGLError(
-                f"infer_labels: batch_size={batch_size} with fidelity='code' needs as many "
-                f"classes, the model has {num_classes}; use fidelity='paper', which counts repeats"
-            )
-        # Stable: equal sums go to the lower class.
-        smallest = jnp.argsort(jnp.sum(kernel, axis=0), stable=True)[:batch_size]
-        return jnp.sort(smallest).astype(jnp.int32)
-
     if noise is None:
         noise, _ = estimate_sigma(update, head)
     noise = jnp.asarray(noise, kernel.dtype)
@@ -124,6 +109,24 @@ def check_told(model: Model, update: PyTree, *, searched: bool) -> None:
             f"labels: the update of the last layer {'/'.join(model.head)} is zero, so the label "
             "cannot be told; search it: labels='searched', refine='none' (as attack dlg)"
         )
+
+
+def smallest_labels(update: PyTree, head: Path, batch_size: int = 1) -> jax.Array:
+    """The classes with the smallest row sums of ``dW``, each at most once, as published code does.
+
+    Args and returns as for :func:`infer_labels`. Ties go to the lower class.
+
+    Raises:
+        GGLError: more labels than classes are asked for.
+    """
+    kernel, _ = trees.head_parts(update, head)
+    if batch_size > kernel.shape[1]:
+        raise GGLError(
+            f"labels: {batch_size} of them by smallest sums need as many classes, the model has "
+            f"{kernel.shape[1]}; use labels='inferred', which counts repeats"
+        )
+    smallest = jnp.argsort(jnp.sum(kernel, axis=0), stable=True)[:batch_size]
+    return jnp.sort(smallest).astype(jnp.int32)
 
 
 def public_expectations(

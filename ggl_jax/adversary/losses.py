@@ -17,7 +17,6 @@ from ggl_jax.errors import GGLError
 from ggl_jax.images import to_signed
 from ggl_jax.types import PyTree
 
-FIDELITIES = ("paper", "code")
 #: Share of the distance at g = 0 below which a distance is computed from squares.
 EXACT_BELOW = 1e-3
 
@@ -89,28 +88,15 @@ def tree_statistics(update: PyTree, observed: PyTree) -> Statistics:
     )
 
 
-def _weighted_sum(tree, weights):
-    if weights is not None:
-        tree = jax.tree.map(lambda value, weight: value * weight, tree, weights)
-    return sum(jax.tree.leaves(tree))
-
-
-def squared_l2(*, weights: PyTree | None = None) -> Distance:
+def squared_l2() -> Distance:
     """Squared l2 distance (the paper's D1): sum over every entry of (y - g)^2.
-
-    Args:
-        weights: a factor for each tensor, a pytree with the update's structure and scalar leaves;
-            None for 1.
-
-    Returns:
-        A :class:`Distance`.
 
     Reference:
         Paper, section 3 (gradient matching loss).
     """
 
     def from_squares(squares):
-        return _weighted_sum(squares, weights)
+        return sum(jax.tree.leaves(squares))
 
     def from_statistics(statistics):
         return from_squares(
@@ -123,6 +109,14 @@ def squared_l2(*, weights: PyTree | None = None) -> Distance:
         )
 
     return Distance(from_statistics, None, from_squares, "squared_l2")
+
+
+def likelihood() -> Distance:
+    """:func:`squared_l2`, which an attack divides by twice the noise's estimated variance.
+
+    That is minus the logarithm of the noise's density, up to a constant.
+    """
+    return squared_l2()._replace(name="likelihood")
 
 
 def mean_squared_l2() -> Distance:
@@ -142,14 +136,8 @@ def mean_squared_l2() -> Distance:
     return Distance(from_statistics, None, from_squares, "mean_squared_l2")
 
 
-def cosine(*, weights: PyTree | None = None) -> Distance:
+def cosine() -> Distance:
     """Cosine distance (the paper's D2): 1 - <y, g> / (|y| |g|) over the whole update, in [0, 2].
-
-    Args:
-        weights: a factor >= 0 for each tensor in every inner product; None for 1.
-
-    Returns:
-        A :class:`Distance`.
 
     Edge cases:
         1 where either update vanishes.
@@ -159,19 +147,19 @@ def cosine(*, weights: PyTree | None = None) -> Distance:
     """
 
     def from_statistics(statistics):
-        inner, candidate, observed = (_weighted_sum(tree, weights) for tree in statistics)
+        inner, candidate, observed = (sum(jax.tree.leaves(tree)) for tree in statistics)
         # Two factors: the product of two small squared norms would underflow.
         return 1.0 - inner * _inverse_norm(candidate) * _inverse_norm(observed)
 
     def scales(statistics):
-        a = _inverse_norm(_weighted_sum(statistics.candidate, weights))
-        b = _inverse_norm(_weighted_sum(statistics.observed, weights))
+        a = _inverse_norm(sum(jax.tree.leaves(statistics.candidate)))
+        b = _inverse_norm(sum(jax.tree.leaves(statistics.observed)))
         same = statistics.candidate
         return jax.tree.map(lambda _: a, same), jax.tree.map(lambda _: b, same)
 
     def from_squares(squares):
         # |y/|y| - g/|g||^2 = 2 - 2 cos
-        return 0.5 * _weighted_sum(squares, weights)
+        return 0.5 * sum(jax.tree.leaves(squares))
 
     return Distance(from_statistics, scales, from_squares, "cosine")
 
@@ -187,11 +175,11 @@ def scaled_l2() -> Distance:
     """
 
     def best(statistics):
-        inner, candidate, _ = (_weighted_sum(tree, None) for tree in statistics)
+        inner, candidate, _ = (sum(jax.tree.leaves(tree)) for tree in statistics)
         return jnp.maximum(inner, 0.0) / jnp.maximum(candidate, _TINY)
 
     def from_statistics(statistics):
-        inner, _, observed = (_weighted_sum(tree, None) for tree in statistics)
+        inner, _, observed = (sum(jax.tree.leaves(tree)) for tree in statistics)
         return observed - jnp.maximum(inner, 0.0) * best(statistics)
 
     def scales(statistics):
@@ -200,7 +188,7 @@ def scaled_l2() -> Distance:
         return jax.tree.map(lambda one: factor * one, ones), ones
 
     def from_squares(squares):
-        return _weighted_sum(squares, None)
+        return sum(jax.tree.leaves(squares))
 
     return Distance(from_statistics, scales, from_squares, "scaled_l2")
 
@@ -210,9 +198,10 @@ def _inverse_norm(square):
 
 
 #: Distance factories by name.
-DISTANCES = {
+DISTANCES: dict[str, Callable[[], Distance]] = {
     "squared_l2": squared_l2,
     "mean_squared_l2": mean_squared_l2,
+    "likelihood": likelihood,
     "cosine": cosine,
     "scaled_l2": scaled_l2,
 }
@@ -231,18 +220,16 @@ def resolve_distance(distance: str | Distance) -> Distance:
     return DISTANCES[distance]()
 
 
-def kld(latents: jax.Array, images: jax.Array, *, fidelity: str = "paper") -> jax.Array:
+def kld(latents: jax.Array, images: jax.Array) -> jax.Array:
     """Kullback-Leibler divergence from N(0, 1) of the law of a latent's entries (the paper's R1).
 
     With m and s the mean and (population) standard deviation over the k entries of one latent z,
     one entry's term is -(1/2)(1 + log s^2 - m^2 - s^2). The paper writes a sum over i = 1..k with
-    m_i and s_i, of which a single z has only one pair, so we read the sum as k equal terms. The
-    published code takes the one term; a weight there is worth k times less.
+    m_i and s_i, of which a single z has only one pair, so we read the sum as k equal terms.
 
     Args:
         latents: [n b z].
         images: unused.
-        fidelity: "paper" (k terms) or "code" (one term).
 
     Returns:
         [n], summed over the b latents of a candidate.
@@ -251,33 +238,44 @@ def kld(latents: jax.Array, images: jax.Array, *, fidelity: str = "paper") -> ja
         1e-10 is added to s^2 in the logarithm (as published), so a constant latent such as z = 0
         has a large finite value and gradient 0.
     """
+    return latents.shape[-1] * kld_mean(latents, images)
+
+
+def kld_mean(latents: jax.Array, images: jax.Array) -> jax.Array:
+    """:func:`kld` over the k entries: the one term that the published code takes."""
     del images
     mean = jnp.mean(latents, axis=-1)
     variance = jnp.mean((latents - mean[..., None]) ** 2, axis=-1)
     term = -0.5 * (1.0 + jnp.log(variance + 1e-10) - mean**2 - variance)
-    count = latents.shape[-1] if fidelity == "paper" else 1
-    return count * jnp.sum(term, axis=-1)
+    return jnp.sum(term, axis=-1)
 
 
-def norm(latents: jax.Array, images: jax.Array, *, fidelity: str = "paper") -> jax.Array:
+def norm(latents: jax.Array, images: jax.Array) -> jax.Array:
     """(|z|^2 - k)^2: keeps a latent on the sphere where a Gaussian's mass lies (the paper's R2).
 
     Args:
         latents: [n b z].
         images: unused.
-        fidelity: "code" takes 1 for k (the published code reads ``ndim``, which is 1, where the
-            length is meant) and no derivative, since it scores finished searches only.
 
     Returns:
         [n], summed over the b latents of a candidate.
     """
     del images
-    count = latents.shape[-1] if fidelity == "paper" else 1
-    terms = jnp.sum((jnp.sum(latents**2, axis=-1) - count) ** 2, axis=-1)
-    return terms if fidelity == "paper" else jax.lax.stop_gradient(terms)
+    return jnp.sum((jnp.sum(latents**2, axis=-1) - latents.shape[-1]) ** 2, axis=-1)
 
 
-def gaussian(latents: jax.Array, images: jax.Array, *, fidelity: str = "paper") -> jax.Array:
+def norm_score(latents: jax.Array, images: jax.Array) -> jax.Array:
+    """:func:`norm` as in the published code: (|z|^2 - 1)^2, without a derivative.
+
+    The code reads ``ndim``, which is 1, where the length is meant, and scores finished searches
+    only.
+    """
+    del images
+    terms = jnp.sum((jnp.sum(latents**2, axis=-1) - 1) ** 2, axis=-1)
+    return jax.lax.stop_gradient(terms)
+
+
+def gaussian(latents: jax.Array, images: jax.Array) -> jax.Array:
     """|z|^2 / 2: minus the logarithm of a standard normal latent's density, up to a constant.
 
     With weight 1 beside the noise's likelihood as the distance, the search is for the most
@@ -286,16 +284,15 @@ def gaussian(latents: jax.Array, images: jax.Array, *, fidelity: str = "paper") 
     Args:
         latents: [n b z].
         images: unused.
-        fidelity: accepted for symmetry.
 
     Returns:
         [n], summed over the b latents of a candidate.
     """
-    del images, fidelity
+    del images
     return 0.5 * jnp.sum(latents**2, axis=(1, 2))
 
 
-def total_variation(latents: jax.Array, images: jax.Array, *, fidelity: str = "paper") -> jax.Array:
+def total_variation(latents: jax.Array, images: jax.Array) -> jax.Array:
     """Anisotropic total variation: mean |vertical difference| + mean |horizontal difference|.
 
     Both means run over all of a candidate's images, positions and channels, in the networks'
@@ -305,7 +302,6 @@ def total_variation(latents: jax.Array, images: jax.Array, *, fidelity: str = "p
     Args:
         latents: unused.
         images: [n b h w c] in [0, 1].
-        fidelity: accepted for symmetry.
 
     Returns:
         [n]. An image one pixel high or wide has no variation along that side.
@@ -313,7 +309,7 @@ def total_variation(latents: jax.Array, images: jax.Array, *, fidelity: str = "p
     Reference:
         Geiping et al. (2020), "Inverting Gradients", and its code's ``total_variation``.
     """
-    del latents, fidelity
+    del latents
     images = to_signed(images)
     total = jnp.zeros(images.shape[0], images.dtype)
     for axis in (2, 3):
@@ -322,7 +318,7 @@ def total_variation(latents: jax.Array, images: jax.Array, *, fidelity: str = "p
     return total
 
 
-def l2(latents: jax.Array, images: jax.Array, *, fidelity: str = "paper") -> jax.Array:
+def l2(latents: jax.Array, images: jax.Array) -> jax.Array:
     """Mean square of the images' entries in the networks' [-1, 1] range (0 for mid-grey).
 
     A mean, as :func:`total_variation` and :func:`group_consistency` are, so that weights compare
@@ -331,7 +327,6 @@ def l2(latents: jax.Array, images: jax.Array, *, fidelity: str = "paper") -> jax
     Args:
         latents: unused.
         images: [n b h w c] in [0, 1].
-        fidelity: accepted for symmetry.
 
     Returns:
         [n].
@@ -339,13 +334,11 @@ def l2(latents: jax.Array, images: jax.Array, *, fidelity: str = "paper") -> jax
     Reference:
         Yin et al. (2021), "See through Gradients" (GradInversion), who take norms, not squares.
     """
-    del latents, fidelity
+    del latents
     return jnp.mean(to_signed(images) ** 2, axis=(1, 2, 3, 4))
 
 
-def group_consistency(
-    latents: jax.Array, images: jax.Array, *, fidelity: str = "paper"
-) -> jax.Array:
+def group_consistency(latents: jax.Array, images: jax.Array) -> jax.Array:
     """Mean squared difference, in [-1, 1], from the mean image of the candidates of one step.
 
     With an optimiser that evaluates every restart once a step (Adam), these are the restarts: they
@@ -354,7 +347,6 @@ def group_consistency(
     Args:
         latents: unused.
         images: [n b h w c] in [0, 1].
-        fidelity: accepted for symmetry.
 
     Returns:
         [n].
@@ -363,7 +355,7 @@ def group_consistency(
         Yin et al. (2021), section 3.4, who register the images before they take the mean; we do
         not (restarts that start from one prior are aligned).
     """
-    del latents, fidelity
+    del latents
     images = to_signed(images)
     mean = jax.lax.stop_gradient(jnp.mean(images, axis=0, keepdims=True))
     return jnp.mean((images - mean) ** 2, axis=(1, 2, 3, 4))
@@ -406,10 +398,12 @@ def batch_norm_distance(found: PyTree, target: PyTree) -> jax.Array:
     return total
 
 
-#: Regularisers by name: ``f(latents[n b z], images[n b h w c] in [0, 1], *, fidelity) -> [n]``.
+#: Regularisers by name: ``f(latents[n b z], images[n b h w c] in [0, 1]) -> [n]``.
 REGULARIZERS = {
     "kld": kld,
+    "kld_mean": kld_mean,
     "norm": norm,
+    "norm_score": norm_score,
     "gaussian": gaussian,
     "total_variation": total_variation,
     "l2": l2,
@@ -418,23 +412,20 @@ REGULARIZERS = {
 
 
 def parse_regularizer(
-    specification: str, *, fidelity: str = "paper", more: Mapping[str, Callable] | None = None
+    specification: str, *, more: Mapping[str, Callable] | None = None
 ) -> Callable:
     """A weighted sum of regularisers from text such as ``"kld:0.1+norm:1e-4"``.
 
     Args:
         specification: ``name:weight`` terms joined by "+" (no weight means 1), or "none".
-        fidelity: "paper" or "code"; see each regulariser.
         more: regularisers beside :data:`REGULARIZERS`, such as those that need the problem at hand.
 
     Returns:
         ``regularize(latents[n b z], images[n b h w c] in [0, 1]) -> [n]``.
 
     Raises:
-        GGLError: for an unknown name, a weight that is negative, infinite or no number, or an
-            unknown fidelity.
+        GGLError: for an unknown name, or a weight that is negative, infinite or no number.
     """
-    _check_fidelity(fidelity)
     terms = []
     known = {**REGULARIZERS, **(more or {})}
     text = specification.strip()
@@ -458,12 +449,7 @@ def parse_regularizer(
     def regularize(latents, images):
         total = jnp.zeros(latents.shape[0], latents.dtype)
         for weight, term in terms:
-            total = total + weight * term(latents, images, fidelity=fidelity)
+            total = total + weight * term(latents, images)
         return total
 
     return regularize
-
-
-def _check_fidelity(fidelity):
-    if fidelity not in FIDELITIES:
-        raise GGLError(f"fidelity: got {fidelity!r}, allowed: {', '.join(FIDELITIES)}")

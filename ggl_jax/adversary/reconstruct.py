@@ -14,6 +14,7 @@ from ggl_jax.adversary.labels import (
     check_told,
     infer_labels,
     public_expectations,
+    smallest_labels,
     softmax_form,
 )
 from ggl_jax.adversary.resume import Checkpoints
@@ -161,6 +162,7 @@ def reconstruct(
             range.
     """
     client, search, speed = client or Client(), search or Search(), speed or Speed()
+    view = view.comparing(search.support)
 
     def report(phase, fraction=0.0, loss=None):
         if progress is not None:
@@ -174,15 +176,17 @@ def reconstruct(
         estimation.check_finite(one.update)
         check_told(public.model, one.update, searched=search.labels == "searched")
         update, head = softmax_form(public.model, one.update)
-        labels = infer_labels(
-            update,
-            head,
-            batch_size=client.batch_size,
-            num_steps=client.local_steps,
-            fidelity=search.fidelity,
-            # Only the labels of several images need them; one image's is read off directly.
-            **(expected or {} if client.batch_size > 1 else {}),
-        )
+        if search.labels == "smallest":
+            labels = smallest_labels(update, head, client.batch_size)
+        else:
+            labels = infer_labels(
+                update,
+                head,
+                batch_size=client.batch_size,
+                num_steps=client.local_steps,
+                # Only the labels of several images need them; one image's is read off directly.
+                **(expected or {} if client.batch_size > 1 else {}),
+            )
         estimated = estimation.estimate(view, one.update, public.model.head)
         problems.append(
             Problem(

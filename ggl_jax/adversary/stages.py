@@ -52,19 +52,15 @@ def make_stages(
         speed: how losses are computed; ``instances`` searches will run in one batch on a device.
 
     Raises:
-        GGLError: for an option out of its range, a comparison that a non-adaptive attack cannot
-            make, or a defense of single gradients where there are several local steps.
+        GGLError: for an option out of its range, or a defense of single gradients where there are
+            several local steps.
     """
     search, client, speed = checked(search), checked(client or Client()), checked(speed or Speed())
+    view = view.comparing(search.support)
     if client.local_steps > 1 and view.rewire is not None:
         raise GGLError(
             f"local_steps: {view.name} recomputes a single gradient step, so candidates cannot be "
-            f"compared with {client.local_steps} local steps; use 1, or --fidelity code"
-        )
-    if search.compare in ("support", "undefended") and not search.adaptive:
-        raise GGLError(
-            f"compare: {search.compare!r} changes how the defense is simulated, and this "
-            f"{search.attack} does not simulate it; give --adaptive, or leave --compare out"
+            f"compared with {client.local_steps} local steps; use 1, or representation=False"
         )
     if search.finalists > search.restarts:
         raise GGLError(

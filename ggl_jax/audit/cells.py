@@ -201,10 +201,10 @@ class Cells:
     def __init__(self, inputs: Inputs, *, told_apart: bool = True):
         self.inputs, self.told_apart = inputs, told_apart
         self.defenses: dict[str, str] = {}
-        self._parsed: dict[tuple[str, str, str], Defense] = {}
+        self._parsed: dict[str, Defense] = {}
         self._searches: dict[tuple, tuple[int, str]] = {}
 
-    def defense(self, given: Any, search: Search) -> Defense:
+    def defense(self, given: Any) -> Defense:
         """A defense as it is given, by its specification, or of an optax transformation.
 
         Raises:
@@ -212,12 +212,9 @@ class Cells:
         """
         given = as_defense(given)
         if isinstance(given, str):
-            spec = (given, search.fidelity, search.compare)
-            if spec not in self._parsed:
-                self._parsed[spec] = client_defenses.parse(
-                    given, fidelity=search.fidelity, compare=search.compare
-                )
-            defense, found = self._parsed[spec], ""
+            if given not in self._parsed:
+                self._parsed[given] = client_defenses.parse(given)
+            defense, found = self._parsed[given], ""
         else:
             gate.defense(given, self.inputs.model)
             defense, found = given, str(id(given))

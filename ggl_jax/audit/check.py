@@ -50,12 +50,7 @@ class Finding(NamedTuple):
 
 
 def check(
-    records: Records,
-    *,
-    max_psnr_over_control: float | None = None,
-    max_ssim: float | None = None,
-    bounds: Mapping[str, float] | None = None,
-    defenses: Sequence[str] = (),
+    records: Records, bounds: Mapping[str, float], *, defenses: Sequence[str] = ()
 ) -> list[Finding]:
     """Compare each defense with bounds on its leakage.
 
@@ -66,11 +61,10 @@ def check(
 
     Args:
         records: of a finished sweep or audit.
-        max_psnr_over_control: dB above the stronger blind control (the prior's mean image, or its
-            random samples on average); any finite number.
-        max_ssim: structural similarity, 0 to 1.
-        bounds: of other scores, by their names in the results, such as ``{"lpips": 0.3}``: the
-            nearest allowed to the private image (a smallest LPIPS, a largest PSNR).
+        bounds: of scores, by their names in the results, such as ``{"lpips": 0.3}``: the nearest
+            allowed to the private image (a smallest LPIPS, a largest PSNR). "gain" is the PSNR
+            above the stronger blind control (the prior's mean image, or its random samples on
+            average), dB.
         defenses: those to check, in any spelling; all if empty.
 
     Returns:
@@ -81,27 +75,18 @@ def check(
             cells that failed or are left, with searches that broke down, or with fewer than two
             images (no interval).
     """
-    given: dict[str, float] = dict(bounds or {})
-    if max_psnr_over_control is not None:
-        given["gain"] = max_psnr_over_control
-    if max_ssim is not None:
-        given["ssim"] = max_ssim
-    if not given:
+    if not bounds:
         raise GGLError("check: no bound; give --max-psnr-over-control, --max-ssim or --bound")
     known = scores()
-    options = {"gain": "max_psnr_over_control", "ssim": "max_ssim"}
-    for name, bound in given.items():
+    for name, bound in bounds.items():
         if name not in known:
             hint = did_you_mean(name, known, after=" ")
             raise GGLError(f"bound: {name!r} is no score; {hint}allowed: {', '.join(known)}")
-        low, high = (max(0.0, known[name].limits[0]), known[name].limits[1])
-        if name == "gain":
-            low = -math.inf
+        low, high = known[name].limits
         if not (math.isfinite(bound) and low <= bound <= high):
-            allowed = "finite numbers"
-            if low > -math.inf:
-                allowed = f"{low:g} to {high:g}" if high < math.inf else f"{low:g} or more"
-            raise GGLError(f"{options.get(name, name)}: got {bound}, allowed: {allowed}")
+            raise GGLError(
+                f"bound: got {name}={bound}, allowed: finite numbers from {low:g} to {high:g}"
+            )
     found: dict[str, list[Leakage]] = {}
     for one in leakage(records.rows):
         found.setdefault(one.defense, []).append(one)
@@ -113,13 +98,13 @@ def check(
         if defense not in planned:
             raise GGLError(f"defense: got {defense!r}, allowed: {', '.join(planned)}")
         _check_whole(records, defense, found.get(defense, []))
-        for name in given:
+        for name in bounds:
             if any(name not in one.means for one in found[defense]):
                 raise GGLError(f"check: {name} was not measured for every image of {defense}")
     return [
         _finding(defense, name, bound, found[defense])
         for defense in chosen
-        for name, bound in given.items()
+        for name, bound in bounds.items()
     ]
 
 

@@ -18,6 +18,7 @@ import numpy as np
 from ggl_jax import files
 from ggl_jax.audit import metrics
 from ggl_jax.errors import GGLError
+from ggl_jax.grammar import at_least
 from ggl_jax.images import assign
 from ggl_jax.priors.ceiling import fit_latents
 from ggl_jax.priors.decoding import check_labels, decode_each
@@ -77,7 +78,6 @@ def batch_controls(
     num_mean_samples: int | None = None,
     ceiling_restarts: int = 4,
     ceiling_steps: int = 400,
-    ceiling_learning_rate: float = 0.1,
     chunk_size: int = 64,
 ) -> list[Controls]:
     """Score the prior alone against the private images of one update.
@@ -105,7 +105,6 @@ def batch_controls(
         ceiling_restarts: starting points of the ceiling's fit, at least 1: the nearest of
             16 * num_samples random samples, at most 4,096.
         ceiling_steps: Adam updates of the ceiling's fit, at least 1.
-        ceiling_learning_rate: of the ceiling's fit, above 0.
         chunk_size: samples drawn at a time, at least 1 (rounded up to whole batches); of a large
             generator, fewer are decoded at a time.
 
@@ -126,47 +125,16 @@ def batch_controls(
         )
     if num_mean_samples is None:
         num_mean_samples = min(2048, 8 * num_samples)
-    for name, value in (
-        ("num_samples", num_samples),
-        ("num_mean_samples", num_mean_samples),
-        ("chunk_size", chunk_size),
-    ):
-        if value < 1:
-            raise GGLError(f"controls: {name}={value} must be at least 1")
-
+    at_least(1, num_samples=num_samples, num_mean_samples=num_mean_samples, chunk_size=chunk_size)
     size = len(images)
     # Places of one class share their mean image.
-    alike = np.full((size, size), True) if prior.num_classes is None else (
-        classes[:, None] == classes
-    )  # fmt: skip
+    alike = (classes[:, None] == classes) | (prior.num_classes is None)
     mean_rounds = -(-num_mean_samples // alike.sum(axis=1).min())
-    num = size * max(num_samples, mean_rounds)
-    chunk = size * -(-chunk_size // size)
     sample_key, fit_key = jax.random.split(key)
-    psnrs = np.empty((num_samples, size), np.float32)
-    best: list[np.ndarray | None] = [None] * size
-    totals = np.zeros(images.shape, np.float64)
-    for first in range(0, num, chunk):
-        latents = _sample(prior, jax.random.fold_in(sample_key, first), num=chunk)[: num - first]
-        places = jnp.asarray(np.resize(classes, len(latents)))
-        drawn = np.concatenate(
-            decode_each(
-                prior, params, latents, jnp.asarray(places), lambda x, _: np.clip(x, 0.0, 1.0)
-            )
-        ).reshape(-1, *images.shape)
-        done = first // size
-        totals += drawn[: max(0, mean_rounds - done)].sum(axis=0, dtype=np.float64)
-        drawn = drawn[: max(0, num_samples - done)]
-        if not len(drawn):
-            continue
-        ordered = np.stack([_in_order(batch, images) for batch in drawn])
-        found = np.asarray(_psnr(ordered, images))
-        for place in range(size):
-            highest = found[:, place].argmax()
-            known = psnrs[:done, place].max(initial=-np.inf)
-            if best[place] is None or found[highest, place] > known:
-                best[place] = ordered[highest, place]
-        psnrs[done : done + len(found)] = found
+    chunk = size * -(-chunk_size // size)
+    psnrs, best, totals = _guesses(
+        prior, params, images, classes, sample_key, chunk, num_samples, mean_rounds
+    )
     means = np.tensordot(alike / alike.sum(axis=1, keepdims=True), totals / mean_rounds, 1)
     means = means.astype(np.float32)
     if not alike.all():
@@ -178,7 +146,6 @@ def batch_controls(
         fit_key,
         restarts=ceiling_restarts,
         steps=ceiling_steps,
-        learning_rate=ceiling_learning_rate,
         num_candidates=max(ceiling_restarts, min(4096, 16 * num_samples)),
         labels=jnp.asarray(classes),
     )
@@ -197,10 +164,41 @@ def batch_controls(
     }
     controls = []
     for place, sample in enumerate(best):
-        assert sample is not None
         own = {name: float(values[place]) for name, values in scores.items()}
         controls.append(Controls(own, sample, means[place], ceilings[place], int(classes[place])))
     return controls
+
+
+def _guesses(prior, params, images, classes, key, chunk, num_samples, mean_rounds):
+    """Of random batches [b h w c]: PSNRs [n b], the best of each place, the sum of the first ones.
+
+    ``n`` is ``num_samples``, and ``mean_rounds`` batches are added up.
+    """
+    size = len(images)
+    num = size * max(num_samples, mean_rounds)
+    psnrs = np.empty((num_samples, size), np.float32)
+    best: list[np.ndarray | None] = [None] * size
+    totals = np.zeros(images.shape, np.float64)
+    for first in range(0, num, chunk):
+        latents = _sample(prior, jax.random.fold_in(key, first), num=chunk)[: num - first]
+        places = jnp.asarray(np.resize(classes, len(latents)))
+        drawn = np.concatenate(
+            decode_each(prior, params, latents, places, lambda x, _: np.clip(x, 0.0, 1.0))
+        ).reshape(-1, *images.shape)
+        done = first // size
+        totals += drawn[: max(0, mean_rounds - done)].sum(axis=0, dtype=np.float64)
+        drawn = drawn[: max(0, num_samples - done)]
+        if not len(drawn):
+            continue
+        ordered = np.stack([_in_order(batch, images) for batch in drawn])
+        found = np.asarray(_psnr(ordered, images))
+        for place in range(size):
+            highest = found[:, place].argmax()
+            known = psnrs[:done, place].max(initial=-np.inf)
+            if best[place] is None or found[highest, place] > known:
+                best[place] = ordered[highest, place]
+        psnrs[done : done + len(found)] = found
+    return psnrs, best, totals
 
 
 def _in_order(batch: np.ndarray, images: jax.Array) -> np.ndarray:

@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from io import BytesIO
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -21,6 +21,7 @@ from PIL import Image, ImageOps
 from ggl_jax import files, npz
 from ggl_jax.errors import GGLError, about, did_you_mean, explaining, first_line
 from ggl_jax.priors.holdout import held_out_of
+from ggl_jax.spec import AtLeast, Count, check
 
 EMBEDDED = ("embedded", "embedded:faces", "embedded:nonfaces")
 IMAGE_SUFFIXES = (
@@ -124,11 +125,9 @@ def load(
             4 GiB of images.
     """
     spec = os.fspath(spec)
-    _check_whole("image_size", image_size, 8, 2048)
-    if max_images is not None:
-        _check_whole("max_images", max_images, 1, 2**31 - 1)
-    if labels is not None:
-        _check_whole("labels", labels, 0, 2**31 - 1)
+    check("image_size", image_size, Annotated[int, AtLeast(8, below=2049)])
+    check("max_images", max_images, Count | None)
+    check("labels", labels, Annotated[int, AtLeast(0, below=2**31)] | None)
     with about(f"data={spec!r}"):
         opened = _open(spec)
         chosen = _choose(indices, opened.size)[:max_images]
@@ -293,12 +292,6 @@ def check_prior_overlap(dataset: Dataset, card: Mapping, *, allow_held_out: bool
 # --- choosing ---------------------------------------------------------------------------------
 
 
-def _check_whole(name: str, value, low: int, high: int) -> None:
-    whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
-    if not whole or not low <= value <= high:
-        raise GGLError(f"{name}={value!r} must be a whole number in [{low}, {high}]")
-
-
 def _choose(indices, size: int, shown=None) -> list[int]:
     """The chosen positions, checked."""
     if indices is None:
@@ -306,16 +299,9 @@ def _choose(indices, size: int, shown=None) -> list[int]:
     if isinstance(indices, str):
         return parse_indices(indices, size)
     shown = list(indices) if shown is None else shown
-    chosen = []
-    for index in indices:
-        if not isinstance(index, int | np.integer) or isinstance(index, bool):
-            raise GGLError(f"indices={shown!r}: {index!r} is not a whole number")
-        if not 0 <= index < size:
-            raise GGLError(
-                f"indices={shown!r}: {index} is out of range, the data set's size is {size}; "
-                f"allowed are positions 0 to {size - 1}"
-            )
-        chosen.append(int(index))
+    position = Annotated[int, AtLeast(0, below=size)]
+    with about(f"indices={shown!r}"):
+        chosen = [int(check("position", index, position)) for index in indices]
     if not chosen:
         raise GGLError(f"indices={shown!r} choose no image; write for example 0:8")
     if len(set(chosen)) < len(chosen):

@@ -105,17 +105,15 @@ def defense_digest(defense: Defense, model: Model) -> str:
         parts.append(found)
         return shapes
 
-    view = defense.view
-    estimated = add(functools.partial(view.estimate, head=model.head), update)
-    add(view.simulate, estimated, update)
-    if view.observe is not None:
-        add(view.observe, estimated, update)
-    if view.noise_std is not None:
-        add(view.noise_std, estimated)
-    rewire = view.rewire
-    if rewire is not None:
-        add(lambda e, v: rewire(e, v, model.head), estimated, variables)
-    return digest(parts, view.adds_noise)[:_DIGITS]
+    for view in filter(None, (defense.view, defense.view.on_support)):
+        estimated = add(functools.partial(view.estimate, head=model.head), update)
+        add(view.simulate, estimated, update)
+        if view.noise_std is not None:
+            add(view.noise_std, estimated)
+        rewire = view.rewire
+        if rewire is not None:
+            add(lambda e, v, rewire=rewire: rewire(e, v, model.head), estimated, variables)
+    return digest(parts, defense.view.adds_noise)[:_DIGITS]
 
 
 def names_own(*specifications: Any) -> bool:

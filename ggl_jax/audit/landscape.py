@@ -5,7 +5,7 @@ image; where they do not, no budget helps.
 """
 
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,15 +15,18 @@ from scipy import stats
 from ggl_jax import files
 from ggl_jax.adversary.reconstruct import Reconstruction, reconstruct
 from ggl_jax.audit import metrics
-from ggl_jax.audit.cells import MODEL_STREAM
+from ggl_jax.audit.cells import Inputs
 from ggl_jax.audit.judge import jsonable
 from ggl_jax.audit.run import STREAM_DEFENSE, STREAM_SEARCH
 from ggl_jax.client import defenses as client_defenses
 from ggl_jax.client.share import share
 from ggl_jax.errors import GGLError
 from ggl_jax.priors.decoding import decode_each
-from ggl_jax.spec import Search, Speed, replace
-from ggl_jax.types import Defense, Model, Prior, Public, PyTree
+from ggl_jax.spec import AtLeast, Positive, Search, check, replace
+from ggl_jax.types import Defense, Prior
+
+#: Points in each direction.
+Resolution = Annotated[int, AtLeast(2)]
 
 
 class Landscape(NamedTuple):
@@ -52,16 +55,10 @@ class Landscape(NamedTuple):
 
 
 def find_center(
-    image: np.ndarray,
-    label: int,
+    inputs: Inputs,
     *,
-    model: Model,
-    prior: Prior,
-    prior_params: PyTree,
     defense: Defense | str = "none",
     search: Search | None = None,
-    speed: Speed | None = None,
-    instance_id: int = 0,
     seed: int = 0,
     progress=None,
 ) -> Reconstruction:
@@ -70,15 +67,9 @@ def find_center(
     With the same seed, search and instance id the result is that audit's.
 
     Args:
-        image: the private image [h w c] in [0, 1].
-        label: its class.
-        model: the federated model.
-        prior: the generator.
-        prior_params: its parameters.
+        inputs: as of an audit; the first image is taken.
         defense: what the client does.
         search: how to search; over latents, and pixels are not refined, since they have none.
-        speed: how losses are computed.
-        instance_id: of the image's random streams, at least 0.
         seed: of everything random.
         progress: as for :func:`ggl_jax.reconstruct`.
 
@@ -92,23 +83,14 @@ def find_center(
             "pixels have no latents"
         )
     if isinstance(defense, str):
-        defense = client_defenses.parse(defense, fidelity=search.fidelity, compare=search.compare)
-    key = jax.random.key(seed)
-    instance = jax.random.fold_in(key, instance_id)
-    variables = jax.jit(model.init)(jax.random.fold_in(key, MODEL_STREAM))
-    public = Public(model, variables, prior, prior_params)
-    stream = jax.random.fold_in(instance, STREAM_DEFENSE)
-    sent, _ = share(stream, public, image[None], np.asarray([label]), defense=defense)
-    stream = jax.random.fold_in(instance, STREAM_SEARCH)[None]
-    return reconstruct(
-        stream,
-        public,
-        [sent],
-        view=defense.view,
-        search=search,
-        speed=speed,
-        progress=progress,
-    )[0]
+        defense = client_defenses.parse(defense)
+    public = inputs.public(seed)
+    key = jax.random.fold_in(jax.random.key(seed), inputs.instance_ids[0])
+    stream = jax.random.fold_in(key, STREAM_DEFENSE)
+    sent, _ = share(stream, public, inputs.images[:1], inputs.labels[:1], defense=defense)
+    stream = jax.random.fold_in(key, STREAM_SEARCH)[None]
+    options: dict[str, Any] = {"search": search, "speed": inputs.speed, "progress": progress}
+    return reconstruct(stream, public, [sent], view=defense.view, **options)[0]
 
 
 def plane(point: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -163,10 +145,8 @@ def landscape(
     Reference:
         Paper, Figure 9.
     """
-    if resolution < 2:
-        raise GGLError(f"resolution: got {resolution}, allowed: whole numbers of at least 2")
-    if not 0 < span < float("inf"):
-        raise GGLError(f"span: got {span}, allowed: numbers above 0")
+    check("resolution", resolution, Resolution)
+    check("span", span, Positive)
     measured = metrics.perceptual(lpips, prior.image_shape)
     measure = "1 - SSIM" if measured.distance is None else f"LPIPS ({lpips})"
     private = jnp.asarray(original, jnp.float32)

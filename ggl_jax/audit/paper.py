@@ -13,7 +13,7 @@ import dataclasses
 import inspect
 import itertools
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -23,13 +23,13 @@ import numpy as np
 
 from ggl_jax import files
 from ggl_jax.adversary.attacks import search_of
-from ggl_jax.audit import figures, metrics
+from ggl_jax.audit import metrics
 from ggl_jax.audit.run import AuditResult
+from ggl_jax.client.defenses import in_code
 from ggl_jax.priors.decoding import decode_each
 from ggl_jax.spec import Search, replace
 from ggl_jax.types import Model, Prior, PyTree
 
-SCALES = ("quick", "paper")
 #: The paper's data sets.
 HALVES = {"celeba": "CelebA", "imagenet": "ImageNet"}
 #: The paper's columns: name in the results, heading, our decimals.
@@ -40,6 +40,11 @@ COLUMNS = (
     ("mse_r", "MSE-R", 4),
 )
 DEFENSES = ("noise:0.1", "clip:4", "sparsify:0.9", "soteria:0.8")
+#: A defense's specification in each fidelity, and the names of table 1's penalties.
+FORMS: dict[str, Callable[[str], str]] = {"paper": str, "code": in_code}
+PENALTIES = {"paper": ("kld", "norm"), "code": ("kld_mean", "norm_score")}
+#: Updates of CMA-ES in 1,000 evaluations, by populations of 50 or 18.
+THOUSAND = {"paper": 20, "code": 56}
 #: What stands behind a ±.
 INTERVAL = "half of the 95 % interval over images"
 IMAGES_STD = "standard deviation over images"
@@ -69,8 +74,8 @@ class Experiment:
     Attributes:
         scale: "quick" (shorter searches, for CPUs) or "paper" (the published lengths).
         half: the paper's data set: "celeba" (32x32) or "imagenet" (224x224).
-        fidelity: "paper" or "code", where the two differ. "code" clips by one global norm and
-            prunes by the code's form of Soteria, for example.
+        fidelity: "paper", or "code" for the published code where the two differ: the preset of
+            that name, its penalties, and defenses in its forms (one global norm for clipping).
         title: heads the table.
         default_half: the half that runs where none is named.
         data: private images of that half, where the command names none; None where it must.
@@ -78,7 +83,7 @@ class Experiment:
         images: how many images at each scale, where the command does not say.
         seeds: how many seeds, likewise.
         spread: what stands behind a ±.
-        defenses: the client's.
+        kinds: the client's defenses, as in the paper's text.
         table: the paper's numbers, the experiment's name in ``published.csv``; "" for none.
     """
 
@@ -93,8 +98,13 @@ class Experiment:
     images: ClassVar[Mapping[str, int]] = {"quick": 4, "paper": 4}
     seeds: ClassVar[Mapping[str, int]] = {"quick": 1, "paper": 1}
     spread: ClassVar[str] = INTERVAL
-    defenses: ClassVar[tuple[str, ...]] = ("none",)
+    kinds: ClassVar[tuple[str, ...]] = ("none",)
     table: ClassVar[str] = ""
+
+    @property
+    def defenses(self) -> tuple[str, ...]:
+        """The client's defenses, in this fidelity's forms."""
+        return tuple(FORMS[self.fidelity](kind) for kind in self.kinds)
 
     def searches(self) -> dict[str, Search]:
         """The searches by their name in the table."""
@@ -111,8 +121,9 @@ class Experiment:
     def published(self) -> dict[tuple[str, str], dict[str, str]]:
         """The paper's values by attack and defense, then column, as printed there."""
         with (Path(__file__).parent / "published.csv").open(encoding="utf-8") as file:
+            form = FORMS[self.fidelity]
             return {
-                (row["attack"], row["defense"]): row
+                (row["attack"], form(row["defense"])): row
                 for row in csv.DictReader(file)
                 if (row["experiment"], row["half"]) == (self.table, self.half)
             }
@@ -124,7 +135,7 @@ class Experiment:
 
     def search(self, attack: str, optimizer: str | None = None, **options: Any) -> Search:
         """An attack as published, in this experiment's fidelity, but for the options."""
-        return search_of("paper", attack, optimizer, fidelity=self.fidelity, **options)
+        return search_of(self.fidelity, attack, optimizer, **options)
 
     def optimizers(self, restarts: int = 1) -> dict[str, Search]:
         """GGL by the paper's three optimisers, each in its published form for this half.
@@ -135,8 +146,7 @@ class Experiment:
         latents bounded by tanh and no regulariser.
         """
         large = self.half == "imagenet"
-        # 1,000 evaluations, by populations of 50 or 18
-        few: dict[str, Any] = {"steps": 56 if self.fidelity == "code" else 20} if self.quick else {}
+        few: dict[str, Any] = {"steps": THOUSAND[self.fidelity]} if self.quick else {}
         bounded: dict[str, Any] = (
             {"start": "uniform", "bound": "tanh", "regularizer": "none"} if large else {}
         )
@@ -192,11 +202,12 @@ class Table1(Experiment):
     def searches(self):
         adam = self.optimizers()["Adam"]
         distances = {"D1": "squared_l2", "D2": "cosine"}
+        kld, norm = PENALTIES[self.fidelity]
         penalties = {
-            "D1 + R1": "kld:0.1",
-            "D2 + R1": "kld:1e-4",
-            "D1 + R2": "norm:1e-4",
-            "D2 + R2": "norm:1e-7",
+            "D1 + R1": f"{kld}:0.1",
+            "D2 + R1": f"{kld}:1e-4",
+            "D1 + R2": f"{norm}:1e-4",
+            "D2 + R2": f"{norm}:1e-7",
         }
         return {
             name: replace(adam, distance=distances[name[:2]], regularizer=penalty)
@@ -244,7 +255,7 @@ class Table3(Experiment):
     """
 
     title = "Table 3: attacks under defenses"
-    defenses = DEFENSES
+    kinds = DEFENSES
     table = "table3"
 
     def searches(self):
@@ -293,7 +304,7 @@ class Figure5(Experiment):
     title = "Figure 5: more samples of GGL under Soteria"
     default_half = "imagenet"
     images: ClassVar = {"quick": 8, "paper": 8}
-    defenses = ("soteria:0.8",)
+    kinds = ("soteria:0.8",)
 
     def searches(self):
         return {"GGL": self.ggl()}
@@ -311,7 +322,7 @@ class Figure6(Experiment):
     """
 
     title = "Figure 6: GGL under combined defenses"
-    defenses = ("noise:0.1", "clip:4", "clip:4+noise:0.1")
+    kinds = ("noise:0.1", "clip:4", "clip:4+noise:0.1")
 
     def searches(self):
         return {"GGL": self.ggl()}
@@ -331,7 +342,7 @@ class Figure7(Experiment):
 
     title = "Figure 7: Soteria's pruning rate"
     images: ClassVar = {"quick": 1, "paper": 1}
-    defenses = ("soteria:0", "soteria:0.1", "soteria:0.2", "soteria:0.4", "soteria:0.8")
+    kinds = ("soteria:0", "soteria:0.1", "soteria:0.2", "soteria:0.4", "soteria:0.8")
     table = "figure7"
 
     def searches(self):
@@ -354,7 +365,7 @@ class Figure8(Experiment):
     data: ClassVar = {"celeba": "embedded:nonfaces"}
     label = 0
     images: ClassVar = {"quick": 2, "paper": 2}
-    defenses = ("soteria:0.8",)
+    kinds = ("soteria:0.8",)
 
     def searches(self):
         return {"GGL": self.ggl()}
@@ -569,6 +580,8 @@ def draw(
     Columns are defenses or, where there are several, seeds. Below each picture stands its PSNR on
     the paper's scale.
     """
+    from ggl_jax.audit import figures  # here and not above: it loads matplotlib
+
     first = next(iter(results.values()))
     names = dict.fromkeys(run.name for run in results)
     seeds = sorted({run.seed for run in results})

@@ -39,8 +39,8 @@ class Mechanism(NamedTuple):
 def mechanism(defense: Defense, num_tensors: int) -> Mechanism:
     """Read a defense as a clip, then Gaussian noise.
 
-    ``clip`` with fidelity "paper" bounds each of the update's L tensors by S, so the whole update
-    by ``S sqrt(L)``; with fidelity "code" it bounds the whole update by S. Of several clips the
+    ``clip`` layer by layer bounds each of the update's L tensors by S, so the whole update by
+    ``S sqrt(L)``; of the whole update, that by S. Of several clips the
     tightest bound counts. Sparsification and Soteria's masks between clip and noise do not raise
     the norm. What follows the noise is free if it looks at the noisy update alone (clip,
     sparsification, more noise); noise that follows noise directly adds to it in variance.

@@ -140,14 +140,16 @@ class _Table(TableElement):
             yield shown
 
 
-class _Terminal(Markdown):
+class Terminal(Markdown):
+    """Markdown as a terminal shows it."""
+
     elements: ClassVar = Markdown.elements | {"table_open": _Table}
 
 
-def terminal(report: Report) -> Markdown:
+def terminal(report: Report) -> Terminal:
     """What a terminal shows of the report: its words and tables, without its pictures."""
     lines = report.text(*ON_SCREEN).splitlines()
-    return _Terminal("\n".join(line for line in lines if not line.startswith("![")))
+    return Terminal("\n".join(line for line in lines if not line.startswith("![")))
 
 
 def write(report: Report, folder: Path, name: str = "report") -> Path:
@@ -350,19 +352,12 @@ class _Point(NamedTuple):
 
 def _points(found: utility.Utility, groups: Sequence[Leakage]) -> list[_Point]:
     """Every audited defense under its strongest attack, then those with a utility alone."""
-    by_fidelity: dict[str, list[Leakage]] = {}
-    for group in groups:
-        by_fidelity.setdefault(group.rows[0].get("fidelity", "paper"), []).append(group)
-    several = len(by_fidelity) > 1
-    points = []
-    for fidelity, own in by_fidelity.items():
-        for group in tables.strongest(own):
-            row = found.row_of(group.defense, fidelity)
-            label = f"{group.defense} ({fidelity})" if several else group.defense
-            points.append(_Point(label, row, group))
+    points = [
+        _Point(group.defense, found.row_of(group.defense), group)
+        for group in tables.strongest(groups)
+    ]
     shown = [point.row for point in points]
-    points += [_Point(row["defense"], row, None) for row in found.rows if row not in shown]
-    return points
+    return points + [_Point(row["defense"], row, None) for row in found.rows if row not in shown]
 
 
 def _of_row(text: Callable[[dict[str, Any]], str]) -> Callable[[_Point], str]:
@@ -379,6 +374,21 @@ _UTILITY = (
 )
 
 
+def utility_text(found: utility.Utility, groups: Sequence[Leakage] = ()) -> str:
+    """The table of accuracies and epsilons, beside the gains where there are any; Markdown."""
+    undefended = found.row_of("none")
+    words = [
+        *utility.warnings(found),
+        *([] if undefended is None else [f"Undefended: {utility.accuracy_text(undefended)}."]),
+        f"Naming the commonest class gives {100 * found.config['majority']:.1f} %.",
+        utility.legend(found.config),
+    ]
+    notes = dict.fromkeys(r["epsilon_note"] for r in found.rows if "pip" in r["epsilon_note"])
+    words += [f"Epsilon: {note}." for note in notes]
+    columns = [column for column in _UTILITY if groups or column.heading != "Gain"]
+    return tables.table(columns, _points(found, groups)) + "\n\n" + escape(" ".join(words))
+
+
 def _utility(report: Report, records: Records, groups: Sequence[Leakage]) -> dict[str, list[str]]:
     found = utility.read(records.folder)
     if found is None:
@@ -389,17 +399,11 @@ def _utility(report: Report, records: Records, groups: Sequence[Leakage]) -> dic
                 "and adds accuracy, epsilon and their figure (--data names its images)."
             ]
         }
-    points = _points(found, groups)
-    majority = 100 * found.config["majority"]
+    points, parts = _points(found, groups), [utility_text(found, groups)]
+    majority, undefended = 100 * found.config["majority"], found.row_of("none")
     lines = {"majority class": majority}
-    text = f"Naming the commonest class gives {majority:.1f} %."
-    undefended = found.row_of("none", "")
-    if undefended is not None:
-        text = f"Undefended: {utility.accuracy_text(undefended)}. {text}"
-        if undefended["accuracy"] is not None:
-            lines["undefended"] = 100 * undefended["accuracy"]
-    words = [*utility.warnings(found), text, utility.legend(found.config)]
-    parts = [tables.table(_UTILITY, points) + "\n\n" + escape(" ".join(words))]
+    if undefended is not None and undefended["accuracy"] is not None:
+        lines["undefended"] = 100 * undefended["accuracy"]
     drawn = [
         (
             p.label if p.row["epsilon"] is None else f"{p.label}\nε {utility.epsilon_text(p.row)}",

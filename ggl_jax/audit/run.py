@@ -290,8 +290,8 @@ class _Work:
             for row, name, file in zip(rows, names, files, strict=True):
                 row |= {
                     **{"image": name, "batch": names, "defense": cell.defense.name},
-                    **{"attack": cell.search.attack, "fidelity": cell.search.fidelity},
-                    **{"seed": cell.seed, "seconds": seconds, "axes": cell.axes},
+                    **{"attack": cell.search.attack, "seed": cell.seed},
+                    **{"seconds": seconds, "axes": cell.axes},
                     "controls": file,
                 }
             judged.append((rows, one.images))
@@ -436,7 +436,7 @@ def audit(
     maker = Cells(given, told_apart=out is not None)
     if isinstance(defenses, str) or not isinstance(defenses, Iterable):
         raise GGLError(f"defenses: got {defenses!r}, allowed: a list, such as ['none', 'clip:4']")
-    parsed = [maker.defense(defense, search) for defense in defenses]
+    parsed = [maker.defense(defense) for defense in defenses]
     names = [defense.name for defense in parsed]
     if not names:
         raise GGLError("defenses: got none; name at least one, e.g. 'none'")

@@ -4,7 +4,7 @@ import dataclasses
 import fnmatch
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,9 +23,6 @@ from ggl_jax.types import Defense, Model
 OPTIONS = options_of(Search) | options_of(Client)
 #: What an axis can be.
 AXES = ("defense", "seed", *OPTIONS)
-
-#: How to search: options, a preset's name, or a function of a cell's values on the axes.
-Base = Search | str | Callable[[Mapping[str, Any]], Search]
 
 
 class Grid(NamedTuple):
@@ -120,29 +117,13 @@ class _Exclusions:
                 raise GGLError(f"exclude: entry {number + 1} ({dict(entry)}) matches no cell")
 
 
-def _maker(search: Base, axes: Mapping[str, Any]) -> Callable[[Mapping[str, Any]], Search]:
-    """A cell's search of its values on the axes."""
-    if not isinstance(search, Search | str):
-        return search
-    if isinstance(search, Search) and "attack" in axes:
-        raise GGLError(
-            "axes: attack is no axis of one given search; give a preset's name, such as "
-            "search='quick', which has a search for each attack"
-        )
-
-    def make(values: Mapping[str, Any]) -> Search:
-        own = {k: v for k, v in values.items() if k in options_of(Search)}
-        return search_of(search, **own) if isinstance(search, str) else replace(search, **own)
-
-    return make
-
-
 def plan(
     inputs: Inputs,
     axes: Mapping[str, Sequence],
     *,
     exclude: Sequence[Mapping[str, Any]] = (),
-    search: Base = "paper",
+    search: Search | str = "paper",
+    fixed: Mapping[str, Any] | None = None,
     client: Client | None = None,
 ) -> Grid:
     """Lay out a grid: every combination of the axes' values, for every batch of images.
@@ -158,7 +139,8 @@ def plan(
             and "image" (a name or instance number).
         search: how to search where no axis says otherwise: a preset, which has a search for each
             attack and optimiser (:func:`ggl_jax.search_of`), or one for all, with which "attack"
-            is no axis; or a function that makes the whole search of a cell's values on the axes.
+            is no axis.
+        fixed: options of the search that are the same in every cell.
         client: the client where no axis says otherwise.
 
     Returns:
@@ -169,23 +151,29 @@ def plan(
             exclusion that matches nothing; no cell left; images that do not split into batches.
     """
     axes = check_axes(axes)
+    if isinstance(search, Search) and "attack" in axes:
+        raise GGLError(
+            "axes: attack is no axis of one given search; give a preset's name, such as "
+            "search='quick', which has a search for each attack"
+        )
     client, exclusions, maker = client or Client(), _Exclusions(exclude), Cells(inputs)
+    searching, sharing = options_of(Search), options_of(Client)
     cells: dict[str, Cell] = {}
     # The seed varies fastest, so that cells of one program are together.
     order = {name: values for name, values in axes.items() if name not in ("defense", "seed")}
     order |= {"defense": axes.get("defense", ["none"]), "seed": axes.get("seed", [0])}
-    make_search = _maker(search, axes)
     for values in combinations(order):
-        own = make_search(values)
-        sharing = replace(client, **{k: v for k, v in values.items() if k in options_of(Client)})
-        defense = maker.defense(values["defense"], own)
-        whole = dataclasses.asdict(own) | dataclasses.asdict(sharing)
+        given = {**(fixed or {}), **{k: v for k, v in values.items() if k in searching}}
+        own = search_of(search, **given) if isinstance(search, str) else replace(search, **given)
+        shared = replace(client, **{k: v for k, v in values.items() if k in sharing})
+        defense = maker.defense(values["defense"])
+        whole = dataclasses.asdict(own) | dataclasses.asdict(shared)
         whole |= {"defense": defense.name, "seed": values["seed"]}
         shown = {name: value for name, value in values.items() if name not in ("defense", "seed")}
-        for batch in image_batches(len(inputs.images), sharing.batch_size):
+        for batch in image_batches(len(inputs.images), shared.batch_size):
             names, ids = ([x[i] for i in batch] for x in (inputs.names, inputs.instance_ids))
             if not exclusions.match({**whole, "image": (*names, *ids)}):
-                cell = maker.make(shown, own, sharing, defense, values["seed"], batch)
+                cell = maker.make(shown, own, shared, defense, values["seed"], batch)
                 cells.setdefault(cell.id, cell)
     exclusions.check()
     if not cells:
@@ -195,9 +183,8 @@ def plan(
         "axes": {name: [_shown(value) for value in values] for name, values in axes.items()},
         "exclude": [dict(entry) for entry in exclude],
         "client": dataclasses.asdict(client),
-        # a function's are the caller's to tell
-        "search": dataclasses.asdict(search) if isinstance(search, Search) else None,
-        "preset": search if isinstance(search, str) else None,
+        "search": search if isinstance(search, str) else dataclasses.asdict(search),
+        "fixed": dict(fixed or {}),
     }
     return Grid(made, inputs, config_of(made, inputs, options))
 
@@ -225,8 +212,8 @@ def sweep(
         out: folder for the results; the same call goes on where one that was killed there ended.
         extend: see :func:`ggl_jax.audit.run.run`, like ``retry_failed``, ``mesh`` and
             ``progress``.
-        **options: of :func:`plan` (``search``, ``client``, ``exclude``), and further arguments of
-            :class:`ggl_jax.audit.cells.Inputs`.
+        **options: of :func:`plan` (``search``, ``fixed``, ``client``, ``exclude``), and further
+            arguments of :class:`ggl_jax.audit.cells.Inputs`.
 
     Returns:
         A :class:`ggl_jax.audit.run.RunResult`. :func:`ggl_jax.audit.report.make` makes its
@@ -235,7 +222,7 @@ def sweep(
     Raises:
         GGLError: as :func:`plan` and :func:`ggl_jax.audit.run.run`.
     """
-    own = {k: options.pop(k) for k in ("search", "client", "exclude") if k in options}
+    own = {k: options.pop(k) for k in ("search", "fixed", "client", "exclude") if k in options}
     grid = plan(Inputs(images, labels, model, **options), axes, **own)
     return run(
         grid.cells,

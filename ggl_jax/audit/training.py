@@ -15,6 +15,8 @@ import optax
 
 from ggl_jax.client.gradients import predicted, update_fn
 from ggl_jax.errors import GGLError
+from ggl_jax.grammar import at_least
+from ggl_jax.spec import Count, Positive, Share, ranged
 from ggl_jax.types import Context, Defense, Model, PyTree
 
 #: Images whose logits are computed at once when the accuracy is measured.
@@ -56,16 +58,17 @@ class Training(NamedTuple):
     num_clients: int
 
 
+@ranged
 def federated(
     model: Model,
     defense: Defense,
     *,
-    num_clients: int = 4,
-    batch_size: int = 16,
-    learning_rate: float = 0.03,
-    momentum: float = 0.9,
-    local_steps: int = 1,
-    local_learning_rate: float = 0.01,
+    num_clients: Count = 4,
+    batch_size: Count = 16,
+    learning_rate: Positive = 0.03,
+    momentum: Share = 0.9,
+    local_steps: Count = 1,
+    local_learning_rate: Positive = 0.01,
 ) -> Training:
     """Federated averaging of defended updates.
 
@@ -89,13 +92,6 @@ def federated(
 
     Reference: McMahan et al. 2017 (FedSGD, and FedAvg for ``local_steps > 1``).
     """
-    for name, value in (("num_clients", num_clients), ("batch_size", batch_size)):
-        if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
-            raise GGLError(f"{name}={value!r}: give an integer of at least 1")
-    if not 0 < learning_rate < float("inf"):
-        raise GGLError(f"learning_rate={learning_rate!r}: give a positive number")
-    if not 0 <= momentum < 1:
-        raise GGLError(f"momentum={momentum!r}: give a number of at least 0 and below 1")
     update = update_fn(model, local_steps=local_steps, learning_rate=local_learning_rate)
     optimizer = optax.sgd(learning_rate, momentum=momentum or None)
 
@@ -186,23 +182,19 @@ def train(
         GGLError: no rounds, or another number of clients.
     """
     every = num_rounds if every is None else every
-    if num_rounds < 1 or every < 1:
-        raise GGLError(f"num_rounds={num_rounds}, every={every}: give integers of at least 1")
+    at_least(1, num_rounds=num_rounds, every=every)
     if len(images) != training.num_clients or len(labels) != training.num_clients:
         raise GGLError(
             f"images: got those of {len(images)} clients, allowed: num_clients="
             f"{training.num_clients}"
         )
     images, labels = jnp.asarray(images), jnp.asarray(labels)
-    advance = (_scanned if _use_scan(scan) else _stepped)(training)
+    scan = jax.default_backend() != "cpu" if scan is None else scan
+    advance = (_scanned if scan else _stepped)(training)
     state = training.init(variables)
     for first in range(0, num_rounds, every):
         state = advance(key, state, images, labels, min(every, num_rounds - first))
         yield state
-
-
-def _use_scan(scan: bool | None) -> bool:
-    return jax.default_backend() != "cpu" if scan is None else scan
 
 
 def _scanned(training: Training) -> Callable:

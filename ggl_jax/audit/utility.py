@@ -24,6 +24,7 @@ from ggl_jax.audit.run import Progress
 from ggl_jax.client import defenses as client_defenses
 from ggl_jax.client.defenses.transformations import as_defense
 from ggl_jax.errors import GGLError
+from ggl_jax.spec import Client, Count, Number, Positive, Share, checked
 from ggl_jax.types import Defense, Model, PyTree
 
 #: Stream of the run's key for batches and the defenses' noise, beside the model's weights.
@@ -34,28 +35,25 @@ CONFIG, ROWS = "utility.json", "utility.jsonl"
 
 @dataclasses.dataclass(frozen=True)
 class UtilitySettings:
-    """How the federated model is trained; see :func:`ggl_jax.audit.training.federated`.
+    """How the federated model is trained; see :func:`ggl_jax.audit.training.federated`."""
 
-    ``test_images`` are held out of training; None takes a fifth of the images, at most 1,000.
-    Epsilon is that at ``delta``. ``seed`` is that of everything random.
-    """
-
-    rounds: int = 100
-    clients: int = 4
-    batch_size: int = 16
-    learning_rate: float = 0.03
-    momentum: float = 0.9
-    local_steps: int = 1
-    local_learning_rate: float = 0.01
-    test_images: int | None = None
-    delta: float = 1e-5
-    seed: int = 0
-
-    def __post_init__(self):
-        for name in ("rounds", "clients", "batch_size"):
-            value = getattr(self, name)
-            if value < 1:
-                raise GGLError(f"{name}: got {value}, allowed: whole numbers of at least 1")
+    rounds: Count = 100
+    """Rounds of federated SGD."""
+    clients: Count = 4
+    """Clients; each has its own part of the images and takes part in every round."""
+    batch_size: Count = 16
+    """Images that a client draws in each round."""
+    learning_rate: Positive = 0.03
+    """Step size of the server's SGD. The default suits convnet; resnet18 wants 0.001 (and many
+    rounds), and resnet18:batch_norm=train 0.01."""
+    momentum: Share = 0.9
+    """Momentum of the server's SGD."""
+    test_images: Count | None = None
+    """Images held out of training (default: a fifth, at most 1,000)."""
+    delta: Positive = 1e-5
+    """Probability with which epsilon's bound may fail."""
+    seed: Number = 0
+    """Seed of the model's weights, the batches, the noise and the choice of test images."""
 
 
 class Utility(NamedTuple):
@@ -71,12 +69,9 @@ class Utility(NamedTuple):
     rows: list[dict[str, Any]]
     interrupted: bool = False
 
-    def row_of(self, defense: str, fidelity: str) -> dict[str, Any] | None:
-        """The row of a defense; under another fidelity only where that means nothing ("none")."""
-        for row in self.rows:
-            if row["defense"] == defense and (defense == "none" or row["fidelity"] == fidelity):
-                return row
-        return None
+    def row_of(self, defense: str) -> dict[str, Any] | None:
+        """The row of a defense."""
+        return next((row for row in self.rows if row["defense"] == defense), None)
 
 
 def split(
@@ -129,7 +124,7 @@ def measure(
     defenses: Sequence[Defense | str],
     out: str | Path,
     settings: UtilitySettings | None = None,
-    fidelities: Sequence[str] = ("paper",),
+    client: Client | None = None,
     variables: PyTree | None = None,
     about: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
@@ -146,16 +141,16 @@ def measure(
         defenses: specifications or :class:`Defense` objects; "none" is added as the control.
         out: folder; what an earlier call finished there is kept and not repeated.
         settings: of the training.
-        fidelities: of the defenses that are given as specifications: each is measured in each.
+        client: local steps behind each update; its batch size is not looked at.
         variables: the model's first weights; None for those of an audit with the settings' seed.
-        about: more entries for ``utility.json``, such as the command; ``"options"`` is what was
-            asked for, by default the settings and the model.
+        about: what was asked for besides the settings, such as the names of data and model; its
+            ``"command"`` and ``"environment"`` are kept, and may differ where a run goes on.
         progress: called as it goes on.
 
     Returns:
-        A :class:`Utility`; Ctrl-C returns one, too. A row has ``defense``, ``fidelity``,
-        ``accuracy`` (on the test images; None where the training diverged, and then
-        ``diverged_round`` says when), ``curve`` ([rounds, accuracies] on the way), ``bound`` and
+        A :class:`Utility`; Ctrl-C returns one, too. A row has ``defense``, ``accuracy``
+        (on the test images; None where the training diverged, and then ``diverged_round`` says
+        when), ``curve`` ([rounds, accuracies] on the way), ``bound`` and
         ``sigma`` of the Gaussian mechanism, ``rounds`` that compose, ``delta``, ``epsilon`` and
         ``epsilon_replace`` (see :data:`ggl_jax.audit.privacy.ADJACENCIES`; None where there is
         none, and ``epsilon_note`` says why), and ``seconds``.
@@ -165,7 +160,7 @@ def measure(
             in use or holds another configuration.
         StorageError: the disk is full; nothing that was finished is lost.
     """
-    settings = settings or UtilitySettings()
+    settings, client = checked(settings or UtilitySettings()), client or Client()
     privacy.check_delta(settings.delta)
     images, labels = admit(model, images, labels, variables)
     train_at, test_at = split(len(images), settings.test_images, settings.clients, settings.seed)
@@ -174,14 +169,18 @@ def measure(
             f"batch_size: {settings.batch_size} is more than the {train_at.shape[1]} training "
             f"images of each client; give more images, fewer test images or fewer clients"
         )
-    todo = _named([as_defense(one) for one in defenses], fidelities)
-    for defense, _ in todo:
+    named: dict[str, Defense] = {}
+    for one in ("none", *map(as_defense, defenses)):
+        defense = client_defenses.parse(one) if isinstance(one, str) else one
+        named.setdefault(defense.name, defense)
+    for defense in named.values():
         gate.defense(defense, model)
-        client_defenses.check_local_steps(defense, settings.local_steps)
-        _training(model, defense, settings)  # refuses unusable settings before any work is done
+        client_defenses.check_local_steps(defense, client.local_steps)
+    asked = {k: v for k, v in (about or {}).items() if k not in ("command", "environment")}
+    local = {k: v for k, v in dataclasses.asdict(client).items() if k.startswith("local_")}
     config = {
-        "options": {**dataclasses.asdict(settings), "model": model.name},
-        **json.loads(json.dumps(about or {})),
+        "options": {**dataclasses.asdict(settings), **local, "model": model.name, **asked},
+        **{name: value for name, value in (about or {}).items() if name not in asked},
         "inputs": {"data": files.digest(images, labels, jax.tree.leaves(variables))[:12]},
         "model": model.name,
         "rounds": settings.rounds,
@@ -199,23 +198,23 @@ def measure(
             raise GGLError(f"out: {folder} has {ROWS} without {CONFIG}; move it away")
         files.claim(folder, config, name=CONFIG, guest=True)
         rows = _read_rows(folder)
-        known = Utility(config, rows)
-        todo = [(d, f) for d, f in todo if known.row_of(d.name, f) is None]
+        known = {row["defense"] for row in rows}
+        todo = [defense for name, defense in named.items() if name not in known]
         key = jax.random.key(settings.seed)
         if variables is None:
             variables = jax.jit(model.init)(jax.random.fold_in(key, MODEL_STREAM))
         data = (images[train_at], labels[train_at], images[test_at], labels[test_at])
         try:
-            for number, (defense, fidelity) in enumerate(todo):
+            for number, defense in enumerate(todo):
 
                 def report(phase, fraction, number=number, defense=defense):
                     if progress is not None:
                         label = f"{defense.name}: {phase}"
                         progress(label, number, len(todo), fraction, None)
 
-                row = {"defense": defense.name, "fidelity": fidelity}
+                row: dict[str, Any] = {"defense": defense.name}
                 stream = jax.random.fold_in(key, TRAINING_STREAM)
-                row |= _train(stream, model, defense, variables, data, settings, report)
+                row |= _train(stream, model, defense, variables, data, settings, local, report)
                 row |= _privacy(defense, variables, settings)
                 rows.append(jsonable(row))
                 files.write_text(folder / ROWS, "".join(json.dumps(r) + "\n" for r in rows))
@@ -252,41 +251,22 @@ def read(folder: str | Path) -> Utility | None:
     return Utility(config, rows)
 
 
-def _named(defenses, fidelities) -> list[tuple[Defense, str]]:
-    """Defenses, the control first, each by name and fidelity once."""
-    found: dict[tuple[str, str], tuple[Defense, str]] = {}
-    for defense in ["none", *defenses]:
-        for fidelity in fidelities:
-            own = defense
-            if isinstance(own, str):
-                own = client_defenses.parse(own, fidelity=fidelity)
-            key = (own.name, "" if own.name == "none" else fidelity)
-            found.setdefault(key, (own, fidelity))
-            if not isinstance(defense, str):
-                break
-    return list(found.values())
-
-
-def _training(model, defense, settings: UtilitySettings) -> training.Training:
-    return training.federated(
+def _train(key, model, defense, variables, data, settings, local, report) -> dict[str, Any]:
+    began = time.perf_counter()
+    federated = training.federated(
         model,
         defense,
         num_clients=settings.clients,
         batch_size=settings.batch_size,
         learning_rate=settings.learning_rate,
         momentum=settings.momentum,
-        local_steps=settings.local_steps,
-        local_learning_rate=settings.local_learning_rate,
+        **local,
     )
-
-
-def _train(key, model, defense, variables, data, settings, report) -> dict[str, Any]:
-    began = time.perf_counter()
     images, labels, test_images, test_labels = data
     rounds, accuracies, diverged = [], [], 0
     report("compiling", 0.0)
     for state in training.train(
-        _training(model, defense, settings),
+        federated,
         key,
         variables,
         images,
@@ -359,7 +339,7 @@ def epsilon_text(row: Mapping[str, Any], name: str = "epsilon") -> str:
 
 def warnings(found: Utility) -> list[str]:
     """What makes the accuracies say little: a control that learnt nothing. Usually empty."""
-    control, majority = found.row_of("none", ""), found.config["majority"]
+    control, majority = found.row_of("none"), found.config["majority"]
     if control is None or control["accuracy"] is None:
         return []
     spread = math.sqrt(majority * (1 - majority) / found.config["num_test"])

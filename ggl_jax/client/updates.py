@@ -216,10 +216,6 @@ def shared_part(view: View, params: PyTree, part: Sequence[str], head: Path) -> 
     def simulate(estimated, update):
         return put_back(view.simulate(estimated, taken(update)), zeros)
 
-    def observe(estimated, update):
-        assert view.observe is not None
-        return put_back(view.observe(estimated, taken(update)), zeros)
-
     def factor(estimated):
         assert view.factor is not None
         inner = view.factor(estimated)
@@ -239,5 +235,5 @@ def shared_part(view: View, params: PyTree, part: Sequence[str], head: Path) -> 
         estimate=estimate,
         simulate=simulate,
         factor=None if view.factor is None else factor,
-        observe=None if view.observe is None else observe,
+        on_support=view.on_support and shared_part(view.on_support, params, part, head),
     )

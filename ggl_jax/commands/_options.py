@@ -2,14 +2,14 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import tyro
 
 from ggl_jax.adversary.attacks import PRESETS, search_of
 from ggl_jax.spec import Search
 
-Preset = Literal["quick", "standard", "paper"]
+Preset = Literal["quick", "standard", "paper", "code"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,17 +19,15 @@ class Choice:
     preset: str | None = None
     attack: str | None = None
     optimizer: str | None = None
-    no_adaptive: bool = False
     config: Path | None = None
 
     @property
     def search(self) -> Search:
         """The search that was chosen, each option at its preset's value."""
-        changes: dict[str, Any] = {"adaptive": False} if self.no_adaptive else {}
         # An unknown preset is refused when all options are read.
         preset = self.preset if self.preset in PRESETS else "quick"
         assert preset is not None
-        return search_of(preset, self.attack or "ggl", self.optimizer, **changes)
+        return search_of(preset, self.attack or "ggl", self.optimizer)
 
 
 def choice_of(argv: list[str]) -> Choice:
@@ -39,6 +37,5 @@ def choice_of(argv: list[str]) -> Choice:
         args=argv,
         return_unknown_args=True,
         add_help=False,
-        config=(tyro.conf.FlagCreatePairsOff,),
     )
     return found

@@ -2,6 +2,7 @@
 
 import os
 import platform
+import shlex
 import time
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -15,6 +16,28 @@ from ggl_jax.spec import Judge, Setup, Speed
 
 # Without emoji: in text of the user's, ":100:" is a range.
 console = Console(emoji=False)
+
+
+def say(text: str, **style: Any) -> None:
+    """Print a line as it is: the user's names are no markup, and paths are not broken."""
+    console.print(text, markup=False, soft_wrap=True, **style)
+
+
+def stopped() -> int:
+    """The exit code of a command that Ctrl-C ended, once that is said."""
+    say("Interrupted. The same command goes on from here.")
+    return 130
+
+
+def command_of(argv: list[str]) -> str:
+    """The command line, as a shell takes it."""
+    return "ggl-jax " + shlex.join(argv)
+
+
+def about(argv: list[str]) -> dict[str, Any]:
+    """What results tell of where they come from."""
+    return {"command": command_of(argv), "environment": environment()}
+
 
 #: Where progress is not live, no longer than this without a line.
 _QUIET_SECONDS = 60.0

@@ -118,7 +118,7 @@ def run(command: AttackCommand, argv: list[str]) -> int:
     statistics = None
     if command.statistics is not None:
         statistics = updates.read_update(command.statistics, variables.get("batch_stats", {}))
-    defense = parse(command.defense, fidelity=search.fidelity, compare=search.compare)
+    defense = parse(command.defense)
     view = updates.shared_part(defense.view, variables["params"], list(part), model.head)
     public = Public(model, variables, prior, prior_params)
     keys = [jax.random.fold_in(jax.random.key(command.seed), stream) for stream in range(3)]
@@ -279,7 +279,7 @@ def _scaled(command: AttackCommand, key, public, part) -> tuple[dict, dict[str, 
 
 def _distance_line(found, search: Search, norm: float) -> str:
     """How near the result's update came, in the unit that its search compared in."""
-    if search.compare == "likelihood" and not found.search["refined"]:
+    if search.distance == "likelihood" and not found.search["refined"]:
         return f"Distance of updates {found.distance:.4g}, minus the logarithm of the likelihood."
     if search.relative or found.search["refined"]:
         return f"Distance of updates {found.distance:.4g}, where an update of zero has 1."

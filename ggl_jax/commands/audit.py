@@ -2,21 +2,27 @@
 
 import dataclasses
 import json
-import shlex
 from pathlib import Path
 
 from ggl_jax import files
+from ggl_jax.client.defenses import in_code, parse
 from ggl_jax.commands import _devices
 from ggl_jax.commands._options import Preset, choice_of
-from ggl_jax.commands._shared import AuditBar, console, environment, load_inputs, suspects
+from ggl_jax.commands._shared import AuditBar, about, console, load_inputs, say, suspects
 from ggl_jax.errors import GGLError
 from ggl_jax.spec import Client, Judge, Search, Setup, Speed, checked, flat, replace
 
+DEFENSES = ("none", "noise:0.1", "clip:4", "sparsify:0.9", "soteria:0.8", "clip:4+noise:0.1")
 #: What each preset sets besides the search. Presets differ in effort, never in what is measured.
 PRESETS: dict[str, dict] = {
     "quick": {"indices": "0", "ceiling_steps": 300},
     "standard": {"indices": ":8", "ceiling_steps": 400},
     "paper": {"indices": ":8", "ceiling_steps": 400},
+    "code": {
+        "indices": ":8",
+        "ceiling_steps": 400,
+        "defenses": tuple(map(in_code, DEFENSES)),
+    },
 }
 
 
@@ -33,25 +39,19 @@ class AuditCommand:
 
     preset: Preset = "quick"
     """How much effort: quick (1 image; minutes on two CPU cores), standard (8 images, a longer
-    search) or paper (8 images, each attack as published; meant for a GPU). Options given here as
-    well win over the preset's."""
+    search), paper (8 images, each attack as published; meant for a GPU) or code (attacks and
+    defenses as the published code has them). Options given here as well win over the preset's."""
     config: Path | None = None
     """A config.json of an earlier run: start from all of its options, which others given here
     change; not with --preset, --attack or --optimizer, on which further options depend."""
     indices: str = "0"
     """Which of the private images: a number, a list such as 0,3,5, or a range such as 0:8 or :8
     (the first 8, or all where there are fewer)."""
-    defenses: tuple[str, ...] = (
-        "none",
-        "noise:0.1",
-        "clip:4",
-        "sparsify:0.9",
-        "soteria:0.8",
-        "clip:4+noise:0.1",
-    )
+    defenses: tuple[str, ...] = DEFENSES
     """Defenses to audit, e.g. none noise:0.1 clip:4 sparsify:0.9 soteria:0.8. Join with + to apply
     one after the other. noise: standard deviation; clip: l2 bound; sparsify and soteria: share
-    pruned."""
+    pruned. The published code's forms: clip:4,layerwise=False, sparsify:0.9,percentile=True,
+    soteria:0.8,representation=False."""
     setup: Setup = dataclasses.field(default_factory=Setup)
     client: Client = dataclasses.field(default_factory=Client)
     search: Search = dataclasses.field(default_factory=Search)
@@ -109,16 +109,13 @@ def run(command: AuditCommand, argv: list[str]) -> int:
     from ggl_jax.audit import report
     from ggl_jax.audit.cells import image_batches
     from ggl_jax.audit.run import AuditInterrupted, audit
-    from ggl_jax.client.defenses import parse
 
     # Cheap checks first: a typing error should cost no work, and leave no folder behind.
     if not command.defenses:
         raise GGLError("defenses: got none; name at least one, e.g. --defenses none clip:4")
     command = checked(command)
     search, client = command.search, command.client
-    parsed = [
-        parse(text, fidelity=search.fidelity, compare=search.compare) for text in command.defenses
-    ]
+    parsed = [parse(text) for text in command.defenses]
     command = replace(command, defenses=tuple(defense.name for defense in parsed))
     loaded = load_inputs(command.setup, indices=command.indices)
     dataset, model = loaded.dataset, loaded.model
@@ -128,22 +125,21 @@ def run(command: AuditCommand, argv: list[str]) -> int:
     options = _options(command)
     content = files.digest(options, dataset.images, dataset.labels, loaded.card["sha256"])
     out = command.out or Path(f"ggl-audit-{content[:8]}")
-    shown_command = "ggl-jax " + shlex.join(argv)
     num = len(dataset.images)
-    console.print(
+    say(
         f"Auditing {len(parsed)} defenses on {num} image{'s' * (num != 1)} of "
         f"{command.setup.data}: {model.name}, prior {loaded.card['name']}, attack {search.attack}. "
-        f"Results: {out}/",
-        markup=False,
-        soft_wrap=True,
+        f"Results: {out}/"
     )
-    about = {"command": shown_command, "options": options, "environment": environment()}
-    others = suspects(command.setup, command.judge, loaded)
+    more = {
+        "others": suspects(command.setup, command.judge, loaded),
+        "about": {**about(argv), "options": options},
+    }
     interrupted = False
     with AuditBar() as bar:
         try:
             result = audit(
-                **loaded.given(command.judge, command.speed, others=others, about=about),
+                **loaded.given(command.judge, command.speed, **more),
                 defenses=list(command.defenses),
                 search=search,
                 client=client,
@@ -159,19 +155,16 @@ def run(command: AuditCommand, argv: list[str]) -> int:
         found = report.make(folders.read(out))
         path = report.write(found, out)
         console.print(report.terminal(found))
-        console.print(
+        say(
             f"\nWith pictures: {path} (and {path.with_suffix('.md')}); all numbers: "
-            f"{out}/results.jsonl",
-            markup=False,
-            soft_wrap=True,
+            f"{out}/results.jsonl"
         )
     for which, reason in result.failures.items():
-        console.print(f"failed: {which}: {reason}", markup=False, soft_wrap=True)
+        say(f"failed: {which}: {reason}")
     if interrupted:
-        console.print(
+        say(
             f"Interrupted. {len(result.rows)} finished results are kept in {out}/; the same "
-            "command goes on from there.",
-            markup=False,
+            "command goes on from there."
         )
         return 130
     return 1 if result.failures else 0

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import tyro
 
-from ggl_jax.commands._shared import console
+from ggl_jax.commands._shared import say
 from ggl_jax.errors import GGLError
 
 
@@ -43,20 +43,15 @@ def run(command: CheckCommand, argv: list[str]) -> int:
     from ggl_jax.audit.check import canonical, check
 
     records = folder.read(command.folder)
-    bounds = {}
+    given = {"gain": command.max_psnr_over_control, "ssim": command.max_ssim}
+    bounds = {name: bound for name, bound in given.items() if bound is not None}
     for text in command.bounds:
         name, _, value = text.partition("=")
         try:
             bounds[name] = float(value)
         except ValueError:
             raise GGLError(f"bound: got {text!r}, allowed: SCORE=NUMBER, e.g. lpips=0.3") from None
-    findings = check(
-        records,
-        max_psnr_over_control=command.max_psnr_over_control,
-        max_ssim=command.max_ssim,
-        bounds=bounds,
-        defenses=command.defenses,
-    )
+    findings = check(records, bounds, defenses=command.defenses)
     violated = [finding for finding in findings if finding.violated]
     lines = [finding.sentence() for finding in violated]
     if not violated:
@@ -66,5 +61,5 @@ def run(command: CheckCommand, argv: list[str]) -> int:
     groups = tables.leakage(records.rows)
     lines += tables.troubles([g for g in groups if not chosen or g.defense in chosen])
     for line in lines:
-        console.print(line, markup=False, soft_wrap=True, highlight=False)
+        say(line)
     return 1 if violated else 0

@@ -1,12 +1,12 @@
 """``ggl-jax import-prior``: foreign generators' weights as a prior."""
 
 import dataclasses
-import shlex
 from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
 
+from ggl_jax.commands._shared import command_of, say
 from ggl_jax.errors import GGLError
 
 
@@ -50,8 +50,6 @@ def run(command: ImportPriorCommand, argv: list[str]) -> int:
 
     if command.out.exists():
         raise GGLError(f"out: {command.out} exists; choose another --out, or remove it first")
-    options = dataclasses.asdict(command)
-    shown = "ggl-jax " + shlex.join(argv)
-    import_prior(**options, command=shown)
-    print(f"Imported to {command.out}; use it with --prior {command.out}")
+    import_prior(**dataclasses.asdict(command), command=command_of(argv))
+    say(f"Imported to {command.out}; use it with --prior {command.out}")
     return 0

@@ -1,16 +1,16 @@
 """``ggl-jax landscape``: matching loss beside perceptual distance around a result."""
 
 import dataclasses
-import shlex
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
 from ggl_jax import files
 from ggl_jax.adversary.attacks import search_of
+from ggl_jax.audit.landscape import Resolution
+from ggl_jax.client.defenses import parse
 from ggl_jax.commands._options import choice_of
-from ggl_jax.commands._shared import AuditBar, console, environment, load_inputs
-from ggl_jax.errors import GGLError
-from ggl_jax.spec import AtLeast, Client, Number, Positive, Search, Setup, Speed, checked, flat
+from ggl_jax.commands._shared import AuditBar, about, load_inputs, say
+from ggl_jax.spec import Client, Judge, Number, Positive, Search, Setup, Speed, checked, flat
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +27,7 @@ class LandscapeCommand:
     """Which of the private images."""
     defense: str = "none"
     """The client's defense, such as none, noise:0.1 or clip:4+noise:0.1."""
-    resolution: Annotated[int, AtLeast(2)] = 21
+    resolution: Resolution = 21
     """Points of the grid in each direction; the result is its middle if this is odd."""
     span: Positive = 1.0
     """The grid's reach from the result to each side, in norms of the result's latent."""
@@ -53,62 +53,42 @@ def run(command: LandscapeCommand, argv: list[str]) -> int:
 
     from ggl_jax.adversary.reconstruct import prepare
     from ggl_jax.audit import landscape, metrics
-    from ggl_jax.client import defenses
+    from ggl_jax.audit.cells import Inputs
 
     command = checked(command)
-    search = command.search
-    defense = defenses.parse(command.defense, fidelity=search.fidelity, compare=search.compare)
-    dataset, prior, prior_params, card, model = load_inputs(
-        command.setup, indices=[command.index], remedy="give --label 0"
-    )
-    label = int(dataset.labels[0])
-    if label >= model.num_classes:
-        raise GGLError(
-            f"label: got {label}, allowed: 0 to {model.num_classes - 1}; raise --num-classes"
-        )
-    prepare(model, prior, defense.view, Client(), search)  # for its errors
+    search, seed = command.search, command.setup.seed
+    defense = parse(command.defense)
+    loaded = load_inputs(command.setup, indices=[command.index], remedy="give --label 0")
+    given = Inputs(**loaded.given(Judge(), command.speed))
+    prepare(given.model, given.prior, defense.view, Client(), search)  # for its errors
     left_out = ("out", *flat(Speed()))
     options = {k: v for k, v in flat(command).items() if k not in left_out}
-    shown = "ggl-jax " + shlex.join(argv)
-    env = environment()
-    inputs = {"images": files.digest(dataset.images)[:12], "prior": card["sha256"]}
-    files.claim(
-        command.out, {"command": shown, "options": options, "inputs": inputs, "environment": env}
-    )
-    image, name = dataset.images[0], dataset.names[0]
+    inputs = {"images": files.digest(given.images)[:12], "prior": loaded.card["sha256"]}
+    told = about(argv)
+    files.claim(command.out, {**told, "options": options, "inputs": inputs})
+    image, name = given.images[0], given.names[0]
     with AuditBar() as bar:
-
-        def advanced(phase, fraction, loss):
-            bar(phase, 0, 2, fraction, loss)
-
         center = landscape.find_center(
-            image,
-            label,
-            model=model,
-            prior=prior,
-            prior_params=prior_params,
+            given,
             defense=defense,
             search=search,
-            speed=command.speed,
-            instance_id=command.index,
-            seed=command.setup.seed,
-            progress=advanced,
+            seed=seed,
+            progress=lambda phase, fraction, loss: bar(phase, 0, 2, fraction, loss),
         )
         bar("landscape", 1, 2, 0.0, center.loss)
         found = landscape.landscape(
             center,
             image,
             # folded away from the streams of the image's index
-            jax.random.fold_in(jax.random.key(command.setup.seed), 2**31 - 3),
-            prior=prior,
+            jax.random.fold_in(jax.random.key(seed), 2**31 - 3),
+            prior=given.prior,
             resolution=command.resolution,
             span=command.span,
             lpips=command.lpips,
         )
     psnr = float(metrics.psnr(jnp.asarray(center.images[0]), jnp.asarray(image)))
-    correlation = found.correlation
-    said = f"{correlation:.3f}" if np.isfinite(correlation) else "undefined"
-    title = f"{name}, {command.defense}, {search.optimizer}, seed {command.setup.seed}"
+    said = f"{found.correlation:.3f}" if np.isfinite(found.correlation) else "undefined"
+    title = f"{name}, {command.defense}, {search.optimizer}, seed {seed}"
     landscape.draw(found, command.out / "landscape.png", title=f"{title}: rank correlation {said}")
     report = {
         "image": name,
@@ -116,20 +96,17 @@ def run(command: LandscapeCommand, argv: list[str]) -> int:
         "psnr": psnr if np.isfinite(psnr) else None,
         "loss": center.loss,
         "evaluations": center.evaluations + command.resolution**2,
-        "label_true": label,
+        "label_true": int(given.labels[0]),
         "label_inferred": int(center.problem.labels[0]),
         **found.summary(),
-        "command": shown,
-        "environment": env,
+        **told,
     }
     files.write_json(command.out / "landscape.json", report)
     if found.note:
-        console.print(f"LPIPS was not measured: {found.note}", markup=False, soft_wrap=True)
-    console.print(
+        say(f"LPIPS was not measured: {found.note}")
+    say(
         f"Result: {psnr:.1f} dB PSNR. Spearman's rank correlation of the matching loss and "
-        f"{found.measure} over {command.resolution} x {command.resolution} latents: {said}",
-        markup=False,
-        soft_wrap=True,
+        f"{found.measure} over {command.resolution} x {command.resolution} latents: {said}"
     )
-    console.print(f"Plots: {command.out}/landscape.png; numbers: {command.out}/landscape.json")
+    say(f"Plots: {command.out}/landscape.png; numbers: {command.out}/landscape.json")
     return 0

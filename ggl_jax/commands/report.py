@@ -5,7 +5,7 @@ from pathlib import Path
 
 import tyro
 
-from ggl_jax.commands._shared import console
+from ggl_jax.commands._shared import say
 from ggl_jax.errors import GGLError
 
 
@@ -39,5 +39,5 @@ def run(command: ReportCommand, argv: list[str]) -> int:
     else:
         path = report.write(report.make(records[0]), command.out or records[0].folder)
     text = path.with_suffix(".md")
-    console.print(f"{path} and {text}", markup=False, soft_wrap=True, highlight=False)
+    say(f"{path} and {text}")
     return 0

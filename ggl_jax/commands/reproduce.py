@@ -2,7 +2,6 @@
 
 import dataclasses
 import datetime
-import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -11,12 +10,7 @@ import tyro
 
 from ggl_jax import files
 from ggl_jax.commands import landscape
-from ggl_jax.commands._shared import (
-    AuditBar,
-    console,
-    environment,
-    load_inputs,
-)
+from ggl_jax.commands._shared import AuditBar, about, console, load_inputs, say, stopped
 from ggl_jax.errors import GGLError, did_you_mean
 from ggl_jax.spec import Client, Count, Judge, Number, Search, Setup, Speed, checked
 
@@ -88,20 +82,17 @@ def run(command: ReproduceCommand, argv: list[str]) -> int:
         )
     options = {k: v for k, v in dataclasses.asdict(chosen).items() if k != "out"}
     judge = Judge(chosen.num_controls, chosen.ceiling_steps, chosen.lpips)
-    about = {"command": "ggl-jax " + shlex.join(argv), "environment": environment()}
-    given = Inputs(**inputs.given(judge, Speed(), about=about))
+    given = Inputs(**inputs.given(judge, Speed(), about=about(argv)))
     cells = _cells(runs, given)
-    console.print(
+    say(
         f"{experiment.title}: {len(runs)} searches, {len(experiment.defenses)} defenses, "
-        f"{found} images, scale {chosen.scale}. Results: {chosen.out}/",
-        markup=False,
-        soft_wrap=True,
+        f"{found} images, scale {chosen.scale}. Results: {chosen.out}/"
     )
     with AuditBar() as bar:
         config = cell_runs.config_of(cells, given, options)
         done = cell_runs.run(cells, given, chosen.out, config=config, progress=bar)
     for cell, reason in done.failures.items():
-        console.print(f"failed: {done.records.cells[cell]}: {reason}", markup=False)
+        say(f"failed: {done.records.cells[cell]}: {reason}")
     results = {
         one: result
         for one in runs
@@ -109,10 +100,7 @@ def run(command: ReproduceCommand, argv: list[str]) -> int:
     }
     if results:
         _write(chosen, experiment, results, inputs, given.about)
-    if done.interrupted:
-        console.print("Interrupted. The same command goes on from here.", markup=False)
-        return 130
-    return 0
+    return stopped() if done.interrupted else 0
 
 
 def _resolve(command: ReproduceCommand) -> ReproduceCommand:
@@ -162,7 +150,7 @@ def _landscape(command: Any, search: Search, argv: list[str]) -> int:
     return landscape.run(options, argv)
 
 
-def _write(chosen: Any, experiment: Any, results: Any, inputs: Any, about: Any) -> None:
+def _write(chosen: Any, experiment: Any, results: Any, inputs: Any, told: Any) -> None:
     """The table and the pictures of what is there."""
     import jax
     from rich.markdown import Markdown
@@ -170,7 +158,7 @@ def _write(chosen: Any, experiment: Any, results: Any, inputs: Any, about: Any) 
     from ggl_jax.audit import paper
     from ggl_jax.audit.cells import MODEL_STREAM
 
-    key, env = jax.random.key(chosen.seed), about["environment"]
+    key, env = jax.random.key(chosen.seed), told["environment"]
     controls = paper.control_scores(
         next(iter(results.values())),
         inputs.model,
@@ -187,7 +175,7 @@ def _write(chosen: Any, experiment: Any, results: Any, inputs: Any, about: Any) 
         controls,
         num_images=chosen.images,
         lpips=chosen.lpips,
-        command=about["command"],
+        command=told["command"],
         where=(
             f"{datetime.date.today().isoformat()}; {env['device']}; {env['cpu']}; "
             f"jax {env['jax']}; images: {chosen.images}; seeds: {chosen.seeds}, from {chosen.seed} "
@@ -197,7 +185,7 @@ def _write(chosen: Any, experiment: Any, results: Any, inputs: Any, about: Any) 
     files.write_text(chosen.out / "table.md", text)
     paper.draw(experiment, results, chosen.out / "figure.png")
     console.print(Markdown(text))
-    console.print(f"Table: {chosen.out}/table.md; pictures: {chosen.out}/figure.png", markup=False)
+    say(f"Table: {chosen.out}/table.md; pictures: {chosen.out}/figure.png")
 
 
 def _cells(runs: Sequence[Any], inputs: Any) -> list[Any]:
@@ -210,7 +198,7 @@ def _cells(runs: Sequence[Any], inputs: Any) -> list[Any]:
             {"search": one.name},
             one.search,
             client,
-            maker.defense(defense, one.search),
+            maker.defense(defense),
             one.seed,
             batch,
         )

@@ -3,7 +3,7 @@
 import dataclasses
 from pathlib import Path
 
-from ggl_jax.commands._shared import console
+from ggl_jax.commands._shared import say
 from ggl_jax.errors import GGLError
 
 
@@ -32,5 +32,5 @@ def run(command: SamplePriorCommand, argv: list[str]) -> int:
 
     prior, params, card = load_prior(command.prior)
     samples(prior, params, jax.random.key(command.seed), command.num, path=command.out)
-    console.print(f"{command.num} samples of {card['name']} are in {command.out}", markup=False)
+    say(f"{command.num} samples of {card['name']} are in {command.out}")
     return 0

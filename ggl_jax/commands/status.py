@@ -6,7 +6,7 @@ from pathlib import Path
 
 import tyro
 
-from ggl_jax.commands._shared import console
+from ggl_jax.commands._shared import say
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,17 +23,14 @@ def run(command: StatusCommand, argv: list[str]) -> int:
 
     records = folder.read(command.folder)
     done, failed, left = len(records.finished), len(records.failures), len(records.left)
-    console.print(
-        f"{len(records.cells):,} cells: {done:,} done, {failed:,} failed, {left:,} left.",
-        markup=False,
-    )
+    say(f"{len(records.cells):,} cells: {done:,} done, {failed:,} failed, {left:,} left.")
     seconds = remaining(records)
     if left and seconds is not None:
         left_time = datetime.timedelta(seconds=round(seconds))
-        console.print(f"About {left_time} left at the pace of the finished cells.", markup=False)
+        say(f"About {left_time} left at the pace of the finished cells.")
     for cell, reason in records.failures.items():
         shown = ", ".join(f"{k} {v}" for k, v in records.cells[cell].items() if k != "evaluations")
-        console.print(f"failed: {shown}: {reason}", markup=False, soft_wrap=True)
+        say(f"failed: {shown}: {reason}")
     return 0
 
 

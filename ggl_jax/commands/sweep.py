@@ -1,7 +1,6 @@
 """``ggl-jax sweep``: audit a whole grid, resumably."""
 
 import dataclasses
-import shlex
 import tomllib
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,7 +8,8 @@ from typing import Any, NamedTuple
 import tyro
 
 from ggl_jax.commands import _devices
-from ggl_jax.commands._shared import AuditBar, console, environment, load_inputs, suspects
+from ggl_jax.commands._options import Preset
+from ggl_jax.commands._shared import AuditBar, about, load_inputs, say, stopped, suspects
 from ggl_jax.errors import GGLError, did_you_mean
 from ggl_jax.spec import (
     Client,
@@ -73,22 +73,17 @@ class GridFile(NamedTuple):
     """A grid as read from its file.
 
     Attributes:
-        preset: of the searches.
-        fixed: the options that the file fixes, besides those of the search.
-        search: the options of the search that the file fixes.
+        options: all of it as plain values, for ``config.json``: ``preset``, ``fixed``, ``axes``
+            (with the images, as ``--indices``) and ``exclude``.
+        fixed: what it fixes besides the search.
+        search: the options of the search that it fixes.
         axes: name -> values, without the images.
-        indices: the images, as ``--indices``.
-        exclude: combinations to leave out.
-        options: all of it as plain values, for ``config.json``.
     """
 
-    preset: str
+    options: dict[str, Any]
     fixed: Fixed
     search: dict[str, Any]
     axes: dict[str, list]
-    indices: str
-    exclude: list[dict[str, Any]]
-    options: dict[str, Any]
 
 
 def read_grid(path: Path) -> GridFile:
@@ -97,7 +92,6 @@ def read_grid(path: Path) -> GridFile:
     Raises:
         GGLError: no such file, not TOML, an unknown table or option, or a value of a wrong type.
     """
-    from ggl_jax.adversary.attacks import PRESETS
     from ggl_jax.audit.sweep import check_axes
 
     try:
@@ -109,10 +103,9 @@ def read_grid(path: Path) -> GridFile:
     unknown = [name for name in table if name not in _TABLES]
     if unknown:
         raise GGLError(f"grid: {path} has {unknown[0]!r}; allowed: {', '.join(_TABLES)}")
-    preset, fixed = table.get("preset", "quick"), table.get("fixed", {})
-    axes, exclude = dict(table.get("axes", {})), table.get("exclude", [])
-    if preset not in PRESETS:
-        raise GGLError(f"grid: preset is {preset!r}, allowed: {', '.join(PRESETS)}")
+    preset = check("grid: preset", table.get("preset", "quick"), Preset)
+    fixed, exclude = table.get("fixed", {}), table.get("exclude", [])
+    axes = dict(table.get("axes", {}))
     if not isinstance(fixed, dict) or not isinstance(exclude, list):
         raise GGLError("grid: write the tables as [fixed], [axes] and [[exclude]]")
     images = axes.pop("image", "0")
@@ -120,7 +113,8 @@ def read_grid(path: Path) -> GridFile:
         images = ",".join(str(i) for i in images)
     if not isinstance(images, str | int):
         raise GGLError(f"grid: axis image is {images!r}, allowed: a list of numbers, or '0:8'")
-    hints = options_of(Fixed) | options_of(Search)
+    of_search = options_of(Search)
+    hints = options_of(Fixed) | of_search
     for name, value in fixed.items():
         if name in axes:
             raise GGLError(f"grid: {name} is fixed and an axis; choose one")
@@ -132,46 +126,32 @@ def read_grid(path: Path) -> GridFile:
             raise GGLError(f"grid: [fixed] has no option {name!r}; {hint}see ggl-jax audit --help")
         check(f"grid: [fixed]: {name}", value, hints[name])
     check_axes(axes)
-    of_search = options_of(Search)
     shown = {"preset": preset, "fixed": fixed, "axes": {**axes, "image": str(images)}}
-    return GridFile(
-        preset,
-        replace(Fixed(), **{k: v for k, v in fixed.items() if k not in of_search}),
-        {k: v for k, v in fixed.items() if k in of_search},
-        axes,
-        str(images),
-        exclude,
-        {**shown, "exclude": exclude},
-    )
+    own = {k: v for k, v in fixed.items() if k not in of_search}
+    search = {k: v for k, v in fixed.items() if k in of_search}
+    return GridFile({**shown, "exclude": exclude}, replace(Fixed(), **own), search, axes)
 
 
 def load_grid(path: Path, about: dict[str, Any] | None = None):
     """A :class:`ggl_jax.audit.sweep.Grid` of a grid file, with images, model and prior loaded."""
-    from ggl_jax.adversary.attacks import search_of
     from ggl_jax.audit import sweep
     from ggl_jax.audit.cells import Inputs
 
     file = read_grid(path)
     setup, judge = file.fixed.setup, file.fixed.judge
-    loaded = load_inputs(
-        setup, indices=file.indices, remedy="add a labels.csv (file,label) or fix label = 0"
-    )
-
-    def search(values) -> Search:
-        """The preset's search for the attack and optimiser at hand, then the fixed options."""
-        own = {k: v for k, v in values.items() if k in options_of(Search)}
-        return search_of(file.preset, **{**file.search, **own})
-
-    inputs = Inputs(
-        **loaded.given(
-            judge,
-            file.fixed.speed,
-            others=suspects(setup, judge, loaded),
-            about={**(about or {}), "options": file.options},
-        )
-    )
+    remedy = "add a labels.csv (file,label) or fix label = 0"
+    loaded = load_inputs(setup, indices=file.options["axes"]["image"], remedy=remedy)
+    more = {
+        "others": suspects(setup, judge, loaded),
+        "about": {**(about or {}), "options": file.options},
+    }
     return sweep.plan(
-        inputs, file.axes, exclude=file.exclude, search=search, client=file.fixed.client
+        Inputs(**loaded.given(judge, file.fixed.speed, **more)),
+        file.axes,
+        exclude=file.options["exclude"],
+        search=file.options["preset"],
+        fixed=file.search,
+        client=file.fixed.client,
     )
 
 
@@ -185,19 +165,16 @@ def run(command: SweepCommand, argv: list[str]) -> int:
     from ggl_jax.audit import folder, report
     from ggl_jax.audit.run import run as run_cells
 
-    about = {"command": "ggl-jax " + shlex.join(argv), "environment": environment()}
-    grid = load_grid(command.grid, about)
+    grid = load_grid(command.grid, about(argv))
     out = command.out or Path(command.grid.stem)
     first = jax.process_index() == 0
     if command.dry_run:
         done = folder.read(out).finished if (out / "plan.json").exists() else set()
         return _dry_run(grid, done)
     if first:
-        console.print(
+        say(
             f"{len(grid.cells):,} cells, {sum(c.evaluations for c in grid.cells):,} gradient "
-            f"evaluations. Results: {out}/",
-            markup=False,
-            soft_wrap=True,
+            f"evaluations. Results: {out}/"
         )
     with AuditBar() as bar:
         result = run_cells(
@@ -212,40 +189,36 @@ def run(command: SweepCommand, argv: list[str]) -> int:
         )
     records = result.records
     if first:
-        console.print(
+        say(
             f"{len(records.finished):,} cells finished, {len(records.failures):,} failed, "
-            f"{len(records.left):,} left.",
-            markup=False,
+            f"{len(records.left):,} left."
         )
         for cell, reason in list(records.failures.items())[:5]:
             shown = ", ".join(f"{k} {v}" for k, v in records.cells[cell].items())
-            console.print(f"  failed: {shown}: {reason}", markup=False, soft_wrap=True)
+            say(f"  failed: {shown}: {reason}")
         if records.failures:
-            console.print("Try these again with --retry-failed.", markup=False)
+            say("Try these again with --retry-failed.")
         if records.rows:
             page = report.write(report.make(records), records.folder)
-            console.print(f"Report: {page}", markup=False, soft_wrap=True)
+            say(f"Report: {page}")
     if result.interrupted:
-        console.print("Interrupted. The same command goes on from here.", markup=False)
-        return 130
+        return stopped()
     return 1 if records.failures else 0
 
 
 def _dry_run(grid, done) -> int:
     left = [cell for cell in grid.cells if cell.id not in done]
-    console.print(
+    say(
         f"{len(grid.cells):,} cells ({len(grid.cells) - len(left):,} finished), "
         f"{len({cell.program for cell in left}):,} programs to compile, "
-        f"{sum(cell.evaluations for cell in left):,} gradient evaluations.",
-        markup=False,
-        soft_wrap=True,
+        f"{sum(cell.evaluations for cell in left):,} gradient evaluations."
     )
     broken = [cell for cell in grid.cells if cell.evaluations == 0]
     for cell in broken[:5]:
         shown = ", ".join(f"{k} {v}" for k, v in cell.axes.items())
-        console.print(f"  cannot run: {shown}: {_why(grid, cell)}", markup=False, soft_wrap=True)
+        say(f"  cannot run: {shown}: {_why(grid, cell)}")
     if len(broken) > 5:
-        console.print(f"  and {len(broken) - 5:,} more")
+        say(f"  and {len(broken) - 5:,} more")
     return 1 if broken else 0
 
 

@@ -1,11 +1,10 @@
 """``ggl-jax train-prior``: train a generator on public images."""
 
 import dataclasses
-import shlex
 import signal
 from pathlib import Path
 
-from ggl_jax.commands._shared import AuditBar, console
+from ggl_jax.commands._shared import AuditBar, command_of, say
 from ggl_jax.errors import GGLError
 from ggl_jax.priors.wgan_gp import Config
 
@@ -59,7 +58,7 @@ def run(command: TrainPriorCommand, argv: list[str]) -> int:
 
         state = training.train(config, files, command.out, progress=progress)
     if state.step < config.steps:
-        console.print(f"Interrupted after {state.step} steps. The same command goes on from there.")
+        say(f"Interrupted after {state.step} steps. The same command goes on from there.")
         return 130
     if command.export is not None:
         training.export(
@@ -67,7 +66,7 @@ def run(command: TrainPriorCommand, argv: list[str]) -> int:
             command.export,
             trained_on=command.trained_on,
             licence_note=command.licence_note,
-            command="ggl-jax " + shlex.join(argv),
+            command=command_of(argv),
         )
-        console.print(f"Exported to {command.export}; use it with --prior {command.export}")
+        say(f"Exported to {command.export}; use it with --prior {command.export}")
     return 0

@@ -1,21 +1,19 @@
 """``ggl-jax utility``: the test accuracy that each defense leaves, and its epsilon."""
 
 import dataclasses
-import shlex
 from pathlib import Path
-from typing import Literal
 
 import tyro
 
+from ggl_jax.audit import data as audit_data
+from ggl_jax.audit import folder as folders
+from ggl_jax.audit import utility
+from ggl_jax.client.models import get_model
 from ggl_jax.commands import audit as audit_command
-from ggl_jax.commands._shared import (
-    AuditBar,
-    console,
-    count_classes,
-    environment,
-)
+from ggl_jax.commands._shared import AuditBar, about, console, count_classes, say, stopped
 from ggl_jax.errors import GGLError
-from ggl_jax.spec import Count, Number, Positive, checked, flat, replace
+from ggl_jax.priors import load_prior
+from ggl_jax.spec import checked, replace
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,63 +32,38 @@ class UtilityCommand:
     from."""
     defenses: tuple[str, ...] | None = None
     """Defenses; by default those of the run."""
-    rounds: Count = 100
-    """Rounds of federated SGD."""
-    clients: Count = 4
-    """Clients; each has its own part of the images and takes part in every round."""
-    batch_size: Count = 16
-    """Images that a client draws in each round."""
-    learning_rate: Positive = 0.03
-    """Step size of the server's SGD. The default suits convnet; resnet18 wants 0.001 (and many
-    rounds), and resnet18:batch_norm=train 0.01."""
-    momentum: float = 0.9
-    """Momentum of the server's SGD."""
-    test_images: Count | None = None
-    """Images held out of training (default: a fifth, at most 1,000)."""
-    delta: float = 1e-5
-    """Probability with which epsilon's bound may fail."""
     model: str | None = None
     """Federated model: resnet18, lenet or convnet, with options as for ggl-jax audit (default: the
     run's, else resnet18). With batch_norm=train, test images are normalised by their own batches,
     too."""
-    fidelity: Literal["paper", "code"] | None = None
-    """paper or code (default: the run's, else paper)."""
-    seed: Number = 0
-    """Seed of the model's weights, the batches, the noise and the choice of test images."""
+    training: utility.UtilitySettings = dataclasses.field(default_factory=utility.UtilitySettings)
     out: Path | None = None
     """Folder for the results (default: the run's)."""
 
 
-def _of_run(folder: Path) -> tuple[audit_command.AuditCommand, list[str], list[str]]:
-    """A run's options, its defenses, and their fidelities."""
-    from ggl_jax.audit import folder as folders
-
+def _of_run(folder: Path) -> tuple[audit_command.AuditCommand, list[str]]:
+    """A run's options and its defenses."""
     records = folders.read(folder)
     options = records.config["options"]
     defenses = list(dict.fromkeys(cell["defense"] for cell in records.cells.values()))
     if "defenses" in options and "data" in options:
-        command = audit_command.read_config(folder / "config.json")
-        return command, defenses, [command.search.fidelity]
+        return audit_command.read_config(folder / "config.json"), defenses
     if not {"preset", "fixed", "axes"} <= set(options):
         raise GGLError(
             f"folder: {folder} was run from Python, so its model is not known here; call "
             "ggl_jax.audit.utility.measure(..., out=folder)"
         )
-    command = replace(audit_command.AuditCommand(preset=options["preset"]), **options["fixed"])
-    return command, defenses, options["axes"].get("fidelity", [command.search.fidelity])
+    base = audit_command.AuditCommand(preset=options["preset"])
+    return replace(base, **options["fixed"]), defenses
 
 
 def run(command: UtilityCommand, argv: list[str]) -> int:
     """``ggl-jax utility``."""
-    from ggl_jax.audit import data as audit_data
-    from ggl_jax.audit import folder as folders
-    from ggl_jax.audit import report, utility
-    from ggl_jax.client.models import get_model
-    from ggl_jax.priors import load_prior
+    from ggl_jax.audit import report  # here and not above: it loads matplotlib
 
     command = checked(command)
     if command.folder is not None:
-        base, defenses, fidelities = _of_run(command.folder)
+        base, defenses = _of_run(command.folder)
         prior = load_prior(base.setup.prior)[0]
         size, known = prior.image_shape[0], (base.setup.num_classes, prior.num_classes)
     else:
@@ -98,85 +71,33 @@ def run(command: UtilityCommand, argv: list[str]) -> int:
         if missing:
             wanted = " and ".join(f"--{name}" for name in missing)
             raise GGLError(f"folder: not given; give a run's folder, or {wanted}")
-        base, defenses, fidelities = audit_command.AuditCommand(), [], ["paper"]
-        size, known = 32, (None, None)
-    defenses = list(command.defenses) if command.defenses is not None else defenses
-    fidelities = [command.fidelity] if command.fidelity else fidelities
+        base, defenses, size, known = audit_command.AuditCommand(), [], 32, (None, None)
+    if command.defenses is not None:
+        defenses = list(command.defenses)
     data, name = command.data or base.setup.data, command.model or base.setup.model
     dataset = audit_data.load(data, image_size=size, labels=base.setup.label)
     if dataset.labels is None:
         raise GGLError(f"data: {data} has no labels; add a labels.csv (file,label)")
     num_classes = count_classes(dataset, dataset.labels, *known)
-    model = get_model(name, num_classes=num_classes, image_shape=dataset.images.shape[1:])
-    own = flat(command)
-    settings = utility.UtilitySettings(
-        **{
-            f.name: own[f.name]
-            for f in dataclasses.fields(utility.UtilitySettings)
-            if f.name in own
-        },
-        local_steps=base.client.local_steps,
-        local_learning_rate=base.client.local_learning_rate,
-    )
-    about = {
-        "options": dataclasses.asdict(settings)
-        | {"data": data, "model": [name, num_classes, size]},
-        "command": "ggl-jax " + shlex.join(argv),
-        "environment": environment(),
-    }
     out = command.out or command.folder
     assert out is not None
     with AuditBar() as bar:
         found = utility.measure(
             dataset.images,
             dataset.labels,
-            model=model,
+            model=get_model(name, num_classes=num_classes, image_shape=dataset.images.shape[1:]),
             defenses=defenses,
             out=out,
-            settings=settings,
-            fidelities=fidelities,
-            about=about,
+            settings=command.training,
+            client=base.client,
+            about={**about(argv), "data": data, "model": [name, num_classes, size]},
             progress=bar,
         )
     if found.rows:
-        console.print(_table(found))
-        console.print(utility.legend(found.config), style="dim", markup=False)
-        for sentence in utility.warnings(found):
-            console.print(sentence, markup=False)
-        notes = {row["epsilon_note"] for row in found.rows if "pip install" in row["epsilon_note"]}
-        for note in notes:
-            console.print(f"Epsilon {note}", markup=False)
-    console.print(f"Results: {out / utility.ROWS}", markup=False, soft_wrap=True)
+        console.print(report.Terminal(report.utility_text(found)))
+    say(f"Results: {out / utility.ROWS}")
     if command.folder is not None and out == command.folder:
         records = folders.read(out)
         if records.rows:
-            page = report.write(report.make(records), out)
-            console.print(f"Report: {page}", markup=False, soft_wrap=True)
-    if found.interrupted:
-        console.print("Interrupted. The same command goes on from here.", markup=False)
-        return 130
-    return 0
-
-
-def _table(found):
-    from rich.table import Table
-
-    from ggl_jax.audit import utility
-
-    table = Table(
-        title="What the defenses leave of the model", title_justify="left", pad_edge=False
-    )
-    several = len({row["fidelity"] for row in found.rows}) > 1
-    for heading in ("Defense", "Accuracy", "Epsilon", "Epsilon (replace)", "Seconds"):
-        left = heading == "Defense"
-        table.add_column(heading, justify="left" if left else "right", overflow="fold")
-    for row in found.rows:
-        table.add_row(
-            f"{row['defense']} ({row['fidelity']})" if several else row["defense"],
-            utility.accuracy_text(row),
-            utility.epsilon_text(row),
-            utility.epsilon_text(row, "epsilon_replace"),
-            f"{row['seconds']:.0f}",
-        )
-    table.add_row("majority class", f"{100 * found.config['majority']:.1f} %", "0", "0", "")
-    return table
+            say(f"Report: {report.write(report.make(records), out)}")
+    return stopped() if found.interrupted else 0

@@ -1,13 +1,12 @@
 """``ggl-jax weights``: fetch published weights that do not ship with the project."""
 
 import dataclasses
-import shlex
 from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
 
-from ggl_jax.commands._shared import console
+from ggl_jax.commands._shared import command_of, say
 from ggl_jax.errors import GGLError
 
 
@@ -44,13 +43,9 @@ def run(command: WeightsCommand, argv: list[str]) -> int:
         command.name,
         given=command.files or (),
         out=command.out,
-        command="ggl-jax " + shlex.join(argv),
+        command=command_of(argv),
     )
-    console.print(f"{command.name} is in {path}", markup=False, soft_wrap=True)
+    say(f"{command.name} is in {path}")
     if command.out is not None and command.out.absolute() != weights.folder().absolute():
-        console.print(
-            f"Audits find it with {weights.FOLDER_VARIABLE}={command.out.absolute()}",
-            markup=False,
-            soft_wrap=True,
-        )
+        say(f"Audits find it with {weights.FOLDER_VARIABLE}={command.out.absolute()}")
     return 0

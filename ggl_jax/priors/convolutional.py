@@ -13,17 +13,18 @@ that JSON holds:
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
 
 from ggl_jax import foreign
-from ggl_jax.errors import GGLError
+from ggl_jax.errors import GGLError, about
+from ggl_jax.grammar import at_least
 from ggl_jax.images import from_signed
+from ggl_jax.spec import AtLeast, Count, Number, check, options_of
 from ggl_jax.types import Prior
 
-KINDS = ("dense", "reshape", "upsample", "conv", "conv_transpose", "batch_norm")
 ACTIVATIONS = {
     "": lambda x, slope: x,
     "relu": lambda x, slope: jax.nn.relu(x),
@@ -60,56 +61,32 @@ class Layer:
         GGLError: a value out of its range.
     """
 
-    kind: str
+    kind: Literal["dense", "reshape", "upsample", "conv", "conv_transpose", "batch_norm"]
     name: str = ""
-    features: int = 0
-    kernel: int = 1
-    stride: int = 1
-    padding: int = 0
+    features: Number = 0
+    kernel: Count = 1
+    stride: Count = 1
+    padding: Number = 0
     bias: bool = True
-    shape: tuple[int, ...] = ()
-    activation: str = ""
-    slope: float = 0.2
-    eps: float = 1e-5
+    shape: tuple[Count, ...] = ()
+    activation: Literal["", "relu", "leaky_relu", "tanh", "sigmoid"] = ""
+    slope: Annotated[float, AtLeast(0.0)] = 0.2
+    eps: Annotated[float, AtLeast(0.0)] = 1e-5
 
     def __post_init__(self):
-        def check(name, good, allowed):
-            if not good:
-                value = getattr(self, name)
-                raise GGLError(
-                    f"layer {self.name or self.kind}: {name}={value!r} must be {allowed}"
-                )
-
-        def whole(name, low):
-            value = getattr(self, name)
-            good = isinstance(value, int) and not isinstance(value, bool) and value >= low
-            check(name, good, f"a whole number of at least {low}")
-
-        check("kind", self.kind in KINDS, f"one of {', '.join(KINDS)}")
-        known = [name or "''" for name in ACTIVATIONS]
-        check("activation", self.activation in ACTIVATIONS, f"one of {', '.join(known)}")
-        for name in ("slope", "eps"):
-            value = getattr(self, name)
-            check(name, isinstance(value, int | float) and value >= 0, "a number of at least 0")
-        check("bias", isinstance(self.bias, bool), "true or false")
-        weights = self.kind not in ("reshape", "upsample")
-        check(
-            "name",
-            isinstance(self.name, str) and bool(self.name) == weights,
-            "the layer's name in the torch weights" if weights else "left out",
-        )
-        if self.kind in ("dense", "conv", "conv_transpose"):
-            whole("features", 1)
-        for name, low in (("kernel", 1), ("stride", 1), ("padding", 0)):
-            whole(name, low)
-        if self.kind == "conv_transpose":
-            check("padding", self.padding < self.kernel, f"below kernel={self.kernel}")
-        if self.kind == "reshape":
-            shape = self.shape
-            good = isinstance(shape, Sequence) and not isinstance(shape, str) and len(shape) == 3
-            good = good and all(isinstance(size, int) and size > 0 for size in shape)
-            check("shape", good, "[channels, height, width], each at least 1")
-            object.__setattr__(self, "shape", tuple(shape))
+        with about(f"layer {self.name or self.kind}"):
+            for option, hint in options_of(Layer).items():
+                object.__setattr__(self, option, check(option, getattr(self, option), hint))
+            weights = self.kind not in ("reshape", "upsample")
+            if bool(self.name) != weights:
+                allowed = "the layer's name in the torch weights" if weights else "none"
+                raise GGLError(f"name: got {self.name!r}, allowed: {allowed}")
+            if self.kind in ("dense", "conv", "conv_transpose"):
+                at_least(1, features=self.features)
+            if self.kind == "conv_transpose":
+                check("padding", self.padding, Annotated[int, AtLeast(0, below=self.kernel)])
+            if self.kind == "reshape" and len(self.shape) != 3:
+                raise GGLError(f"shape: got {self.shape}, allowed: [channels, height, width]")
 
 
 def _as_layers(layers) -> tuple[Layer, ...]:
@@ -141,8 +118,7 @@ def _as_layers(layers) -> tuple[Layer, ...]:
 
 def _walk(layers: tuple[Layer, ...], latent_dim: int):
     """Yield each layer with its input's shape in torch's order, and the final shape with None."""
-    if not isinstance(latent_dim, int) or latent_dim < 1:
-        raise GGLError(f"latent_dim={latent_dim!r} must be a whole number of at least 1")
+    at_least(1, latent_dim=latent_dim)
     spatial = {"upsample", "conv", "conv_transpose"}
     first = next((layer.kind for layer in layers if layer.kind != "batch_norm"), "")
     shape: tuple[int, ...] = (latent_dim, 1, 1) if first in spatial else (latent_dim,)

@@ -1,10 +1,13 @@
 """Adam in latent (or pixel) space, with both of the published schedules."""
 
+from typing import Literal
+
 import jax
 import jax.numpy as jnp
 import optax
 
-from ggl_jax.adversary.optimizers.base import make_info, require
+from ggl_jax.adversary.optimizers.base import make_info
+from ggl_jax.spec import Count, Positive, ranged
 from ggl_jax.types import Optimizer
 
 
@@ -30,13 +33,14 @@ def _ramp(learning_rate, steps):
 SCHEDULES = {"step": _step_decay, "ramp": _ramp}
 
 
+@ranged
 def adam(
     *,
-    learning_rate: float = 0.1,
-    schedule: str = "step",
+    learning_rate: Positive = 0.1,
+    schedule: Literal["step", "ramp"] = "step",
     signed: bool = True,
-    box: float | None = None,
-    steps: int = 2500,
+    box: Positive | None = None,
+    steps: Count = 2500,
 ) -> Optimizer:
     """Adam on the latents, every restart of the batch on its own.
 
@@ -60,10 +64,6 @@ def adam(
     Reference:
         Kingma and Ba (2015); signed gradients: Geiping et al. (2020), "Inverting Gradients".
     """
-    require(steps >= 1, "steps", steps, "whole numbers of at least 1")
-    require(learning_rate > 0, "learning_rate", learning_rate, "numbers above 0")
-    require(schedule in SCHEDULES, "schedule", schedule, ", ".join(SCHEDULES))
-    require(box is None or box > 0, "box", box, "numbers above 0, or None")
     transform = optax.adam(SCHEDULES[schedule](learning_rate, steps))
 
     def init(key, latents):

@@ -1,12 +1,13 @@
 """CMA-ES on the device, through evosax."""
 
 import functools
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
 
-from ggl_jax.adversary.optimizers.base import make_info, require
+from ggl_jax.adversary.optimizers.base import make_info
+from ggl_jax.spec import AtLeast, Positive, ranged
 from ggl_jax.types import Optimizer
 
 
@@ -26,7 +27,14 @@ def _strategy(population: int, num_dims: int) -> Any:
         )
 
 
-def cma_es(*, population: int = 50, sigma0: float = 1.0, std_min: float = 1e-6) -> Optimizer:
+#: Candidates per restart and step.
+Population = Annotated[int, AtLeast(4)]
+
+
+@ranged
+def cma_es(
+    *, population: Population = 50, sigma0: Positive = 1.0, std_min: Positive = 1e-6
+) -> Optimizer:
     """Covariance matrix adaptation evolution strategy (the paper's gradient-free search).
 
     Each restart keeps its own mean and covariance; the candidates of all restarts are evaluated in
@@ -49,9 +57,6 @@ def cma_es(*, population: int = 50, sigma0: float = 1.0, std_min: float = 1e-6) 
     Reference:
         Hansen, "The CMA Evolution Strategy: A Tutorial" (2016); paper, section 4 (800 updates).
     """
-    require(population >= 4, "population", population, "whole numbers of at least 4")
-    require(sigma0 > 0, "sigma0", sigma0, "numbers above 0")
-    require(std_min > 0, "std_min", std_min, "numbers above 0")
 
     def parameters(strategy):
         return strategy.default_params.replace(

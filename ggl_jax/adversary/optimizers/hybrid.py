@@ -5,18 +5,20 @@ import jax.numpy as jnp
 import optax
 
 from ggl_jax.adversary.optimizers.base import make_info, require
-from ggl_jax.adversary.optimizers.cma_es import cma_es
+from ggl_jax.adversary.optimizers.cma_es import Population, cma_es
+from ggl_jax.spec import Count, Positive, ranged
 from ggl_jax.types import Optimizer
 
 
+@ranged
 def hybrid(
     *,
-    population: int = 50,
-    refine: int = 5,
-    refine_steps: int = 5,
-    refine_rate: float = 0.05,
-    sigma0: float = 1.0,
-    std_min: float = 1e-6,
+    population: Population = 50,
+    refine: Count = 5,
+    refine_steps: Count = 5,
+    refine_rate: Positive = 0.05,
+    sigma0: Positive = 1.0,
+    std_min: Positive = 1e-6,
 ) -> Optimizer:
     """CMA-ES with gradient refinement: a search over basins instead of points.
 
@@ -50,8 +52,6 @@ def hybrid(
         pay.
     """
     require(1 <= refine <= population, "refine", refine, f"1 to population ({population})")
-    require(refine_steps >= 1, "refine_steps", refine_steps, "whole numbers of at least 1")
-    require(refine_rate > 0, "refine_rate", refine_rate, "numbers above 0")
     outer = cma_es(population=population, sigma0=sigma0, std_min=std_min)
     adam = optax.adam(refine_rate)
 

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ggl_jax.adversary.optimizers.base import require
+from ggl_jax.spec import Count, ranged
 from ggl_jax.types import NONFINITE, OK, STALLED, Info, Optimizer
 
 #: torch's tolerances of the gradient (largest entry) and of the change (slope along the direction).
@@ -55,7 +55,8 @@ def _direction(gradient, moves, changes, inverse, scale):
     return jax.lax.scan(oldest_first, scale * q, (*pairs, shares))[0]
 
 
-def lbfgs(*, memory_size: int = 100) -> Optimizer:
+@ranged
+def lbfgs(*, memory_size: Count = 100) -> Optimizer:
     """L-BFGS with a fixed step and no line search, as the published DLG and iDLG take it.
 
     One step evaluates loss and gradient once for each restart and moves on along the quasi-Newton
@@ -84,7 +85,6 @@ def lbfgs(*, memory_size: int = 100) -> Optimizer:
         Liu and Nocedal (1989); PyTorch's ``LBFGS`` with its defaults, which both published codes
         use: ``lr=1``, ``history_size=100`` and no line search.
     """
-    require(memory_size >= 1, "memory_size", memory_size, "whole numbers of at least 1")
 
     def init(key, latents):
         del key

@@ -1,12 +1,12 @@
 """L-BFGS with a line search that costs one gradient evaluation per step."""
 
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from ggl_jax.adversary.optimizers.base import require
+from ggl_jax.spec import AtLeast, Count, ranged
 from ggl_jax.types import NONFINITE, OK, STALLED, Info, Optimizer, PyTree
 
 #: Constants of the weak Wolfe conditions: sufficient decrease and curvature (Nocedal and Wright).
@@ -64,7 +64,10 @@ def _select(condition, chosen, other):
     return jax.tree.map(each, chosen, other)
 
 
-def lbfgs_wolfe(*, memory_size: int = 10, max_trials: int = 20) -> Optimizer:
+@ranged
+def lbfgs_wolfe(
+    *, memory_size: Count = 10, max_trials: Annotated[int, AtLeast(2)] = 20
+) -> Optimizer:
     """Limited-memory BFGS, every restart of the batch on its own.
 
     One step evaluates loss and gradient once for each restart: the next trial of its line search.
@@ -92,8 +95,6 @@ def lbfgs_wolfe(*, memory_size: int = 10, max_trials: int = 20) -> Optimizer:
         Wolfe conditions (Lewis and Overton 2013, algorithm 2.6) with quadratic interpolation.
         Without a line search: :func:`ggl_jax.adversary.optimizers.lbfgs`.
     """
-    require(memory_size >= 1, "memory_size", memory_size, "whole numbers of at least 1")
-    require(max_trials >= 2, "max_trials", max_trials, "whole numbers of at least 2")
     transform = optax.scale_by_lbfgs(memory_size=memory_size)
 
     def start_line(state, move):

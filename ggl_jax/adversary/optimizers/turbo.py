@@ -1,13 +1,14 @@
 """TuRBO-1: Bayesian optimisation in one trust region, written from the paper."""
 
 import math
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from ggl_jax.adversary.optimizers.base import make_info, require
 from ggl_jax.adversary.optimizers.gaussian_process import fit, sample_posterior
+from ggl_jax.spec import AtLeast, Count, Positive, ranged
 from ggl_jax.types import Optimizer
 
 #: Side of the trust region, in units of the box: at the start, at most, and where it is given up.
@@ -124,17 +125,18 @@ def candidates_around(
     return jnp.where(moves, points, centre)
 
 
+@ranged
 def turbo(
     *,
-    round_size: int = 10,
-    num_initial: int = 256,
-    half_width: float = 2.0,
-    num_candidates: int = 5000,
-    success_tolerance: int = 3,
-    failure_tolerance: int = 13,
-    fit_steps: int = 50,
-    max_points: int = 1024,
-    steps: int = 100,
+    round_size: Count = 10,
+    num_initial: Annotated[int, AtLeast(2)] = 256,
+    half_width: Positive = 2.0,
+    num_candidates: Count = 5000,
+    success_tolerance: Count = 3,
+    failure_tolerance: Count = 13,
+    fit_steps: Count = 50,
+    max_points: Count = 1024,
+    steps: Count = 100,
 ) -> Optimizer:
     """TuRBO-1, the paper's Bayesian optimisation, for searches of some thousand evaluations.
 
@@ -174,14 +176,7 @@ def turbo(
         Differences: uniform candidates instead of Sobol points, functions drawn by random Fourier
         features with an exact correction instead of jointly at all candidates, float32.
     """
-    require(steps >= 1, "steps", steps, "whole numbers of at least 1")
-    require(round_size >= 1, "round_size", round_size, "whole numbers of at least 1")
-    require(num_initial >= 2, "num_initial", num_initial, "whole numbers of at least 2")
-    require(half_width > 0, "half_width", half_width, "numbers above 0")
     require(num_candidates >= round_size, "num_candidates", num_candidates, "at least round_size")
-    require(success_tolerance >= 1, "success_tolerance", success_tolerance, "at least 1")
-    require(failure_tolerance >= 1, "failure_tolerance", failure_tolerance, "at least 1")
-    require(fit_steps >= 1, "fit_steps", fit_steps, "whole numbers of at least 1")
     design_rounds = math.ceil(num_initial / round_size)
     design_size = design_rounds * round_size
     least = design_size + round_size

@@ -13,12 +13,11 @@ import jax
 import jax.numpy as jnp
 
 from ggl_jax import grammar
-from ggl_jax.client.defenses import _checks
 from ggl_jax.client.defenses.clip import clip
 from ggl_jax.client.defenses.noise import noise
 from ggl_jax.client.defenses.soteria import soteria
 from ggl_jax.client.defenses.sparsify import sparsify
-from ggl_jax.errors import GGLError, did_you_mean
+from ggl_jax.errors import GGLError
 from ggl_jax.types import Defense, Factored, Facts, View
 
 __all__ = [
@@ -159,7 +158,7 @@ def chain(*defenses: Defense) -> Defense:
         if defense.facts.replaces_update:
             raise GGLError(
                 f"{name}: {defense.name} recomputes the gradient from the image and must come "
-                f"first in a chain; move it to the front or use its fidelity='code' form"
+                f"first in a chain; move it to the front or use its representation=False form"
             )
 
     def apply(key, update, context):
@@ -197,11 +196,6 @@ def _chain_views(views: Sequence[View]) -> View:
             result = None if result is None or after is None else _compose(result, after)
         return result
 
-    def observe(estimated, update):
-        for view, own in zip(views, estimated, strict=True):
-            update = update if view.observe is None else view.observe(own, update)
-        return update
-
     rewire_first = views[0].rewire
 
     def rewire(estimated, variables, head):
@@ -214,6 +208,8 @@ def _chain_views(views: Sequence[View]) -> View:
         levels = [view.noise_std(found) for view, found in own if view.noise_std is not None]
         return functools.reduce(jnp.hypot, levels)
 
+    noisy = any(view.adds_noise for view in views)
+    others = any(view.on_support is not None for view in views)
     return View(
         "+".join(view.name for view in views),
         estimate,
@@ -221,8 +217,9 @@ def _chain_views(views: Sequence[View]) -> View:
         factor if all(view.factor is not None for view in views) else None,
         # Only a first stage can have changed the forward pass.
         None if rewire_first is None else rewire,
-        observe if any(view.observe is not None for view in views) else None,
-        any(view.adds_noise for view in views),
+        # Noise leaves no entry at zero, so there is no support to compare on.
+        None if noisy or not others else _chain_views([view.comparing(True) for view in views]),
+        noisy,
         noise_std if any(view.noise_std is not None for view in views) else None,
     )
 
@@ -252,7 +249,7 @@ def check_local_steps(defense: Defense, local_steps: int) -> None:
     if local_steps > 1 and defense.facts.replaces_update:
         raise GGLError(
             f"local_steps: {defense.name} recomputes a single gradient step, so it cannot "
-            f"defend {local_steps} local steps; use 1, or --fidelity code"
+            f"defend {local_steps} local steps; use 1, or its representation=False form"
         )
 
 
@@ -300,17 +297,34 @@ DEFENSES: dict[str, Callable[..., Defense]] = {
 }
 
 
-def parse(spec: str, fidelity: str = "paper", compare: str = "published") -> Defense:
+#: The forms that the published code gives to defenses, where they are not the paper's.
+IN_CODE: dict[str, str] = {
+    "clip": "layerwise=False",
+    "sparsify": "percentile=True",
+    "soteria": "representation=False",
+}
+
+
+def in_code(spec: str) -> str:
+    """A specification in the published code's forms.
+
+    >>> in_code("clip:4+noise:0.1")
+    'clip:4,layerwise=False+noise:0.1'
+    """
+    stages = []
+    for part in grammar.split(spec):
+        form = IN_CODE.get(part.partition(":")[0])
+        stages.append(part if form is None else f"{part}{',' if ':' in part else ':'}{form}")
+    return "+".join(stages)
+
+
+def parse(spec: str) -> Defense:
     """Build a defense from its specification, as on the command line.
 
     Args:
         spec: stages joined by ``+`` and applied in that order; each is ``name``, ``name:value``
             (its first hyper-parameter) or ``name:key=value,key=value``. E.g. ``"none"``,
             ``"clip:4+noise:0.1"``, ``"soteria:rate=0.8,chunk_size=32"``.
-        fidelity: ``"paper"`` or ``"code"``, for the stages that do not set their own.
-        compare: what the adversary compares: ``"published"``, ``"support"`` (see
-            :func:`sparsify`; not under noise) or ``"undefended"`` (see :func:`soteria`).
-            ``"likelihood"`` is the attack's business and accepted here.
 
     Returns:
         A Defense.
@@ -318,42 +332,5 @@ def parse(spec: str, fidelity: str = "paper", compare: str = "published") -> Def
     Raises:
         GGLError: unknown name or hyper-parameter, a value that is no number or out of range.
     """
-    _checks.fidelity("parse", fidelity)
-    _checks.comparison("parse", compare)
-    parts = grammar.split(spec)
-    if compare == "support" and any(part.partition(":")[0] == "noise" for part in parts):
-        compare = "published"  # noise leaves no entry at zero
-    return chain(*(_parse_stage(part, spec, fidelity, compare) for part in parts))
-
-
-def _parse_stage(part: str, spec: str, fidelity: str, compare: str) -> Defense:
-    name, _, values = part.partition(":")
-    factory = DEFENSES.get(name)
-    if factory is None:
-        hint = did_you_mean(name, DEFENSES, after=" ")
-        raise GGLError(
-            f"defense {part!r} in {spec!r} is unknown; {hint}known: {', '.join(DEFENSES)}, "
-            f"joined by +, e.g. clip:4+noise:0.1"
-        )
-    known = list(inspect.signature(factory).parameters)
-    given: dict = {}
-    for i, item in enumerate(values.split(",") if values else []):
-        key, equals, text = (s.strip() for s in item.partition("="))
-        if not equals:
-            key, text = (known[0] if known and i == 0 else ""), key
-        if key not in known or key in given:
-            raise GGLError(
-                f"defense {part!r}: {item!r} is not understood; {name} takes "
-                f"{', '.join(known) if known else 'no arguments'}"
-                + (f", e.g. {name}:{known[0]}=VALUE" if known else "")
-            )
-        # No words: a strength of None would quietly be the factory's default.
-        given[key] = grammar.number_of(text)
-    own_fidelity = "fidelity" in given
-    if "fidelity" in known:
-        given.setdefault("fidelity", fidelity)
-    if "compare" in known:
-        given.setdefault("compare", compare)
-    defense = factory(**given)
-    # Two fidelities side by side must not go by the same name.
-    return defense._replace(name=part) if own_fidelity else defense
+    stages = [grammar.build(DEFENSES, part, what="defense") for part in grammar.split(spec)]
+    return chain(*stages)

@@ -5,11 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from ggl_jax import trees
-from ggl_jax.client.defenses import _checks
+from ggl_jax.spec import Positive, ranged
 from ggl_jax.types import Defense, Factored, Facts, View
 
 
-def clip(*, bound: float = 4.0, fidelity: str = "paper") -> Defense:
+@ranged
+def clip(*, bound: Positive = 4.0, layerwise: bool = True) -> Defense:
     """Scale gradients down to an l2 norm of at most ``bound``.
 
     What the adversary learns: the bound. A layer that was clipped has exactly the bound as its
@@ -20,14 +21,13 @@ def clip(*, bound: float = 4.0, fidelity: str = "paper") -> Defense:
 
     Args:
         bound: largest l2 norm S, in units of the gradient, finite and > 0.
-        fidelity: ``"paper"`` clips every layer (tensor) by itself,
-            ``g_l * min(1, S / |g_l|)``; ``"code"`` clips the update as a whole,
-            ``g * min(1, S / (|g| + 1e-6))``.
+        layerwise: clip every layer (tensor) by itself, ``g_l * min(1, S / |g_l|)``; else the update
+            as a whole, ``g * min(1, S / (|g| + 1e-6))``, as the published code does.
 
     Returns:
         A Defense. Record: ``bound``. Estimate: ``bound`` (the largest layer's, or the global
-        one), ``bound_stderr`` (0 without noise) and, in the paper's form, ``layer_bounds``, a
-        pytree of scalars.
+        one), ``bound_stderr`` (0 without noise) and, layer by layer, ``layer_bounds``, a pytree
+        of scalars.
 
     Noise that a later stage adds drowns the norms of large layers (in ResNet-18, sigma 0.1 has
     150 times the energy of a clipped layer), and the norms are then estimated as follows.
@@ -36,15 +36,12 @@ def clip(*, bound: float = 4.0, fidelity: str = "paper") -> Defense:
     the energy is not significant, its standard error is taken instead, because a bound of 0 would
     leave nothing to match. Standard errors assume a noise level known to 0.2 %.
 
-    Edge cases: a layer of zeros stays zero, also in the derivative. NaN stays NaN in its layer
-    (``"paper"``) or everywhere (``"code"``). Squares that overflow float32 (norms beyond 1e19)
+    Edge cases: a layer of zeros stays zero, also in the derivative. NaN stays NaN in its layer,
+    or everywhere where the whole is clipped. Squares that overflow float32 (norms beyond 1e19)
     give zeros.
 
     Reference: paper, layer-wise l2, S = 4. The published code clips globally.
     """
-    _checks.fidelity("clip", fidelity)
-    bound = _checks.number("clip", "bound", bound, low=0, open_low=True, default=4)
-    layerwise = fidelity == "paper"
 
     def apply(key, update, context):
         del key, context
@@ -56,7 +53,8 @@ def clip(*, bound: float = 4.0, fidelity: str = "paper") -> Defense:
         return bound * np.sqrt(num_tensors) if layerwise else bound
 
     facts = Facts(l2_bound=l2_bound, shrinks=True, processes=True)
-    return Defense(f"clip:{bound:g}", apply, clip_view(layerwise), facts)
+    name = f"clip:{bound:g}" + ("" if layerwise else ",layerwise=False")
+    return Defense(name, apply, clip_view(layerwise), facts)
 
 
 def clip_view(layerwise: bool) -> View:

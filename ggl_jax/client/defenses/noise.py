@@ -1,12 +1,14 @@
 """Additive Gaussian noise, and how the server finds its level."""
 
+from typing import Annotated
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from ggl_jax import trees
-from ggl_jax.client.defenses import _checks
 from ggl_jax.selection import kth_smallest
+from ggl_jax.spec import AtLeast, ranged
 from ggl_jax.types import Defense, Factored, Facts, Path, PyTree, View
 
 #: Tensors with fewer entries are not used alone: their estimates scatter too much to take a
@@ -20,19 +22,19 @@ _MAX_ENTRIES = 1 << 18
 _ROUNDING = 3e-6
 
 
-def noise(*, sigma: float | None = None, fidelity: str = "paper") -> Defense:
+@ranged
+def noise(*, sigma: Annotated[float, AtLeast(0.0)] = 0.1) -> Defense:
     """Add independent Gaussian noise N(0, sigma^2) to every entry of the update.
 
     What the adversary learns: the noise level, see :func:`estimate_sigma`. It leaves candidates'
     gradients as they are, because the noise's expectation is zero and its draw is unknown. (The
     published 32x32 script adds a fresh draw to every candidate, at the client's own sigma; its code
-    for 224x224 does not. Left out in both fidelities: it shifts every loss by the same amount on
+    for 224x224 does not. Left out: it shifts every loss by the same amount on
     average, makes them random, and needs the parameter.)
 
     Args:
-        sigma: standard deviation, in units of the gradient, finite and >= 0. None takes the
-            paper's 0.1, or 0.01 (the default of the published code) with ``fidelity="code"``.
-        fidelity: ``"paper"`` or ``"code"``; decides the default sigma only.
+        sigma: standard deviation, in units of the gradient, finite and >= 0. The published code's
+            own default is 0.01.
 
     Returns:
         A Defense. Parameters in its record: ``sigma``; in its estimate: ``sigma`` and
@@ -45,10 +47,6 @@ def noise(*, sigma: float | None = None, fidelity: str = "paper") -> Defense:
 
     Reference: paper, Gaussian noise with sigma 0.1.
     """
-    _checks.fidelity("noise", fidelity)
-    if sigma is None:
-        sigma = 0.1 if fidelity == "paper" else 0.01
-    sigma = _checks.number("noise", "sigma", sigma, low=0, default=0.1)
 
     def apply(key, update, context):
         del context

@@ -6,18 +6,15 @@ import jax
 import jax.numpy as jnp
 
 from ggl_jax import trees
-from ggl_jax.client.defenses import _checks
 from ggl_jax.client.defenses.sparsify import zero_count
 from ggl_jax.client.gradients import loss_of
+from ggl_jax.spec import Count, Share, ranged
 from ggl_jax.types import Defense, Factored, Facts, Model, Path, PyTree, View
 
 
+@ranged
 def soteria(
-    *,
-    rate: float | None = None,
-    fidelity: str = "paper",
-    compare: str = "published",
-    chunk_size: int | None = None,
+    *, rate: Share = 0.8, representation: bool = True, chunk_size: Count | None = None
 ) -> Defense:
     """Prune the entries of the representation r (the input of the last Dense layer) that tell most.
 
@@ -25,21 +22,19 @@ def soteria(
     weight gradient are zero. The other layers still carry the image.
 
     Args:
-        rate: share p of the d features that is pruned, 0 <= rate < 1. None takes the paper's 0.8,
-            or 0.1 (the default of the published code) with ``fidelity="code"``.
-        fidelity:
-            ``"paper"``: for each image, prune the ``floor(p d)`` features with the largest
-            ``|r_i (dr_i/dx)^-1| = |r_i| / |dr_i/dx|`` (the pseudo-inverse of a row vector), then
-            take the gradient of *all* layers with the pruned representation ``r' = m r``. The mask
-            m is a constant, so nothing flows back through a pruned feature. It replaces the
+        rate: share p of the d features that is pruned, 0 <= rate < 1. The published code's default
+            is 0.1.
+        representation:
+            True, the paper's form: for each image, prune the ``floor(p d)`` features with the
+            largest ``|r_i (dr_i/dx)^-1| = |r_i| / |dr_i/dx|`` (the pseudo-inverse of a row vector),
+            then take the gradient of *all* layers with the pruned representation ``r' = m r``. The
+            mask m is a constant, so nothing flows back through a pruned feature. It replaces the
             update, so it must be the first stage of a chain, on a single gradient step.
-            ``"code"``: ``score_i = |dr_i/dx| / (r_i + 1e-10)``, averaged over the batch; zero the
-            rows of the last layer's weight gradient whose absolute score is below the p-th
-            percentile of the scores themselves. So fewer than a share p are pruned where features
-            can be negative, and none where the percentile is. All other tensors keep the plain
-            gradient. It masks any update.
-        compare: how the adversary simulates it. ``"undefended"`` leaves the last layer's kernel,
-            the one tensor that is defended, out of the comparison. Any other value is as published.
+            False, the published code's: ``score_i = |dr_i/dx| / (r_i + 1e-10)``, averaged over the
+            batch; zero the rows of the last layer's weight gradient whose absolute score is below
+            the p-th percentile of the scores themselves. So fewer than a share p are pruned where
+            features can be negative, and none where the percentile is. All other tensors keep the
+            plain gradient. It masks any update.
         chunk_size: features whose derivatives are computed together; memory grows with it. None
             takes 16 at 224x224 and as many more as the images are smaller.
 
@@ -47,21 +42,21 @@ def soteria(
         A Defense. Record: ``rate``, the share of features that were pruned (of each image), and
         ``mask``, a pytree like the update with [d 1] at the last kernel and 1.0 elsewhere: 0 where
         the feature is zero after pruning in all images, be it by itself. Estimate: the same
-        mask, as seen, ``compared``, what candidates' gradients are multiplied by, and ``rate``, the
-        mask's share of zeros, which is too high by the features that are zero by themselves.
+        mask, as seen, and ``rate``, its share of zeros, which is too high by the features that are
+        zero by themselves.
 
     The simulation multiplies the last kernel's gradient by the mask, which is exact for the
-    ``"code"`` form. In the ``"paper"`` form pruning also changed the probabilities, and so every
+    published code's form. In the paper's form pruning also changed the probabilities, and so every
     tensor, by a changed forward pass that no map of the plain gradient gives; ``rewire`` takes
     candidates' gradients at :func:`pruned_variables`, which is exact for one image, or where all
     images of a batch have one mask.
 
-    Edge cases: batches: in the ``"paper"`` form each image has its own mask, and a row is zero only
+    Edge cases: batches: in the paper's form each image has its own mask, and a row is zero only
     where all images pruned it. Features that do not depend on the image: r_i = 0 is kept, another
     value is pruned first; where a share of 1 - p or more is silent (r_i = 0), all others are
-    pruned and nothing of the last kernel's gradient is left. ``"code"`` gives silent features huge
-    scores, unless their derivative is 0 too; then their score, 0, is the lowest. Ties: the first in
-    order are pruned (``"paper"``), those at the percentile are kept (``"code"``). With train-mode
+    pruned and nothing of the last kernel's gradient is left. The code's form gives silent features
+    huge scores, unless their derivative is 0 too; then their score, 0, is the lowest. Ties: the
+    first in order are pruned, in the code's form those at the percentile are kept. With train-mode
     BatchNorm, images of a batch depend on each other, and the derivative of the batch's sum stands
     for that of the image, as in the published code.
 
@@ -69,21 +64,13 @@ def soteria(
     Learning From Representation Perspective" (its l0 form); the paper prunes 80 %. The paper's
     published code leaves the forward pass unperturbed.
     """
-    _checks.fidelity("soteria", fidelity)
-    on_representation = fidelity == "paper"
-    if rate is None:
-        rate = 0.8 if on_representation else 0.1
-    rate = _checks.number("soteria", "rate", rate, low=0, high=1, default=0.8)
-    if chunk_size is not None:
-        chunk_size = _checks.positive_integer("soteria", "chunk_size", chunk_size)
-    without_head = _checks.comparison("soteria", compare) == "undefended"
 
     def masks(context):
         """Masks, [b d] in the paper's form, [1 d] in the code's; and the features [b d]."""
         features, norms = jacobian_norms(
             context.model, context.variables, context.images, chunk_size=chunk_size
         )
-        if on_representation:
+        if representation:
             return jax.vmap(lambda r, n: _largest_pruned(r, n, rate))(features, norms), features
         scores = jnp.mean(norms / (features + 1e-10), axis=0)
         kept = jnp.abs(scores) >= percentile(scores, rate)
@@ -98,54 +85,36 @@ def soteria(
             "rate": jnp.mean(1 - kept, dtype=jnp.float32),
             "mask": mask_tree(context.variables["params"], context.model.head, left),
         }
-        if on_representation:
+        if representation:
             pruned = pruned_gradient(
                 context.model, context.variables, context.images, context.labels, kept
             )
             return pruned, record
         return _apply_mask(mask_tree(update, context.model.head, kept[0]), update), record
 
-    return Defense(
-        f"soteria:{rate:g}",
-        apply,
-        soteria_view(on_representation, without_head),
-        Facts(replaces_update=on_representation, shrinks=not on_representation),
-    )
+    name = f"soteria:{rate:g}" + ("" if representation else ",representation=False")
+    facts = Facts(replaces_update=representation, shrinks=not representation)
+    return Defense(name, apply, soteria_view(representation), facts)
 
 
-def soteria_view(on_representation: bool, without_head: bool) -> View:
-    """The server's side of :func:`soteria`.
-
-    Args:
-        on_representation: of the paper's form, else of the code's.
-        without_head: leave the last layer's kernel out of the comparison.
-    """
+def soteria_view(representation: bool) -> View:
+    """The server's side of :func:`soteria`, in that form."""
 
     def estimate(update, head, noise=0.0):
-        kept = estimate_mask(update, head, noise, first_class_only=not on_representation)
-        return {
-            "rate": jnp.mean(1 - kept, dtype=jnp.float32),
-            "mask": mask_tree(update, head, kept),
-            "compared": mask_tree(update, head, jnp.zeros_like(kept) if without_head else kept),
-        }
+        kept = estimate_mask(update, head, noise, first_class_only=not representation)
+        rate = jnp.mean(1 - kept, dtype=jnp.float32)
+        return {"rate": rate, "mask": mask_tree(update, head, kept)}
 
     def simulate(estimated, update):
-        return _apply_mask(estimated["compared"], update)
+        return _apply_mask(estimated["mask"], update)
 
     def factor(estimated):
-        return Factored(mask=estimated["compared"])
+        return Factored(mask=estimated["mask"])
 
     def rewire(estimated, variables, head):
         return pruned_variables(variables, head, estimated)
 
-    return View(
-        "soteria",
-        estimate,
-        simulate,
-        factor,
-        rewire if on_representation else None,
-        simulate if without_head else None,
-    )
+    return View("soteria", estimate, simulate, factor, rewire if representation else None)
 
 
 def jacobian_norms(

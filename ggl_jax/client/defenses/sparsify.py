@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from ggl_jax import trees
-from ggl_jax.client.defenses import _checks
 from ggl_jax.selection import zero_smallest
+from ggl_jax.spec import Share, ranged
 from ggl_jax.types import Defense, Factored, Facts, PyTree, View
 
 #: Tensors with fewer entries say too little about the rate: floor(0.9 * 2) / 2 is 0.5.
@@ -18,30 +18,26 @@ _MIN_ENTRIES = 1000
 _WITHIN_ONE = 0.6826894921370859
 
 
-def sparsify(
-    *, rate: float | None = None, fidelity: str = "paper", compare: str = "published"
-) -> Defense:
+@ranged
+def sparsify(*, rate: Share = 0.9, percentile: bool = False) -> Defense:
     """Zero the entries of smallest magnitude in every tensor.
 
     What the adversary learns: the rate, from the share of zeros, and which entries were the
     largest. As published, candidates are pruned by their own largest entries at that rate.
 
     Args:
-        rate: share of entries that become zero, 0 <= rate < 1. None takes the paper's 0.9, or 0.2
-            (the default of the published code's 32x32 script) with ``fidelity="code"``.
-        fidelity: ``"paper"`` zeroes ``floor(rate * n)`` of a tensor's n entries, so that no tensor
-            vanishes. ``"code"`` zeroes as many as lie below the tensor's ``rate`` percentile with
-            linear interpolation (numpy, torch) where no two are equal: ``ceil(rate * (n - 1))``.
-        compare: how the adversary simulates it. ``"support"`` compares candidates on the entries
-            that were shared, whatever the candidates' own largest ones are: a smoother loss that
-            needs no selection. It takes an update without noise on top. Any other value is as
-            published.
+        rate: share of entries that become zero, 0 <= rate < 1. The default of the published code's
+            32x32 script is 0.2.
+        percentile: the published code's form: of a tensor's n entries as many become zero as lie
+            below its ``rate`` percentile with linear interpolation (numpy, torch) where no two are
+            equal, ``ceil(rate * (n - 1))``. Else ``floor(rate * n)``, so that no tensor vanishes.
 
     Returns:
-        A Defense, with factored form only for ``compare="support"``. Record: ``rate``. Estimate:
-        ``rate`` (in the paper's form see :func:`estimate_rates`; in the code's, the share of zeros
-        in all tensors together), ``support``, a pytree of booleans, and, unless
-        ``compare="support"``, ``layer_counts``, a pytree of integers. The published code prunes
+        A Defense. Its ``view.on_support`` compares candidates on the entries that were shared,
+        whatever the candidates' own largest ones are: a smoother loss that needs no selection, and
+        has a factored form. Record: ``rate``. Estimate: ``rate`` (see :func:`estimate_rates`; of
+        the percentile form, the share of zeros in all tensors together), ``support``, a pytree of
+        booleans, and ``layer_counts``, a pytree of integers. The published code prunes
         candidates in every layer by the one rate, and so the private image's own update by other
         counts than the client, a few entries of each tensor or, where ReLUs were silent, many;
         here each layer's own count is taken in both forms.
@@ -55,49 +51,35 @@ def sparsify(
 
     Reference: paper, gradient sparsification with 90 %.
     """
-    _checks.fidelity("sparsify", fidelity)
-    by_share = fidelity == "paper"
-    if rate is None:
-        rate = 0.9 if by_share else 0.2
-    rate = _checks.number("sparsify", "rate", rate, low=0, high=1, default=0.9)
-    on_support = _checks.comparison("sparsify", compare) == "support"
 
     # In double precision: in float32 rate * n is off by an entry for n of some millions.
     def count(size):
-        return zero_count(rate, size) if by_share else zero_count(rate, size - 1, up=True)
+        return zero_count(rate, size - 1, up=True) if percentile else zero_count(rate, size)
 
     def apply(key, update, context):
         del key, context
         sparse = trees.map_flat(lambda g: zero_smallest(g, count(g.size)), update)
         return sparse, {"rate": jnp.float32(rate)}
 
-    view = sparsify_view(by_share, on_support)
-    return Defense(f"sparsify:{rate:g}", apply, view, Facts(shrinks=True, processes=True))
+    name = f"sparsify:{rate:g}" + (",percentile=True" if percentile else "")
+    return Defense(name, apply, sparsify_view(percentile), Facts(shrinks=True, processes=True))
 
 
-def sparsify_view(by_share: bool, on_support: bool) -> View:
-    """The server's side of :func:`sparsify`.
-
-    Args:
-        by_share: of the paper's form, else of the code's.
-        on_support: compare on the entries that were shared.
-    """
+def sparsify_view(percentile: bool) -> View:
+    """The server's side of :func:`sparsify`, in that form."""
 
     def estimate(update, head, noise=0.0):
         del head
         overall, counts = estimate_rates(update, noise)
         support = jax.tree.map(lambda g: g != 0, update)
-        if not by_share:
+        if percentile:
             size = sum(g.size for g in jax.tree.leaves(update))
             # With noise on top there are no zeros to count.
             zeros = trees.total(jax.tree.map(lambda g: jnp.sum(g == 0), update))
             overall = jnp.where(jnp.asarray(noise) > 0, overall, zeros / size)
-        found = {"rate": overall, "support": support}
-        return found if on_support else found | {"layer_counts": counts}
+        return {"rate": overall, "support": support, "layer_counts": counts}
 
     def simulate(estimated, update):
-        if on_support:
-            return jax.tree.map(jnp.multiply, estimated["support"], update)
         return jax.tree.map(
             lambda g, zeros, kept: zero_smallest(g.ravel(), zeros, kept.ravel()).reshape(g.shape),
             update,
@@ -105,12 +87,14 @@ def sparsify_view(by_share: bool, on_support: bool) -> View:
             estimated["support"],
         )
 
+    def mask(estimated, update):
+        return jax.tree.map(jnp.multiply, estimated["support"], update)
+
     def factor(estimated):
         return Factored(mask=estimated["support"])
 
-    if on_support:
-        return View("sparsify", estimate, simulate, factor)
-    return View("sparsify", estimate, simulate)
+    on_support = View("sparsify", estimate, mask, factor)
+    return View("sparsify", estimate, simulate, on_support=on_support)
 
 
 def zero_count(rate: float, size: int, *, up: bool = False) -> int:
