@@ -212,15 +212,15 @@ def test_samples_tell_the_scale_of_batches_and_of_a_backbone(scale_of, tiny_mode
     assert not scale_of(leaked, batch_size=2).is_off
 
 
-@pytest.mark.parametrize("shared", ["head", "backbone"])
 @pytest.mark.parametrize(
-    ("defense", "support"),
+    ("shared", "defense", "support"),
     [
-        ("none", False),
-        ("clip:0.2", False),
-        ("sparsify:0.5", False),
-        ("sparsify:0.5", True),
-        ("soteria:0.5,representation=False", False),
+        ("head", "none", False),
+        ("backbone", "clip:0.2", False),
+        ("head", "sparsify:0.5", False),
+        ("backbone", "sparsify:0.5", True),
+        ("head", "soteria:0.5,representation=False", False),
+        ("backbone", "soteria:0.5,representation=False", False),
     ],
 )
 def test_what_was_not_shared_is_left_out(
