@@ -98,6 +98,29 @@ def tiny_images(tiny_prior, tiny_prior_params):
     return jnp.asarray(tiny_prior.apply(tiny_prior_params, latents, jnp.zeros(2, jnp.int32)))
 
 
+#: One specification of every registered defense, by its name, of effect on the tiny model's update.
+DEFENSE_SPECS = {
+    "none": "none",
+    "noise": "noise:0.1",
+    "clip": "clip:0.5",
+    "sparsify": "sparsify:0.9",
+    "soteria": "soteria:0.5",
+    "sign": "sign",
+    "qsgd": "qsgd:3",
+    "ternary": "ternary:2",
+    "topk": "topk:0.1",
+    "randomk": "randomk:0.3",
+    "dropout": "dropout:0.4",
+    "laplace": "laplace:0.1",
+    "dpsgd": "dpsgd:0.5,multiplier=0.1",
+    "flower": "flower:0.5,sensitivity=0.001",
+    "percentile": "percentile:60,gamma=0.05",
+    "svt": "svt:0.3,epsilon=5,noise_var=1,gamma=0.1,tau=0.01",
+    "outpost": "outpost:0.5",
+    "censor": "censor:3",
+}
+
+
 def attack_of(name, model, prior, *, view=None, client=None, speed=None, **options):
     """An attack by name, as published but for the options."""
     search = gx.search_of("paper", name, **options)

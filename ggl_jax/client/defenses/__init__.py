@@ -13,10 +13,20 @@ import jax
 import jax.numpy as jnp
 
 from ggl_jax import grammar
+from ggl_jax.client.defenses.censor import censor
 from ggl_jax.client.defenses.clip import clip
+from ggl_jax.client.defenses.dropped import dropout, randomk
+from ggl_jax.client.defenses.laplace import laplace
+from ggl_jax.client.defenses.localdp import dpsgd, flower
 from ggl_jax.client.defenses.noise import noise
+from ggl_jax.client.defenses.nvflare import percentile, svt
+from ggl_jax.client.defenses.outpost import outpost
+from ggl_jax.client.defenses.qsgd import qsgd
+from ggl_jax.client.defenses.sign import sign
 from ggl_jax.client.defenses.soteria import soteria
 from ggl_jax.client.defenses.sparsify import sparsify
+from ggl_jax.client.defenses.ternary import ternary
+from ggl_jax.client.defenses.topk import topk
 from ggl_jax.errors import GGLError
 from ggl_jax.types import Defense, Factored, Facts, View
 
@@ -294,6 +304,19 @@ DEFENSES: dict[str, Callable[..., Defense]] = {
     "clip": clip,
     "sparsify": sparsify,
     "soteria": soteria,
+    "sign": sign,
+    "qsgd": qsgd,
+    "ternary": ternary,
+    "topk": topk,
+    "randomk": randomk,
+    "dropout": dropout,
+    "laplace": laplace,
+    "dpsgd": dpsgd,
+    "flower": flower,
+    "percentile": percentile,
+    "svt": svt,
+    "outpost": outpost,
+    "censor": censor,
 }
 
 

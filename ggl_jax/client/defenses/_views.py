@@ -1,0 +1,49 @@
+"""What several defenses' server sides share."""
+
+import jax
+import jax.numpy as jnp
+
+from ggl_jax.types import Factored, PyTree, View
+
+
+def with_slope_of(like: jax.Array, value: jax.Array) -> jax.Array:
+    """``value``, with the derivative of ``like``: for rounding, whose own is zero everywhere.
+
+    Reference: Bengio et al. 2013, "Estimating or Propagating Gradients Through Stochastic Neurons".
+    """
+    return jax.lax.stop_gradient(value) + (like - jax.lax.stop_gradient(like))
+
+
+def nonzero(update: PyTree, noise: jax.Array | float) -> PyTree:
+    """Which entries were shared, a pytree of booleans; all of them where noise lies on top."""
+    noisy = jnp.asarray(noise) > 0
+    return jax.tree.map(lambda y: (y != 0) | noisy, update)
+
+
+def in_expectation(name: str, estimate, noise_std) -> View:
+    """Of a defense whose result is the update on average: candidates are compared as they are."""
+
+    def simulate(estimated, update):
+        del estimated
+        return update
+
+    return View(
+        name,
+        estimate,
+        simulate,
+        lambda estimated: Factored(),
+        adds_noise=True,
+        noise_std=noise_std,
+    )
+
+
+def root_mean(squares: PyTree, like: PyTree) -> jax.Array:
+    """Square root of the mean over all entries of an update of a sum that each tensor has."""
+    size = sum(leaf.size for leaf in jax.tree.leaves(like))
+    return jnp.sqrt(jnp.sum(jnp.stack(jax.tree.leaves(squares))) / size).astype(jnp.float32)
+
+
+def split_keys(key: jax.Array, update: PyTree) -> PyTree:
+    """One key for every tensor, as a pytree."""
+    leaves, treedef = jax.tree.flatten(update)
+    return jax.tree.unflatten(treedef, list(jax.random.split(key, len(leaves))))
