@@ -88,10 +88,15 @@ class Search:
     """How the adversary searches. What an attack or a preset sets: :func:`search_of`."""
 
     attack: str = "ggl"
-    """Attack: ggl (generative gradient leakage), or a baseline on pixels: dlg, idlg, ig (inverting
-    gradients), gi (GradInversion), with the options below as its authors published them."""
-    space: Literal["latents", "pixels"] = "latents"
-    """What is searched: the prior's latents, or pixels, without a prior."""
+    """Attack: map (regression from gradients, then the most probable image), regression alone, ggl
+    (generative gradient leakage), or a baseline on pixels: dlg, idlg, ig (inverting gradients), gi
+    (GradInversion), with the options below as its authors published them."""
+    space: Literal["latents", "pixels", "whitened"] = "latents"
+    """What is searched: the prior's latents; pixels, without a prior; or whitened, pixels in the
+    coordinates of what the bank leaves uncertain."""
+    bank: Number = 0
+    """Samples of the prior from whose gradients images are read by regression, at least 2; 0 for
+    none. It is computed once for all images, defenses and seeds of one model and label."""
     labels: Literal["inferred", "smallest", "searched"] = "inferred"
     """Whether labels are read off the update (inferred: counts of each class; smallest, the
     published code's: the classes of smallest row sums, each once), or searched with the images."""
@@ -115,8 +120,9 @@ class Search:
     """tanh keeps every latent entry within (-1, 1)."""
     distance: str = "squared_l2"
     """Distance between updates: squared_l2, mean_squared_l2 (over the tensors), cosine, scaled_l2
-    (to the nearest multiple of the candidate's update), or likelihood (squared_l2 over twice the
-    estimated noise's variance, where there is noise)."""
+    (to the nearest multiple of the candidate's update), likelihood (squared_l2 over twice the
+    estimated noise's variance, where there is noise), or posterior (likelihood where there is
+    noise, else cosine weighed so that the penalty gaussian of whitened pixels is the prior)."""
     relative: bool = False
     """Divide distances by that of an update of zero, so that penalties weigh as much under each
     defense."""

@@ -254,6 +254,18 @@ class Optimizer(NamedTuple):
     name: str
 
 
+class Guess(NamedTuple):
+    """A Gaussian over images around what a server read off an update, or the prior's samples.
+
+    Attributes:
+        mean: [p] pixels in [0, 1].
+        factor: [p r]; factor factor^T is the covariance.
+    """
+
+    mean: jax.Array
+    factor: jax.Array
+
+
 class Problem(NamedTuple):
     """What an attack works on. Everything in it is known to the server.
 
@@ -266,6 +278,7 @@ class Problem(NamedTuple):
         noise: estimated standard deviation of noise on every entry of ``observed``; 0 for none.
         statistics: what ``model.statistics`` gives for the private batch, where the client shared
             it; None where it did not.
+        guess: of the images, for searches of whitened pixels; None for others.
     """
 
     observed: PyTree
@@ -275,6 +288,7 @@ class Problem(NamedTuple):
     estimated: PyTree
     noise: jax.Array | np.float32 = np.float32(0)
     statistics: PyTree | None = None
+    guess: Guess | None = None
 
 
 class Candidates(NamedTuple):

@@ -16,14 +16,20 @@ from ggl_jax.adversary.losses import (
 )
 from ggl_jax.adversary.matching import matching_loss
 from ggl_jax.adversary.optimizers import OPTIMIZERS, BestState, best_so_far
+from ggl_jax.adversary.regression import rank_of
 from ggl_jax.adversary.sharding import over_population
 from ggl_jax.client.gradients import is_binary
 from ggl_jax.errors import GGLError
 from ggl_jax.priors.decoding import decode
+from ggl_jax.priors.gaussian import gaussian
 from ggl_jax.priors.pixels import pixels
 from ggl_jax.spec import Client, Search, Speed, checked
 from ggl_jax.trees import head_parts
 from ggl_jax.types import Attack, Candidates, Model, Optimizer, Prior, View
+
+#: What stands for the likelihood where there is no noise: so many times the cosine distance. Chosen
+#: on public images that no prior was trained on (docs/results.md).
+SHARPNESS = 3e5
 
 
 class _Space(NamedTuple):
@@ -65,7 +71,8 @@ def _space(model: Model, prior: Prior, search: Search, batch_size: int) -> _Spac
 
     def images(problem, points):
         own = latents(points).reshape(-1, prior.latent_dim)
-        decoded = decode(prior, problem.prior_params, own, classes(problem, points).reshape(-1))
+        known = problem.guess._asdict() if search.space == "whitened" else problem.prior_params
+        decoded = decode(prior, known, own, classes(problem, points).reshape(-1))
         return decoded.reshape(len(points), batch_size, *decoded.shape[1:])
 
     def draw(key, num):
@@ -114,7 +121,11 @@ def _distance(
     model: Model, search: Search, view: View | None, client: Client, speed: Speed
 ) -> Callable:
     """``distance(problem) -> distance_to(images, labels) -> [n]``, scaled as the search asks."""
-    chosen = resolve_distance(search.distance)
+    posterior = search.distance == "posterior"
+    under_noise = view is not None and view.adds_noise
+    chosen = resolve_distance(
+        ("likelihood" if under_noise else "cosine") if posterior else search.distance
+    )
 
     def energy(observed, variance):
         """The distance of an update of zero, the noise's share taken off; above 0."""
@@ -142,7 +153,9 @@ def _distance(
             client=client,
             speed=speed,
         )
-        likelihood = search.distance == "likelihood"
+        if posterior and not under_noise:
+            return lambda images, labels: SHARPNESS * distance_to(images, labels)
+        likelihood = posterior or search.distance == "likelihood"
         if not (likelihood or search.relative):
             return distance_to
         variance = jnp.square(problem.noise)
@@ -201,7 +214,10 @@ def search_attack(
             classes than the model's.
     """
     search, client, speed = checked(search), client or Client(), speed or Speed()
-    prior = pixels(model.image_shape) if search.space == "pixels" else prior
+    if search.space == "pixels":
+        prior = pixels(model.image_shape)
+    elif search.space == "whitened":
+        prior = gaussian(model.image_shape, rank_of(prior, search.bank))
     _check(model, prior, search)
     own = optimizer or grammar.build(
         OPTIMIZERS, search.optimizer, what="optimizer", steps=search.steps
@@ -270,6 +286,11 @@ def _check(model: Model, prior: Prior, search: Search) -> None:
             "cannot be inferred, only from cross-entropy (softmax, or binary of one logit); "
             "search them: labels='searched', refine='none' (as attack dlg)"
         )
+    if search.space == "whitened" and search.bank < 2:
+        raise GGLError(
+            f"bank: got {search.bank}, allowed: whole numbers of at least 2 where space is "
+            "'whitened', whose coordinates come from the bank"
+        )
     if search.pool and search.pool < search.restarts:
         raise GGLError(
             f"pool: got {search.pool}, allowed: 0, or at least the number of restarts, "
@@ -291,20 +312,27 @@ def refinement_of(search: Search) -> Search:
     from points: those of :func:`ggl_jax.priors.pixels.pixels_of`. The penalty is sized for a
     relative distance, so no likelihood is taken, which scales it.
     """
+    posterior = search.distance == "posterior"
     return dataclasses.replace(
         search,
         attack="refine",
         space="pixels",
         labels="inferred",
-        optimizer="adam:0.04,schedule=ramp,signed=False,box=1",
+        optimizer="adam:0.04,schedule=cosine,box=1"
+        if posterior
+        else "adam:0.04,schedule=ramp,signed=False,box=1",
         steps=search.refine_steps,
         restarts=1,
         pool=0,
         bound="none",
-        relative=True,
-        distance="squared_l2" if search.distance == "likelihood" else search.distance,
-        regularizer="total_variation:0.03",
+        relative=not posterior,
+        distance=_REFINED.get(search.distance, search.distance),
+        regularizer="total_variation:0.005" if posterior else "total_variation:0.03",
     )
+
+
+#: Distances that scale themselves, beside which the refinement's penalty would not be sized.
+_REFINED = {"likelihood": "squared_l2", "posterior": "cosine"}
 
 
 def finalists_of(search: Search) -> Search:

@@ -22,6 +22,23 @@ def _on_pixels(name: str, **options: Any) -> Search:
     return replace(_PIXELS, attack=name, **options)
 
 
+#: Ours: what regression from a bank of gradients reads off the update, then the most probable image
+#: around it: the update's likelihood (without noise, the cosine distance) beside a Gaussian prior
+#: that has the regression's own error, in whitened pixels.
+_MAP = Search(
+    attack="map",
+    space="whitened",
+    bank=1000,
+    distance="posterior",
+    regularizer="gaussian:1",
+    optimizer="adam:0.5,schedule=cosine,signed=False",
+    steps=60,
+    refine="auto",
+    refine_steps=60,
+    support=True,
+)
+
+
 #: Attacks by name, as published for 32x32 images.
 ATTACKS: dict[str, Search | Callable[..., Attack]] = {
     # Paper, section 3. Its code takes 50 samples in each of the paper's 800 updates of CMA-ES.
@@ -53,6 +70,9 @@ ATTACKS: dict[str, Search | Callable[..., Attack]] = {
         optimizer="adam:schedule=ramp,signed=False",
         steps=8000,
     ),
+    "map": _MAP,
+    # What regression alone reads: the search evaluates its start.
+    "regression": replace(_MAP, attack="regression", steps=1, refine="none"),
 }
 
 #: GGL's budgets by another optimiser than its own: of Adam and TuRBO (100 rounds of 10) the
@@ -81,6 +101,8 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         "idlg": {"steps": 60},
         "ig": {"steps": 200},
         "gi": {"steps": 200},
+        "map": {"bank": 300, "steps": 40, "refine_steps": 30},
+        "regression": {"bank": 300},
     },
     "standard": {
         "ggl": {

@@ -17,6 +17,7 @@ from ggl_jax.adversary.labels import (
     smallest_labels,
     softmax_form,
 )
+from ggl_jax.adversary.regression import bank_of, read
 from ggl_jax.adversary.resume import Checkpoints
 from ggl_jax.adversary.search import Stage, run_stages
 from ggl_jax.adversary.stages import combines, make_stages, result_images
@@ -199,6 +200,17 @@ def reconstruct(
                 one.statistics,
             )
         )
+    readings = []
+    for number, problem in enumerate(problems if search.bank else []):
+        bank = bank_of(
+            public,
+            int(problem.labels[0]),
+            search.bank,
+            lambda share: report(f"gradients of the bank, {share:.0%}"),
+        )
+        report("regression")
+        readings.append(read(bank, problem, view if search.adaptive else None, client))
+        problems[number] = problem._replace(guess=readings[-1].guess)
     report("compiling the search")
     began = time.perf_counter()
     per_device = -(-len(problems) // (1 if mesh is None else mesh.size))
@@ -225,7 +237,7 @@ def reconstruct(
             history=np.asarray(outcome.history[i]),
             status=int(outcome.status[i]),
             seconds=seconds,
-            search=ready.about,
+            search=ready.about | ({"predicted_rmse": readings[i].rmse} if readings else {}),
             point=outcome.candidates.points[i, 0],
             attack=ready.stages[-1].attack,
             problem=problem,

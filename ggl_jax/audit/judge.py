@@ -80,6 +80,8 @@ def judge(
         "combined": found.search["combined"],
         "refined": found.search["refined"],
         "refinement_steps": found.search["refinement_steps"],
+        # of the regression before the search, from the bank alone; None where there was none
+        "predicted_rmse": found.search.get("predicted_rmse"),
         "evaluations": found.evaluations,
         "search_seconds": found.seconds,
         "status": STATUS_MESSAGES[found.status],

@@ -30,14 +30,18 @@ def _ramp(learning_rate, steps):
     )
 
 
-SCHEDULES = {"step": _step_decay, "ramp": _ramp}
+def _cosine(learning_rate, steps):
+    return optax.cosine_decay_schedule(learning_rate, steps, alpha=0.02)
+
+
+SCHEDULES = {"step": _step_decay, "ramp": _ramp, "cosine": _cosine}
 
 
 @ranged
 def adam(
     *,
     learning_rate: Positive = 0.1,
-    schedule: Literal["step", "ramp"] = "step",
+    schedule: Literal["step", "ramp", "cosine"] = "step",
     signed: bool = True,
     box: Positive | None = None,
     steps: Count = 2500,
@@ -50,7 +54,8 @@ def adam(
     Args:
         learning_rate: > 0.
         schedule: "step" (x 0.1 at 3/8, 5/8, 7/8; published for 32x32) or "ramp" (warm-up over 5 %,
-            cosine ramp-down over the last 25 %; published for 224x224).
+            cosine ramp-down over the last 25 %; published for 224x224) or "cosine" (from the
+            first step down to 2 %).
         signed: feed Adam the sign of the gradient, as the published 32x32 code does.
         box: keep every entry within [-box, box], > 0; None for no bounds.
         steps: length of the run, which the schedule needs; at least 1. The paper uses 2,500.

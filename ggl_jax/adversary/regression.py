@@ -1,0 +1,293 @@
+"""Regression from updates to images: what a server reads off an update without any search.
+
+The server knows the model, so it can compute as many pairs of image and gradient as it likes from
+the prior's samples, and fit a linear map back. In dual form, with n samples x_i of gradients g_i
+and the centred kernel K_ij = <g_i, g_j>, ridge regression is
+
+    x_hat = mean + k(y)^T (K + r I)^-1 (X - mean),    k_i(y) = <y, g_i>.
+
+Its errors are known without any private image, from leave-one-out residuals; noise of variance s^2
+adds s^2 A^T K A, with A = (K + r I)^-1 (X - mean). The simplest form of learned inversion (Wu et
+al., "Learning to Invert: Simple Adaptive Attacks for Gradient Inversion in Federated Learning", UAI
+2023, who train a network on such pairs).
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+from scipy.linalg import helmert
+
+from ggl_jax.adversary.matching import fused, layers
+from ggl_jax.adversary.matching.program import trace
+from ggl_jax.priors.decoding import decode_each
+from ggl_jax.spec import Client
+from ggl_jax.types import Factored, Guess, Model, Prior, Problem, Public, PyTree, View
+
+#: Memory for a bank's gradients; the smallest tensors come first, and those that do not fit are
+#: left out of the regression. ResNet-18: 1,000 samples keep all tensors of at most 147,456 entries.
+BANK_BYTES = 2**31
+#: Candidates of the ridge, relative to the kernel's mean eigenvalue.
+_RIDGES = np.logspace(-6, 0.5, 14)
+#: Standard deviation of a pixel that no sample speaks of.
+_FLOOR = 0.01
+#: Entries of an image up to which its covariance is kept whole, not only the samples' span.
+_WHOLE = 4096
+
+
+class Bank(NamedTuple):
+    """Samples of the prior, and their gradients at one label.
+
+    Attributes:
+        images: [n p] float32.
+        kept: numbers of the tensors whose gradients are kept.
+        gradients: of each kept tensor [n size], bfloat16.
+        kernels: of each kept tensor <g_i, g_j>, [n n] float32.
+        sq_norms: [n t], of every tensor.
+    """
+
+    images: np.ndarray
+    kept: tuple[int, ...]
+    gradients: list[np.ndarray]
+    kernels: list[np.ndarray]
+    sq_norms: np.ndarray
+
+
+def make_bank(
+    public: Public,
+    label: int,
+    num: int,
+    key: jax.Array,
+    progress: Callable[[float], None] | None = None,
+) -> Bank:
+    """Draw ``num`` samples of the prior and compute their gradients at a label.
+
+    Args:
+        public: what the server has.
+        label: the inferred class.
+        num: samples, at least 2.
+        key: typed key of the samples.
+        progress: called with the share that is done.
+    """
+    model, variables, prior, prior_params = public
+    latents = prior.sample_latent(key, num)
+    images = np.concatenate(
+        [np.asarray(x) for x in decode_each(prior, prior_params, latents, label, lambda x, _: x)]
+    ).clip(0.0, 1.0)
+    sizes = [math.prod(x.shape) for x in jax.tree.leaves(variables["params"])]
+    kept: list[int] = []
+    left = BANK_BYTES / (2 * num)
+    for leaf in sorted(range(len(sizes)), key=lambda leaf: sizes[leaf]):
+        if sizes[leaf] <= left:
+            kept.append(leaf)
+            left -= sizes[leaf]
+    kept.sort()
+    of = _gradients(model, tuple(kept))
+    gradients = [np.empty((num, sizes[leaf]), ml_dtypes.bfloat16) for leaf in kept]
+    norms = np.empty((num, len(sizes)), np.float32)
+    at_once = 1 if jax.default_backend() == "cpu" else 32
+    labels = np.full((at_once, 1), label, np.int32)
+    for first in range(0, num, at_once):
+        chosen = np.arange(first, first + at_once).clip(max=num - 1)
+        found, norms[chosen] = of(variables, images[chosen], labels)
+        for all_of, some in zip(gradients, found, strict=True):
+            all_of[chosen] = some
+        if progress is not None:
+            progress(min(1.0, (first + at_once) / num))
+    kernels = [_kernel(g) for g in gradients]
+    return Bank(images.reshape(num, -1), tuple(kept), gradients, kernels, norms)
+
+
+@functools.lru_cache(maxsize=8)
+def _gradients(model: Model, kept: tuple[int, ...]) -> Callable:
+    @jax.jit
+    def of(variables, images, labels):
+        """Kept gradients [n size] and all squared norms [n t] of images [n h w c]."""
+        images = images[:, None]
+        program = trace(model, variables, jax.ShapeDtypeStruct(images.shape[1:], images.dtype))
+        arrays = fused.passes(
+            program, variables, fused.prepare_convolutions(program, variables), images, labels
+        )
+        layer_of = {site.leaf: site.layer for site in program.sites}
+        gradients, norms = [], []
+        for leaf, own in enumerate(arrays):
+            if leaf in kept or leaf not in layer_of:
+                g = own[0]
+                if leaf in layer_of:
+                    g = layers.kernel_as_stored(layer_of[leaf], layers.form(layer_of[leaf], *own))
+                g = g.reshape(len(g), -1)
+                norms.append(jnp.sum(g**2, axis=1))
+                if leaf in kept:
+                    gradients.append(g.astype(jnp.bfloat16))
+            else:
+                norms.append(layers.sq_norm(layer_of[leaf], *own))
+        return gradients, jnp.stack(norms, axis=1)
+
+    return of
+
+
+@jax.jit
+def _kernel(gradients):
+    wide = gradients.astype(jnp.float32)
+    return wide @ wide.T
+
+
+def regress(
+    bank: Bank, observed: PyTree, factored: Factored, noise: float
+) -> tuple[np.ndarray, np.ndarray, float]:
+    """The image behind an update, as the regression sees it.
+
+    Args:
+        bank: of the model that the update was computed with, at the inferred label.
+        observed: the update.
+        factored: the defense's simulation.
+        noise: standard deviation of the noise in every entry of the update.
+
+    Returns:
+        The estimate [p]; residuals [n p], as many as the bank has samples, whose second moment is
+        that of the estimate's error; and the predicted mean squared error of a pixel. Tensors are
+        weighted by one over their energy between samples, or all alike (as the noise's likelihood
+        would), and the ridge is chosen, for the least predicted error.
+    """
+    leaves = [np.asarray(x, np.float32).ravel() for x in jax.tree.leaves(observed)]
+    shapes = [x.shape for x in jax.tree.leaves(observed)]
+    treedef: Any = jax.tree.structure(observed)
+    masks: list = [None] * len(leaves)
+    if factored.mask is not None:
+        masks = [np.asarray(m) for m in treedef.flatten_up_to(factored.mask)]
+    num, norms = len(bank.images), bank.sq_norms.copy()
+    kernels, inner = [], []
+    for leaf, g, kernel in zip(bank.kept, bank.gradients, bank.kernels, strict=True):
+        mask, y = masks[leaf], leaves[leaf]
+        if mask is not None and mask.size > 1:
+            mask = np.broadcast_to(mask, shapes[leaf]).ravel().astype(np.float32)
+            where = np.flatnonzero(mask)
+            g = np.asarray(g[:, where], np.float32) * mask[where]
+            kernel, y = g @ g.T, y[where]
+        elif mask is not None:
+            g, kernel = g * mask.astype(g.dtype), kernel * float(mask) ** 2
+        kernels.append(np.asarray(kernel))
+        norms[:, leaf] = np.diagonal(kernel)
+        inner.append(np.asarray(_times(g, y)))
+    scales = np.ones_like(norms)
+    if factored.scale is not None:
+        found = jax.vmap(factored.scale)(treedef.unflatten(list(jnp.asarray(norms.T))))
+        scales = np.stack([np.broadcast_to(x, num) for x in jax.tree.leaves(found)], axis=1)
+    for index, leaf in enumerate(bank.kept):
+        s = scales[:, leaf].astype(np.float32)
+        kernels[index] = kernels[index] * (s[:, None] * s)
+        inner[index] = inner[index] * s
+    mean = bank.images.mean(0)
+    differences = bank.images - mean
+    energies = np.array([max(np.trace(_centred(k)), 1e-30) for k in kernels])
+    present = energies > 1e-12 * energies.sum()
+    # Without the constant direction, which is the mean's own and would count as left out nowhere.
+    basis = helmert(num).T
+    best: tuple | None = None
+    for weights in (present / energies, present / energies.sum()):
+        kernel = sum(w * k for w, k in zip(weights, kernels, strict=True))
+        noisy = sum(w * w * k for w, k in zip(weights, kernels, strict=True))
+        k_y = sum(w * k for w, k in zip(weights, inner, strict=True))
+        k_y = k_y - kernel.mean(0)
+        values, vectors = np.linalg.eigh(basis.T @ kernel.astype(np.float64) @ basis)
+        vectors = basis @ vectors
+        noisy = noise**2 * (vectors.T @ noisy @ vectors)
+        turned = vectors.T @ differences
+        for ridge in _RIDGES * max(values.sum() / num, 1e-30):
+            inverse = 1.0 / (values.clip(0) + ridge)
+            dual = vectors @ (inverse[:, None] * turned)
+            residuals = dual / ((vectors**2) @ inverse)[:, None]
+            own = inverse[:, None] * turned
+            added = np.sum(own * (noisy @ own)) if noise > 0 else 0.0
+            error = (np.sum(residuals**2) / num + added) / bank.images.shape[1]
+            if best is None or error < best[0]:
+                best = error, mean + k_y @ dual, residuals, dual
+    assert best is not None
+    error, estimate, residuals, _ = best
+    scale = math.sqrt(error / np.mean(residuals**2))
+    return estimate.astype(np.float32), (scale * residuals).astype(np.float32), float(error)
+
+
+@jax.jit
+def _times(gradients, y):
+    return gradients.astype(jnp.float32) @ y
+
+
+def _centred(kernel: np.ndarray) -> np.ndarray:
+    rows = kernel.mean(0)
+    return kernel - rows[:, None] - rows + rows.mean()
+
+
+def guess_of(mean: np.ndarray, residuals: np.ndarray) -> Guess:
+    """A Gaussian around an estimate: its factor from residuals [n p], and a floor beside it."""
+    num, size = residuals.shape
+    if size > _WHOLE:
+        return Guess(jnp.asarray(mean), jnp.asarray(residuals.T / math.sqrt(num)))
+    values, vectors = np.linalg.eigh(residuals.T @ residuals / num)
+    factor = vectors * np.sqrt(values.clip(0) + _FLOOR**2)
+    return Guess(jnp.asarray(mean), jnp.asarray(factor, jnp.float32))
+
+
+class Reading(NamedTuple):
+    """What was read off an update before any search.
+
+    Attributes:
+        guess: the estimate and its uncertainty.
+        rmse: predicted root mean squared error of a pixel, in [0, 1].
+        read: whether the update was read; False where the guess is the samples' mean image.
+    """
+
+    guess: Guess
+    rmse: float
+    read: bool
+
+
+def read(bank: Bank, problem: Problem, view: View | None, client: Client) -> Reading:
+    """Read an update by regression, with the defense's estimated parameters (None: undefended).
+
+    Not read, so that the guess is the samples' mean and covariance, are updates of several images
+    or local steps, and of defenses without a mask-and-scale form at the shared variables (Soteria
+    on the representation: the gradients of its samples would be other ones for each update).
+    """
+    factored: Factored | None = Factored()
+    if view is not None:
+        forms = [one.factor for one in (view, view.comparing(True)) if one.factor is not None]
+        found = (form(problem.estimated) for form in forms)
+        factored = next((one for one in found if one is not None), None)
+    rewired = view is not None and view.rewire is not None
+    if factored is None or rewired or client.batch_size > 1 or client.local_steps > 1:
+        mean = bank.images.mean(0)
+        residuals = bank.images - mean
+        return Reading(guess_of(mean, residuals), float(np.sqrt(np.mean(residuals**2))), False)
+    mean, residuals, error = regress(bank, problem.observed, factored, float(problem.noise))
+    return Reading(guess_of(mean, residuals), math.sqrt(error), True)
+
+
+#: Banks of this process, the latest last; a bank takes up to :data:`BANK_BYTES` and its kernels.
+_BANKS: dict[tuple, tuple[Public, Bank]] = {}
+_MOST_BANKS = 2
+
+
+def bank_of(
+    public: Public, label: int, num: int, progress: Callable[[float], None] | None = None
+) -> Bank:
+    """The bank of a model and label; the same one in the whole process, for every update."""
+    parts = (public.variables, public.prior_params)
+    name = (public.model, public.prior, *map(id, parts), label, num)
+    if name not in _BANKS:
+        while len(_BANKS) >= _MOST_BANKS:
+            del _BANKS[next(iter(_BANKS))]
+        # What is public stays alive beside it, so that no other gets its identity.
+        _BANKS[name] = public, make_bank(public, label, num, jax.random.key(num), progress)
+    return _BANKS[name][1]
+
+
+def rank_of(prior: Prior, num: int) -> int:
+    """Columns of :func:`guess_of`'s factor for a bank of ``num`` samples."""
+    size = math.prod(prior.image_shape)
+    return size if size <= _WHOLE else num

@@ -1,0 +1,238 @@
+"""Regression from updates to images, against ridge regressions that are fitted anew."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import ggl_jax as gx
+from ggl_jax.adversary import regression
+from ggl_jax.adversary.regression import Bank, regress
+from ggl_jax.types import Factored, Guess
+
+NUM, PIXELS, SIZES = 24, 6, (5, 40)
+
+
+@pytest.fixture
+def linear(monkeypatch):
+    """A bank whose gradients are linear in the images but for a little noise, and its map."""
+    rng = np.random.default_rng(0)
+    images = rng.uniform(0.2, 0.8, (NUM, PIXELS)).astype(np.float32)
+    maps = [rng.normal(size=(PIXELS, size)).astype(np.float32) for size in SIZES]
+    # Values that bfloat16 holds exactly, so that a fit in float64 is the same one.
+    gradients = [
+        np.asarray(jnp.asarray(images @ m, jnp.bfloat16).astype(jnp.float32)) for m in maps
+    ]
+    norms = np.stack([np.sum(g**2, axis=1) for g in gradients], axis=1)
+    bank = Bank(
+        images,
+        (0, 1),
+        [np.asarray(jnp.asarray(g, jnp.bfloat16)) for g in gradients],
+        [g @ g.T for g in gradients],
+        norms,
+    )
+    return bank, gradients
+
+
+def ridge_fit(features, images, ridge):
+    """Primal ridge regression with a free intercept: a function of new features."""
+    mean, centre = images.mean(0), features.mean(0)
+    f = features - centre
+    solution = np.linalg.solve(f.T @ f + ridge * np.eye(f.shape[1]), f.T @ (images - mean))
+    return lambda new: mean + (new - centre) @ solution
+
+
+def leave_one_out(gradients, images, weights, ridge):
+    """Features under weights of the tensors, and residuals of fits without each of the samples."""
+    features = np.concatenate(
+        [g * np.sqrt(w) for g, w in zip(gradients, weights, strict=True)], axis=1
+    ).astype(np.float64)
+    residuals = [
+        images[i]
+        - ridge_fit(np.delete(features, i, 0), np.delete(images, i, 0), ridge)(features[i])
+        for i in range(NUM)
+    ]
+    return features, np.asarray(residuals)
+
+
+def test_it_is_ridge_regression_and_its_error_is_leave_one_out(linear, monkeypatch):
+    bank, gradients = linear
+    monkeypatch.setattr(regression, "_RIDGES", np.asarray([0.3]))
+    observed = [np.random.default_rng(1).normal(size=size).astype(np.float32) for size in SIZES]
+    energies = np.asarray([np.sum((g - g.mean(0)) ** 2) for g in gradients])
+    fits = []
+    for weights in (1 / energies, np.ones(2) / energies.sum()):
+        # The ridge is a share of the kernel's mean eigenvalue.
+        ridge = 0.3 * np.sum(weights * energies) / NUM
+        features, residuals = leave_one_out(gradients, bank.images, weights, ridge)
+        new = np.concatenate([y * np.sqrt(w) for y, w in zip(observed, weights, strict=True)])
+        estimate = ridge_fit(features, bank.images, ridge)(new)
+        fits.append((np.mean(residuals**2), estimate, residuals))
+    assert fits[0][0] != pytest.approx(fits[1][0], rel=0.01)
+    expected, estimate, of_each = min(fits, key=lambda fit: fit[0])
+    found, residuals, error = regress(bank, observed, Factored(), 0.0)
+    np.testing.assert_allclose(found, estimate, atol=1e-3)
+    np.testing.assert_allclose(residuals, of_each, atol=1e-3)
+    assert error == pytest.approx(expected, rel=1e-3)
+
+
+def test_noise_adds_what_it_does_to_the_estimate(linear, monkeypatch):
+    bank, gradients = linear
+    monkeypatch.setattr(regression, "_RIDGES", np.asarray([0.3]))
+    sigma, rng = 0.7, np.random.default_rng(2)
+    clean = [g[3] for g in gradients]
+    base, _, still = regress(bank, clean, Factored(), 0.0)
+    _, _, noisy = regress(bank, clean, Factored(), sigma)
+    moved = []
+    for _ in range(400):
+        observed = [y + sigma * rng.normal(size=y.shape).astype(np.float32) for y in clean]
+        moved.append(np.mean((regress(bank, observed, Factored(), 0.0)[0] - base) ** 2))
+    assert noisy - still == pytest.approx(np.mean(moved), rel=0.15)
+
+
+def test_masks_and_scales_are_the_defenses(linear):
+    """Simulating the defense is as good as a bank of defended gradients."""
+    bank, gradients = linear
+    mask = [np.ones(SIZES[0], np.float32), (np.arange(SIZES[1]) % 3 == 0).astype(np.float32)]
+
+    def scale(norms):
+        return [1.0 / (1.0 + jnp.sqrt(n)) for n in norms]
+
+    defended = []
+    for g, m in zip(gradients, mask, strict=True):
+        g = g * m
+        defended.append(g / (1.0 + np.linalg.norm(g, axis=1, keepdims=True)))
+    own = Bank(
+        bank.images,
+        bank.kept,
+        [np.asarray(g) for g in defended],
+        [g @ g.T for g in defended],
+        np.stack([np.sum(g**2, axis=1) for g in defended], axis=1),
+    )
+    observed = [g[5] for g in defended]
+    factored = Factored([jnp.asarray(m) for m in mask], scale)
+    found, _, error = regress(bank, observed, factored, 0.0)
+    expected, _, of_own = regress(own, observed, Factored(), 0.0)
+    np.testing.assert_allclose(found, expected, atol=2e-3)
+    assert error == pytest.approx(of_own, rel=0.05)
+
+
+def test_a_bank_holds_each_samples_gradient():
+    model, (prior, params) = gx.convnet(width=4, num_classes=3), gx.load_prior("dcgan32_faces")[:2]
+    variables = model.init(jax.random.key(0))
+    public = gx.Public(model, variables, prior, params)
+    bank = regression.make_bank(public, 2, 3, jax.random.key(1))
+    assert bank.kept == tuple(range(len(jax.tree.leaves(variables["params"]))))
+    for number, image in enumerate(bank.images.reshape(-1, 1, *model.image_shape)):
+        own = jax.tree.leaves(gx.gradient(model, variables, image, jnp.asarray([2])))
+        for found, expected in zip(bank.gradients, own, strict=True):
+            np.testing.assert_allclose(
+                np.asarray(found[number], np.float32),
+                np.ravel(expected),
+                atol=0.01 * float(jnp.max(jnp.abs(expected))) + 1e-12,
+            )
+        norms = [float(jnp.sum(g**2)) for g in own]
+        np.testing.assert_allclose(bank.sq_norms[number], norms, rtol=1e-3, atol=1e-12)
+
+
+def test_the_factor_is_the_residuals_covariance():
+    rng = np.random.default_rng(0)
+    residuals = rng.normal(size=(50, 12)).astype(np.float32) * 0.1
+    guess = regression.guess_of(np.zeros(12, np.float32), residuals)
+    covariance = np.asarray(guess.factor @ guess.factor.T)
+    expected = residuals.T @ residuals / 50 + regression._FLOOR**2 * np.eye(12)
+    np.testing.assert_allclose(covariance, expected, atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def public():
+    model, (prior, params) = gx.convnet(width=8, num_classes=3), gx.load_prior("dcgan32_faces")[:2]
+    return gx.Public(model, model.init(jax.random.key(0)), prior, params)
+
+
+@pytest.mark.parametrize("defense", ["none", "noise:0.001"])
+def test_map_gets_nearer_than_what_it_starts_from(public, defense):
+    """The mean of the bank, then the regression, then the search: each nearer than the last."""
+    latent = public.prior.sample_latent(jax.random.key(123), 1)
+    image = public.prior.apply(public.prior_params, latent, jnp.zeros(1, int))
+    defended = gx.parse(defense)
+    sent, _ = gx.share(jax.random.key(1), public, image, np.asarray([2]), defense=defended)
+    found = {}
+    for attack in ("regression", "map"):
+        search = gx.search_of("quick", attack, bank=60, refine="none")
+        keys = jax.random.split(jax.random.key(0), 1)
+        (one,) = gx.reconstruct(keys, public, [sent], view=defended.view, search=search)
+        found[attack] = one
+        assert one.labels == [2]
+    blind = np.mean((regression.bank_of(public, 2, 60).images.mean(0) - image.ravel()) ** 2)
+    errors = {name: np.mean((one.images - image) ** 2) for name, one in found.items()}
+    assert errors["regression"] < 0.8 * blind
+    assert errors["map"] < errors["regression"]
+    # Predicted from the bank alone, before the private image is looked at.
+    predicted = found["regression"].search["predicted_rmse"] ** 2
+    assert 0.3 < errors["regression"] / predicted < 3
+
+
+@pytest.mark.parametrize("defense", ["clip:0.1", "sparsify:0.5"])
+def test_defended_updates_are_read_through_the_defense(public, defense):
+    latent = public.prior.sample_latent(jax.random.key(123), 1)
+    image = public.prior.apply(public.prior_params, latent, jnp.zeros(1, int))
+    defended = gx.parse(defense)
+    sent, _ = gx.share(jax.random.key(1), public, image, np.asarray([2]), defense=defended)
+    bank = regression.bank_of(public, 2, 60)
+    view = defended.view.comparing(True)
+    estimated = view.estimate(sent.update, public.model.head)
+    variables = public.variables
+    problem = gx.Problem(sent.update, variables, public.prior_params, jnp.asarray([2]), estimated)
+    guess = regression.read(bank, problem, view, gx.Client()).guess
+    error = np.mean((guess.mean - np.ravel(image)) ** 2)
+    blind = np.mean((bank.images.mean(0) - np.ravel(image)) ** 2)
+    assert error < 0.8 * blind
+
+
+def test_what_cannot_be_read_starts_from_the_samples(public):
+    """Several images, several steps: the guess is the samples' mean and covariance."""
+    images = np.full((2, 32, 32, 3), 0.4, np.float32)
+    for client in (gx.Client(batch_size=2), gx.Client(local_steps=2)):
+        sent, _ = gx.share(
+            jax.random.key(1),
+            public,
+            images[: client.batch_size],
+            np.zeros(client.batch_size, int),
+            defense=gx.parse("none"),
+            client=client,
+        )
+        (one,) = gx.reconstruct(
+            jax.random.split(jax.random.key(0), 1),
+            public,
+            [sent],
+            view=gx.parse("none").view,
+            client=client,
+            search=gx.search_of("quick", "regression", bank=60),
+        )
+        bank = regression.bank_of(public, int(one.labels[0]), 60).images
+        np.testing.assert_allclose(one.images[0].ravel(), bank.mean(0), atol=1e-4)
+
+
+def test_a_search_of_whitened_pixels_needs_a_bank(public):
+    with pytest.raises(gx.GGLError, match="bank: got 1"):
+        gx.search_attack(public.model, public.prior, gx.search_of("quick", "map", bank=1))
+
+
+def test_the_search_lowers_for_accelerators(public):
+    """Without such a device: no callback to the host, nothing that only the CPU has."""
+    attack = gx.search_attack(public.model, public.prior, gx.search_of("quick", "map", bank=60))
+    problem = gx.Problem(
+        public.variables["params"],
+        public.variables,
+        public.prior_params,
+        jnp.asarray([1]),
+        (),
+        guess=Guess(jnp.zeros(3072), jnp.zeros((3072, 3072))),
+    )
+    key = jax.random.key(0)
+    state = jax.eval_shape(attack.init, key, problem)
+    traced = jax.jit(attack.step).trace(key, problem, state)
+    for platform in ("cuda", "tpu"):
+        text = traced.lower(lowering_platforms=(platform,)).as_text()
+        assert "callback" not in text
