@@ -104,7 +104,7 @@ DEFENSE_SPECS = {
     "noise": "noise:0.1",
     "clip": "clip:0.5",
     "sparsify": "sparsify:0.9",
-    "soteria": "soteria:0.5",
+    "soteria": "soteria:0.2",
     "sign": "sign",
     "qsgd": "qsgd:3",
     "ternary": "ternary:2",
