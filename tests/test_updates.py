@@ -380,7 +380,9 @@ def test_a_wrong_scale_or_sign_is_said(
         return " ".join(_scaled(command, jax.random.key(0), public, part)[2])
 
     assert notes(part) == notes(part, defense="clip:4") == ""
-    assert "minus a gradient" in notes({name: -tensor for name, tensor in part.items()})
+    negated = {name: -tensor for name, tensor in part.items()}
+    assert "minus a gradient" in notes(negated)
+    assert "minus a gradient" in notes(negated, defense="clip:4")  # where sizes tell nothing
     halved = {name: 0.5 * tensor for name, tensor in part.items()}
     assert "multiplied by some 0.5, not 1" in notes(halved)
     assert notes(halved, loss_scale=0.5) == notes(halved, loss_scale="auto") == ""

@@ -180,7 +180,7 @@ def scaled_l2() -> Distance:
 
     def from_statistics(statistics):
         inner, _, observed = (sum(jax.tree.leaves(tree)) for tree in statistics)
-        return observed - jnp.maximum(inner, 0.0) * best(statistics)
+        return observed - inner * best(statistics)
 
     def scales(statistics):
         factor = best(statistics)
