@@ -350,14 +350,14 @@ def test_batch_norm_statistics(tiny_images, tiny_prior):
     assert losses["own"] < losses["batch"]
 
 
-def test_batch_norm_needs_statistics(model, tiny_images, tiny_prior):
+def test_batch_norm_needs_statistics(model, tiny_images, tiny_prior, tiny_prior_params):
     assert model.statistics is None
     with pytest.raises(GGLError, match="batch_norm needs a model with BatchNorm"):
         attack_of("gi", model, tiny_prior, regularizer="l2+batch_norm:1")
     with pytest.raises(GGLError, match="share_statistics"):
         gx.audit(
             tiny_images, [0, 1], model=model, defenses=["none"], prior=tiny_prior,
-            client=gx.Client(share_statistics=True),
+            prior_params=tiny_prior_params, client=gx.Client(share_statistics=True),
         )  # fmt: skip
 
 

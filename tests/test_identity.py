@@ -203,7 +203,7 @@ def test_parts_put_into_a_registry_are_told_apart(given, tmp_path, monkeypatch):
         monkeypatch.setitem(OPTIMIZERS, "mine", lambda steps=1: adam(learning_rate=rate))
         settings = dataclasses.replace(SETTINGS, optimizer="mine")
         cells = Cells(Inputs(**{k: v for k, v in given.items() if k != "search"}))
-        defense = cells.defense("none", settings)
+        defense = cells.defense("none")
         return cells.make({}, settings, gx.Client(), defense, 0, (0,)).id
 
     assert ids(0.1) == ids(0.1) != ids(0.2)

@@ -461,14 +461,14 @@ def test_reproduce_end_to_end(inputs, tmp_path, capsys, monkeypatch):
 
 
 def test_imagenet_half_end_to_end(inputs, tmp_path, monkeypatch):
-    shorten(monkeypatch, "IG", defenses=("clip:4",))
+    shorten(monkeypatch, "IG", defenses=("clip:4,layerwise=False",))
     out = tmp_path / "out"
     command = ["reproduce", "table3", "--half", "imagenet", *inputs, "--images", "1"]
     assert run([*command, "--fidelity", "code", "--out", str(out)]) == 0
     text = (out / "table.md").read_text()
     assert "(0.1432)" in text
     (found,) = (json.loads(line) for line in (out / "results.jsonl").open())
-    assert (found["defense"], found["attack"]) == ("clip:4", "ig")
+    assert (found["defense"], found["attack"]) == ("clip:4,layerwise=False", "ig")
     assert found["label_inferred"] == found["label_true"] == 2
 
 

@@ -266,7 +266,7 @@ def test_a_failing_cell_is_a_row_with_its_reason_and_the_others_go_on(tmp_path, 
     report.write(page, tmp_path)
     assert "shared under poison" in (tmp_path / "report.md").read_text()
     with pytest.raises(gx.GGLError, match="1 cell of poison failed"):
-        check(records, max_ssim=0.5)
+        check(records, {"ssim": 0.5})
     again = audit(model, defenses=[poison, headless, "none"], out=tmp_path, retry_failed=True)
     assert again.failures == found.failures
 
