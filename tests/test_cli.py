@@ -316,10 +316,10 @@ def test_damaged_prior(audit, prior_folder, tmp_path, capsys):
 def test_nan_in_the_observed_gradient(audit, capsys, monkeypatch):
     from ggl_jax.client import gradients, share
 
-    whole = gradients.local_update
+    whole = gradients.client_update
     monkeypatch.setattr(
         share,
-        "local_update",
+        "client_update",
         lambda *a, **k: jax.tree.map(lambda g: g * np.nan, whole(*a, **k)),
     )
     assert audit("--defenses", "none") == 2

@@ -150,13 +150,19 @@ def public():
     return gx.Public(model, model.init(jax.random.key(0)), prior, params)
 
 
-@pytest.mark.parametrize("defense", ["none", "noise:0.001"])
-def test_map_gets_nearer_than_what_it_starts_from(public, defense):
-    """The mean of the bank, then the regression, then the search: each nearer than the last."""
+def shared_sample(public, defense):
+    """A sample of the prior that no bank here holds, what its client sends, and the defense."""
     latent = public.prior.sample_latent(jax.random.key(123), 1)
     image = public.prior.apply(public.prior_params, latent, jnp.zeros(1, int))
     defended = gx.parse(defense)
     sent, _ = gx.share(jax.random.key(1), public, image, np.asarray([2]), defense=defended)
+    return image, sent, defended
+
+
+@pytest.mark.parametrize("defense", ["none", "noise:0.001"])
+def test_map_gets_nearer_than_what_it_starts_from(public, defense):
+    """The mean of the bank, then the regression, then the search: each nearer than the last."""
+    image, sent, defended = shared_sample(public, defense)
     found = {}
     for attack in ("regression", "map"):
         search = gx.search_of("quick", attack, bank=60, refine="none")
@@ -175,10 +181,7 @@ def test_map_gets_nearer_than_what_it_starts_from(public, defense):
 
 @pytest.mark.parametrize("defense", ["clip:0.1", "sparsify:0.5"])
 def test_defended_updates_are_read_through_the_defense(public, defense):
-    latent = public.prior.sample_latent(jax.random.key(123), 1)
-    image = public.prior.apply(public.prior_params, latent, jnp.zeros(1, int))
-    defended = gx.parse(defense)
-    sent, _ = gx.share(jax.random.key(1), public, image, np.asarray([2]), defense=defended)
+    image, sent, defended = shared_sample(public, defense)
     bank = regression.bank_of(public, 2, 60)
     view = defended.view.comparing(True)
     estimated = view.estimate(sent.update, public.model.head)

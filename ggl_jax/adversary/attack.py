@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -312,27 +312,30 @@ def refinement_of(search: Search) -> Search:
     from points: those of :func:`ggl_jax.priors.pixels.pixels_of`. The penalty is sized for a
     relative distance, so no likelihood is taken, which scales it.
     """
-    posterior = search.distance == "posterior"
+    # Without noise the posterior is the cosine's, which scales itself.
+    cosine = search.distance == "posterior"
+    own: dict[str, Any] = {
+        "optimizer": "adam:0.04,schedule=cosine,box=1",
+        "distance": "cosine",
+        "regularizer": "total_variation:0.005",
+    }
+    usual = {
+        "optimizer": "adam:0.04,schedule=ramp,signed=False,box=1",
+        "distance": "squared_l2" if search.distance == "likelihood" else search.distance,
+        "regularizer": "total_variation:0.03",
+    }
     return dataclasses.replace(
         search,
         attack="refine",
         space="pixels",
         labels="inferred",
-        optimizer="adam:0.04,schedule=cosine,box=1"
-        if posterior
-        else "adam:0.04,schedule=ramp,signed=False,box=1",
         steps=search.refine_steps,
         restarts=1,
         pool=0,
         bound="none",
-        relative=not posterior,
-        distance=_REFINED.get(search.distance, search.distance),
-        regularizer="total_variation:0.005" if posterior else "total_variation:0.03",
+        relative=not cosine,
+        **(own if cosine else usual),
     )
-
-
-#: Distances that scale themselves, beside which the refinement's penalty would not be sized.
-_REFINED = {"likelihood": "squared_l2", "posterior": "cosine"}
 
 
 def finalists_of(search: Search) -> Search:

@@ -25,7 +25,7 @@ from scipy.linalg import helmert
 
 from ggl_jax.adversary.matching import fused, layers
 from ggl_jax.adversary.matching.program import trace
-from ggl_jax.priors.decoding import decode_each
+from ggl_jax.priors.samples import samples
 from ggl_jax.spec import Client
 from ggl_jax.types import Factored, Guess, Model, Prior, Problem, Public, PyTree, View
 
@@ -75,10 +75,7 @@ def make_bank(
         progress: called with the share that is done.
     """
     model, variables, prior, prior_params = public
-    latents = prior.sample_latent(key, num)
-    images = np.concatenate(
-        [np.asarray(x) for x in decode_each(prior, prior_params, latents, label, lambda x, _: x)]
-    ).clip(0.0, 1.0)
+    images = np.asarray(samples(prior, prior_params, key, num, labels=label)).clip(0.0, 1.0)
     sizes = [math.prod(x.shape) for x in jax.tree.leaves(variables["params"])]
     kept: list[int] = []
     left = BANK_BYTES / (2 * num)
@@ -116,16 +113,17 @@ def _gradients(model: Model, kept: tuple[int, ...]) -> Callable:
         layer_of = {site.leaf: site.layer for site in program.sites}
         gradients, norms = [], []
         for leaf, own in enumerate(arrays):
-            if leaf in kept or leaf not in layer_of:
-                g = own[0]
-                if leaf in layer_of:
-                    g = layers.kernel_as_stored(layer_of[leaf], layers.form(layer_of[leaf], *own))
-                g = g.reshape(len(g), -1)
-                norms.append(jnp.sum(g**2, axis=1))
-                if leaf in kept:
-                    gradients.append(g.astype(jnp.bfloat16))
-            else:
-                norms.append(layers.sq_norm(layer_of[leaf], *own))
+            layer = layer_of.get(leaf)
+            if layer is not None and leaf not in kept:
+                norms.append(layers.sq_norm(layer, *own))
+                continue
+            g = own[0]
+            if layer is not None:
+                g = layers.kernel_as_stored(layer, layers.form(layer, *own))
+            g = g.reshape(len(g), -1)
+            norms.append(jnp.sum(g**2, axis=1))
+            if leaf in kept:
+                gradients.append(g.astype(jnp.bfloat16))
         return gradients, jnp.stack(norms, axis=1)
 
     return of
@@ -206,9 +204,9 @@ def regress(
             added = np.sum(own * (noisy @ own)) if noise > 0 else 0.0
             error = (np.sum(residuals**2) / num + added) / bank.images.shape[1]
             if best is None or error < best[0]:
-                best = error, mean + k_y @ dual, residuals, dual
+                best = error, mean + k_y @ dual, residuals
     assert best is not None
-    error, estimate, residuals, _ = best
+    error, estimate, residuals = best
     scale = math.sqrt(error / np.mean(residuals**2))
     return estimate.astype(np.float32), (scale * residuals).astype(np.float32), float(error)
 
@@ -239,12 +237,10 @@ class Reading(NamedTuple):
     Attributes:
         guess: the estimate and its uncertainty.
         rmse: predicted root mean squared error of a pixel, in [0, 1].
-        read: whether the update was read; False where the guess is the samples' mean image.
     """
 
     guess: Guess
     rmse: float
-    read: bool
 
 
 def read(bank: Bank, problem: Problem, view: View | None, client: Client) -> Reading:
@@ -263,9 +259,9 @@ def read(bank: Bank, problem: Problem, view: View | None, client: Client) -> Rea
     if factored is None or rewired or client.batch_size > 1 or client.local_steps > 1:
         mean = bank.images.mean(0)
         residuals = bank.images - mean
-        return Reading(guess_of(mean, residuals), float(np.sqrt(np.mean(residuals**2))), False)
+        return Reading(guess_of(mean, residuals), float(np.sqrt(np.mean(residuals**2))))
     mean, residuals, error = regress(bank, problem.observed, factored, float(problem.noise))
-    return Reading(guess_of(mean, residuals), math.sqrt(error), True)
+    return Reading(guess_of(mean, residuals), math.sqrt(error))
 
 
 #: Banks of this process, the latest last; a bank takes up to :data:`BANK_BYTES` and its kernels.

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ggl_jax import trees
-from ggl_jax.client.gradients import local_update
+from ggl_jax.client.gradients import client_update
 from ggl_jax.spec import Client
 from ggl_jax.types import Public, PyTree
 
@@ -133,14 +133,7 @@ def _by_samples(key, public, update, client, part) -> float:
         def size(one):
             latents, labels = one
             images = prior.apply(params, latents, labels)
-            found = local_update(
-                model,
-                variables,
-                images,
-                labels,
-                local_steps=client.local_steps,
-                learning_rate=client.local_learning_rate,
-            )
+            found = client_update(client, model, variables, images, labels)
             squares = zip(trees.names(found), jax.tree.leaves(trees.sq_norms(found)), strict=True)
             return sum(square for name, square in squares if part is None or name in part)
 

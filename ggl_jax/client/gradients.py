@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ggl_jax.errors import GGLError
+from ggl_jax.spec import Client
 from ggl_jax.types import Model, PyTree
 
 
@@ -182,6 +183,20 @@ def gradient(model: Model, variables: PyTree, images: jax.Array, labels: jax.Arr
         return loss_of(model)(logits, labels)
 
     return jax.grad(loss)(variables["params"])
+
+
+def client_update(
+    client: Client, model: Model, variables: PyTree, images: jax.Array, labels: jax.Array
+) -> PyTree:
+    """:func:`local_update` with a client's local steps and step size."""
+    return local_update(
+        model,
+        variables,
+        images,
+        labels,
+        local_steps=client.local_steps,
+        learning_rate=client.local_learning_rate,
+    )
 
 
 def local_update(

@@ -10,7 +10,7 @@ from jax.typing import ArrayLike
 
 from ggl_jax import gate, trees
 from ggl_jax.client.defenses import check_local_steps
-from ggl_jax.client.gradients import local_update
+from ggl_jax.client.gradients import client_update
 from ggl_jax.errors import GGLError
 from ggl_jax.spec import Client
 from ggl_jax.types import Context, Defense, Model, Public, Shared
@@ -20,14 +20,7 @@ from ggl_jax.types import Context, Defense, Model, Public, Shared
 @functools.lru_cache(maxsize=64)
 def _program(model: Model, defense: Defense, client: Client) -> Callable:
     def program(key, variables, images, labels):
-        update = local_update(
-            model,
-            variables,
-            images,
-            labels,
-            local_steps=client.local_steps,
-            learning_rate=client.local_learning_rate,
-        )
+        update = client_update(client, model, variables, images, labels)
         context = Context(model, variables, images, labels)
         return defense.apply(key, update, context)
 

@@ -145,8 +145,7 @@ def matching_loss(
             observed,
             simulate=simulate,
             distance=distance,
-            local_steps=local_steps,
-            learning_rate=client.local_learning_rate,
+            client=client,
         )
 
     def loss(images: jax.Array, labels: jax.Array) -> jax.Array:

@@ -5,7 +5,8 @@ from collections.abc import Callable
 import jax
 
 from ggl_jax.adversary.losses import Distance
-from ggl_jax.client.gradients import local_update
+from ggl_jax.client.gradients import client_update
+from ggl_jax.spec import Client
 from ggl_jax.types import Model, PyTree
 
 
@@ -16,20 +17,12 @@ def direct_losses(
     *,
     simulate: Callable | None,
     distance: Distance,
-    local_steps: int,
-    learning_rate: float,
+    client: Client,
 ) -> Callable:
     """``losses_of(images[n b h w c], labels) -> [n]`` by one gradient per candidate."""
 
     def loss_of_one(images, labels):
-        update = local_update(
-            model,
-            variables,
-            images,
-            labels,
-            local_steps=local_steps,
-            learning_rate=learning_rate,
-        )
+        update = client_update(client, model, variables, images, labels)
         if simulate is not None:
             update = simulate(update)
         return distance.between(update, observed)

@@ -1,7 +1,10 @@
 """What several defenses' server sides share."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from ggl_jax.types import Factored, PyTree, View
 
@@ -35,6 +38,21 @@ def in_expectation(name: str, estimate, noise_std) -> View:
         adds_noise=True,
         noise_std=noise_std,
     )
+
+
+def add_draw(update: PyTree, draw: Callable[[int], jax.Array]) -> PyTree:
+    """Add ``draw(number of entries)`` to an update, in each tensor's own type.
+
+    One draw, cut up: with a key and a draw for each of ResNet-18's 62 tensors the program takes six
+    times as long to compile.
+    """
+    leaves, treedef = jax.tree.flatten(update)
+    ends = np.cumsum([leaf.size for leaf in leaves])
+    noisy = [
+        leaf + part.reshape(leaf.shape).astype(leaf.dtype)
+        for leaf, part in zip(leaves, jnp.split(draw(int(ends[-1])), ends[:-1]), strict=True)
+    ]
+    return jax.tree.unflatten(treedef, noisy)
 
 
 def root_mean(squares: PyTree, like: PyTree) -> jax.Array:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ggl_jax import trees
-from ggl_jax.client.defenses._views import in_expectation
+from ggl_jax.client.defenses._views import add_draw, in_expectation
 from ggl_jax.spec import AtLeast, ranged
 from ggl_jax.types import Defense, Facts, Path, PyTree, View
 
@@ -20,7 +20,7 @@ def laplace(*, scale: Annotated[float, AtLeast(0.0)] = 0.1) -> Defense:
     """Add independent Laplace noise of density ``exp(-|x| / b) / 2 b`` to every entry.
 
     What the adversary learns: the scale b, see :func:`estimate_scale`. The draw is unknown, so
-    candidates are compared as they are, by squared distance; the likelihood that ``compare`` offers
+    candidates are compared as they are, by squared distance; the distance "likelihood"
     is that of Gaussian noise of the same standard deviation, ``b sqrt(2)``.
 
     Args:
@@ -38,14 +38,8 @@ def laplace(*, scale: Annotated[float, AtLeast(0.0)] = 0.1) -> Defense:
 
     def apply(key, update, context):
         del context
-        leaves, treedef = jax.tree.flatten(update)
-        ends = np.cumsum([leaf.size for leaf in leaves])
-        draw = scale * jax.random.laplace(key, (int(ends[-1]),))
-        noisy = [
-            leaf + part.reshape(leaf.shape).astype(leaf.dtype)
-            for leaf, part in zip(leaves, jnp.split(draw, ends[:-1]), strict=True)
-        ]
-        return jax.tree.unflatten(treedef, noisy), {"scale": jnp.float32(scale)}
+        noisy = add_draw(update, lambda num: scale * jax.random.laplace(key, (num,)))
+        return noisy, {"scale": jnp.float32(scale)}
 
     return Defense(f"laplace:{scale:g}", apply, laplace_view(), Facts(processes=True))
 

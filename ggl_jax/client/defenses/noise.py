@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from ggl_jax import trees
+from ggl_jax.client.defenses._views import add_draw, in_expectation
 from ggl_jax.selection import kth_smallest
 from ggl_jax.spec import AtLeast, ranged
-from ggl_jax.types import Defense, Factored, Facts, Path, PyTree, View
+from ggl_jax.types import Defense, Facts, Path, PyTree, View
 
 #: Tensors with fewer entries are not used alone: their estimates scatter too much to take a
 #: minimum over.
@@ -50,16 +51,8 @@ def noise(*, sigma: Annotated[float, AtLeast(0.0)] = 0.1) -> Defense:
 
     def apply(key, update, context):
         del context
-        leaves, treedef = jax.tree.flatten(update)
-        ends = np.cumsum([leaf.size for leaf in leaves])
-        # One draw, cut up: with a key and a draw for each of ResNet-18's 62 tensors the program
-        # takes six times as long to compile.
-        draw = sigma * jax.random.normal(key, (int(ends[-1]),))
-        noisy = [
-            leaf + part.reshape(leaf.shape).astype(leaf.dtype)
-            for leaf, part in zip(leaves, jnp.split(draw, ends[:-1]), strict=True)
-        ]
-        return jax.tree.unflatten(treedef, noisy), {"sigma": jnp.float32(sigma)}
+        noisy = add_draw(update, lambda num: sigma * jax.random.normal(key, (num,)))
+        return noisy, {"sigma": jnp.float32(sigma)}
 
     return Defense(f"noise:{sigma:g}", apply, noise_view(), Facts(gaussian=sigma, processes=True))
 
@@ -73,18 +66,7 @@ def noise_view() -> View:
         own = trees.safe_sqrt(jnp.square(found) - jnp.square(noise))
         return {"sigma": own, "sigma_stderr": stderr}
 
-    def simulate(estimated, update):
-        del estimated
-        return update
-
-    return View(
-        "noise",
-        estimate,
-        simulate,
-        lambda estimated: Factored(),
-        adds_noise=True,
-        noise_std=lambda estimated: estimated["sigma"],
-    )
+    return in_expectation("noise", estimate, lambda estimated: estimated["sigma"])
 
 
 def estimate_sigma(update: PyTree, head: Path) -> tuple[jax.Array, jax.Array]:
