@@ -44,7 +44,7 @@ from ggl_jax.client.defenses import (
 from ggl_jax.client.defenses.transformations import from_optax
 from ggl_jax.client.functions import from_function_model, from_nnx
 from ggl_jax.client.gradients import LOSSES, gradient, local_update
-from ggl_jax.client.models import MODELS, convnet, from_flax, lenet, resnet18
+from ggl_jax.client.models import MODELS, convnet, from_flax, lenet, mlp, resnet18, vit
 from ggl_jax.client.share import share
 from ggl_jax.errors import GGLError
 from ggl_jax.priors import PRIORS, dcgan, fit_latents, load_prior, pixels
@@ -126,6 +126,7 @@ __all__ = [
     "local_update",
     "make_stages",
     "matching_loss",
+    "mlp",
     "noise",
     "parse",
     "pixels",
@@ -142,4 +143,5 @@ __all__ = [
     "ssim",
     "sweep",
     "turbo",
+    "vit",
 ]

@@ -18,6 +18,7 @@ from ggl_jax.adversary import matching
 from ggl_jax.adversary.matching import convolve, layers, winograd
 from ggl_jax.adversary.matching.program import trace
 from ggl_jax.audit.paper import FORMS
+from ggl_jax.client.models import get_model
 from ggl_jax.spec import Client, Speed
 from ggl_jax.types import Model
 
@@ -132,8 +133,11 @@ class Problem:
 
 
 def problem(name, spec, *, batch=1, fidelity="paper", num=4):
-    module, apply_kwargs = MODELS[name]
-    model = gx.from_flax(module, image_shape=SHAPE, num_classes=3, apply_kwargs=apply_kwargs)
+    if name in MODELS:
+        module, apply_kwargs = MODELS[name]
+        model = gx.from_flax(module, image_shape=SHAPE, num_classes=3, apply_kwargs=apply_kwargs)
+    else:
+        model = get_model(name, 3, SHAPE)
     variables = double(model.init(jax.random.key(0)))
     rng = np.random.default_rng(1)
     images = jnp.asarray(rng.random((num + 1, batch, *SHAPE)))
@@ -159,6 +163,9 @@ CASES = [
     ("wide", "sparsify:0.7", {"batch": 2}, {"distance": "cosine"}),
     ("odd", "none", {"batch": 2}, {}),
     ("train-mode norm", "none", {"batch": 2}, {}),
+    ("mlp:width=7", "clip:0.1", {}, {}),
+    ("vit:patch=5,width=8,depth=1,heads=2", "none", {"batch": 2}, {"distance": "cosine"}),
+    ("convnet:width=2,norm=group", "none", {}, {}),
 ]
 
 

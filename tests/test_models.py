@@ -12,6 +12,7 @@ from torch_resnet import evaluate, hashed_uniform, is_parameter, shapes, state_d
 
 from ggl_jax.client import models, networks
 from ggl_jax.client.gradients import cross_entropy, gradient
+from ggl_jax.client.updates import read_update, read_variables
 from ggl_jax.errors import GGLError
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -238,6 +239,100 @@ def test_lenet_matches_live_torch():
     _, features = jax.jit(model.apply)(variables, images)
     expected = x.permute(0, 2, 3, 1).reshape(2, -1)
     assert relative_error(features, expected.numpy()) < TOLERANCE
+
+
+def torch_twin(name):
+    """The same network in torch, written for this test, with our names; flattened as torch does."""
+    torch = pytest.importorskip("torch")
+    F, Linear, Norm = torch.nn.functional, torch.nn.Linear, torch.nn.LayerNorm
+    torch.manual_seed(0)
+
+    class ConvNet(torch.nn.Module):
+        def __init__(self, groups):
+            super().__init__()
+            for i, (a, b) in enumerate(((3, 6), (6, 12), (12, 24)), start=1):
+                setattr(self, f"conv{i}", torch.nn.Conv2d(a, b, 3, padding=1, bias=False))
+                setattr(self, f"bn{i}", torch.nn.GroupNorm(groups[i - 1], b))
+            self.fc = Linear(96, 3)
+
+        def forward(self, x):
+            x = F.relu(self.bn1(self.conv1(x)))
+            x = F.max_pool2d(F.relu(self.bn2(self.conv2(x))), 2)
+            return self.fc(F.max_pool2d(F.relu(self.bn3(self.conv3(x))), 2).flatten(1))
+
+    class MLP(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc1, self.fc2, self.fc = Linear(192, 9), Linear(9, 9), Linear(9, 3)
+
+        def forward(self, x):
+            return self.fc(F.relu(self.fc2(F.relu(self.fc1(x.flatten(1))))))
+
+    class Block(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm1, self.norm2 = Norm(12, eps=1e-6), Norm(12, eps=1e-6)
+            self.qkv, self.proj = Linear(12, 36), Linear(12, 12)
+            self.mlp1, self.mlp2 = Linear(12, 48), Linear(48, 12)
+
+        def forward(self, x):
+            # torch's own attention, whose layers hold the same weights.
+            own = torch.nn.functional.multi_head_attention_forward
+            y = self.norm1(x).transpose(0, 1)
+            rest = (None, None, False, 0.0, self.proj.weight, self.proj.bias)
+            y, _ = own(y, y, y, 12, 3, self.qkv.weight, self.qkv.bias, *rest, need_weights=False)
+            x = x + y.transpose(0, 1)
+            return x + self.mlp2(F.gelu(self.mlp1(self.norm2(x))))
+
+    class ViT(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.norm = torch.nn.Conv2d(3, 12, 4, stride=4), Norm(12, eps=1e-6)
+            self.positions = torch.nn.Parameter(torch.randn(4, 12))
+            self.block1, self.block2, self.fc = Block(), Block(), Linear(12, 3)
+
+        def forward(self, x):
+            x = self.embed(x).flatten(2).transpose(1, 2) + self.positions
+            return self.fc(self.norm(self.block2(self.block1(x))).mean(1))
+
+    made = {
+        "convnet:6,norm=group": lambda: ConvNet((2, 4, 8)),
+        "convnet:6,norm=layer": lambda: ConvNet((1, 1, 1)),
+        "mlp:9": MLP,
+        "vit:width=12,depth=2": ViT,
+    }[name]()
+    with torch.no_grad():  # or the first scales are 1, and say nothing
+        for parameter in made.parameters():
+            parameter += 0.1 * torch.randn(parameter.shape)
+    return torch, made
+
+
+@pytest.mark.parametrize(
+    "name", ["convnet:6,norm=group", "convnet:6,norm=layer", "mlp:9", "vit:width=12,depth=2"]
+)
+def test_networks_and_their_weights_agree_with_torch(name):
+    """Logits, features and the whole gradient, of weights read from torch's state dict."""
+    torch, twin = torch_twin(name)
+    model, variables = read_variables(twin.state_dict(), name, (8, 8, 3))
+    images, labels = some_images((2, 8, 8, 3)), np.array([2, 0])
+    logits, features, grads = ours(model, variables, images, labels)
+    seen = torch.tensor(2 * images - 1).permute(0, 3, 1, 2)
+    expected = twin(seen)
+    torch.nn.functional.cross_entropy(expected, torch.tensor(labels)).backward()
+    assert relative_error(logits, expected.detach().numpy()) < 1e-5
+    head = variables["params"]["fc"]
+    assert relative_error(features @ head["kernel"] + head["bias"], logits) < 1e-5
+    found = read_update({k: p.grad for k, p in twin.named_parameters()}, variables["params"])
+    for ours_, theirs in zip(jax.tree.leaves(grads), jax.tree.leaves(found), strict=True):
+        np.testing.assert_allclose(ours_, theirs, atol=1e-5 * np.abs(theirs).max())
+    assert model.statistics is None
+
+
+def test_group_norm_takes_as_many_groups_as_divide_the_channels():
+    """Eight, or four of twelve channels: those of a group are scaled alike, others are not."""
+    for channels, groups in ((16, 8), (12, 4), (5, 1)):
+        group, layer = (networks._norm(kind, channels, "norm") for kind in ("group", "layer"))
+        assert (group.num_groups, layer.num_groups) == (groups, 1)
 
 
 def test_every_registered_model_keeps_the_contract_of_its_shapes():
@@ -497,6 +592,11 @@ def test_init_is_a_function_of_the_key():
         (lambda: models.resnet18(weight_init="he"), "weight_init='he'.*torch, torchvision"),
         (lambda: models.convnet(2, (2, 8, 3)), "at least 4 pixels"),
         (lambda: models.convnet(width=0), "width=0"),
+        (lambda: models.convnet(norm="instance"), "norm='instance'.*batch, group, layer"),
+        (lambda: models.resnet18(norm="group", batch_norm="train"), "batch_norm='train'.*leave"),
+        (lambda: models.mlp(depth=0), "depth=0.*at least 1"),
+        (lambda: models.vit(2, (30, 32, 3)), "patch=4.*30 32.*divisor"),
+        (lambda: models.vit(width=16), "heads=3.*width=16.*divisor"),
         (lambda: models.from_flax(Nested, SHAPE), "not a flax.linen.Module instance"),
         (lambda: models.from_flax(Nested(), SHAPE, 4), "num_classes=4.*3 logits"),
         (lambda: models.from_flax(Nested(), SHAPE, head=("b",)), r"\['a_last', 'z_first'\]"),

@@ -19,7 +19,7 @@ from flax import linen as nn
 
 from ggl_jax import gate, grammar
 from ggl_jax.client.gradients import loss_named
-from ggl_jax.client.networks import ConvNet, LeNet, ResNet18
+from ggl_jax.client.networks import MLP, ConvNet, LeNet, ResNet18, ViT
 from ggl_jax.errors import GGLError
 from ggl_jax.images import to_signed
 from ggl_jax.types import Model, Path, PyTree
@@ -337,9 +337,15 @@ def _check_count(argument: str, value: Any, least: int) -> None:
         raise GGLError(f"{argument}={value!r}: give an integer of at least {least}")
 
 
-def _batch_norm_kwargs(batch_norm: str) -> dict[str, Any]:
+def _norm_kind(norm: str, batch_norm: str) -> tuple[str, dict[str, Any]]:
+    """The kind of normalisation in :data:`networks.NORMS`, and what a module of it needs."""
+    _check_option("norm", norm, ("batch", "group", "layer"))
     _check_option("batch_norm", batch_norm, ("eval", "train"))
-    return {"mutable": ["batch_stats"]} if batch_norm == "train" else {}
+    if norm == "batch":
+        return batch_norm, {"mutable": ["batch_stats"]} if batch_norm == "train" else {}
+    if batch_norm != "eval":
+        raise GGLError(f"batch_norm={batch_norm!r}: norm={norm!r} has no batches; leave one out")
+    return norm, {}
 
 
 def resnet18(
@@ -347,6 +353,7 @@ def resnet18(
     image_shape: Sequence[int] = (32, 32, 3),
     *,
     batch_norm: str = "eval",
+    norm: str = "batch",
     stem: str | None = None,
     weight_init: str = "torchvision",
 ) -> Model:
@@ -359,6 +366,9 @@ def resnet18(
             the published code. ``"train"``: statistics of the batch whose gradient is taken; the
             update of the running statistics is dropped. With one image they are taken over its
             positions only.
+        norm: ``"batch"``; or, in place of every BatchNorm and then without ``batch_norm``,
+            ``"group"``: GroupNorm of 8 groups; or ``"layer"``: over positions and channels, that is
+            one group. Neither has statistics, so images never mix.
         stem: ``"cifar"`` (3x3, no max-pooling) or ``"imagenet"`` (7x7/2 and max-pooling); None
             takes ``"cifar"`` for images of up to 64 pixels a side, else ``"imagenet"``.
         weight_init: ``"torchvision"`` or ``"torch"``, see :class:`ResNet18`. With ``"torch"``
@@ -374,7 +384,8 @@ def resnet18(
         GGLError: an argument is outside its range.
 
     Reference: He et al., "Deep Residual Learning for Image Recognition"; torchvision's
-    ``resnet18`` and, for the CIFAR stem, the widely used ``ResNet18`` for 32x32 images.
+    ``resnet18`` and, for the CIFAR stem, the widely used ``ResNet18`` for 32x32 images. Wu & He
+    2018, "Group Normalization".
     """
     image_shape = gate.image_shape("image_shape", image_shape)
     gate.count_of_classes("num_classes", num_classes)
@@ -382,8 +393,8 @@ def resnet18(
         stem = "cifar" if max(image_shape[:2]) <= 64 else "imagenet"
     _check_option("stem", stem, ("cifar", "imagenet"))
     _check_option("weight_init", weight_init, ("torch", "torchvision"))
-    apply_kwargs = _batch_norm_kwargs(batch_norm)
-    module = ResNet18(num_classes, stem, batch_norm, weight_init)
+    kind, apply_kwargs = _norm_kind(norm, batch_norm)
+    module = ResNet18(num_classes, stem, kind, weight_init)
     return from_flax(
         module, image_shape, num_classes, ("fc",), apply_kwargs=apply_kwargs, name="resnet18"
     )
@@ -412,14 +423,16 @@ def convnet(
     *,
     width: int = 16,
     batch_norm: str = "eval",
+    norm: str = "batch",
 ) -> Model:
-    """A small convolution - BatchNorm - ReLU network, see :class:`ConvNet`.
+    """A small convolution - normalisation - ReLU network, see :class:`ConvNet`.
 
     Args:
         num_classes: at least 2.
         image_shape: ``(h, w, c)``, at least 4 pixels a side.
         width: channels of the first convolution, at least 1.
         batch_norm: ``"eval"`` or ``"train"``, as in :func:`resnet18`.
+        norm: ``"batch"``, ``"group"`` or ``"layer"``, as there.
 
     Returns:
         A ``Model`` with 4,096 features at the defaults and ``head=("fc",)``.
@@ -432,11 +445,79 @@ def convnet(
         raise GGLError(f"image_shape={image_shape!r}: convnet needs at least 4 pixels a side")
     gate.count_of_classes("num_classes", num_classes)
     _check_count("width", width, 1)
-    apply_kwargs = _batch_norm_kwargs(batch_norm)
-    module = ConvNet(num_classes, width, batch_norm)
+    kind, apply_kwargs = _norm_kind(norm, batch_norm)
+    module = ConvNet(num_classes, width, kind)
     return from_flax(
         module, image_shape, num_classes, ("fc",), apply_kwargs=apply_kwargs, name="convnet"
     )
+
+
+def mlp(
+    num_classes: int = 2,
+    image_shape: Sequence[int] = (32, 32, 3),
+    *,
+    width: int = 256,
+    depth: int = 2,
+) -> Model:
+    """Dense layers and ReLUs on the flattened image, see :class:`MLP`.
+
+    Args:
+        num_classes: at least 2.
+        image_shape: ``(h, w, c)``.
+        width: units of each hidden layer, at least 1.
+        depth: hidden layers, at least 1.
+
+    Returns:
+        A ``Model`` with ``width`` features and ``head=("fc",)``.
+
+    Raises:
+        GGLError: an argument is outside its range.
+    """
+    gate.count_of_classes("num_classes", num_classes)
+    _check_count("width", width, 1)
+    _check_count("depth", depth, 1)
+    return from_flax(MLP(num_classes, width, depth), image_shape, num_classes, ("fc",), name="mlp")
+
+
+def vit(
+    num_classes: int = 2,
+    image_shape: Sequence[int] = (32, 32, 3),
+    *,
+    patch: int = 4,
+    width: int = 96,
+    depth: int = 4,
+    heads: int = 3,
+) -> Model:
+    """A small Vision Transformer with LayerNorm, see :class:`ViT`.
+
+    Args:
+        num_classes: at least 2.
+        image_shape: ``(h, w, c)``; sides are multiples of ``patch``.
+        patch: pixels of a patch's side, at least 1.
+        width: entries of a token, a multiple of ``heads``.
+        depth: blocks, at least 1.
+        heads: of each block's attention, at least 1.
+
+    Returns:
+        A ``Model`` with ``width`` features and ``head=("fc",)``; 458,594 parameters in 55 tensors
+        at the defaults.
+
+    Raises:
+        GGLError: an argument is outside its range.
+    """
+    image_shape = gate.image_shape("image_shape", image_shape)
+    gate.count_of_classes("num_classes", num_classes)
+    for name, value in {"patch": patch, "width": width, "depth": depth, "heads": heads}.items():
+        _check_count(name, value, 1)
+    if image_shape[0] % patch or image_shape[1] % patch:
+        raise GGLError(
+            f"patch={patch!r}: does not divide images of {_dims(image_shape[:2])} pixels; choose a "
+            "divisor of both sides"
+        )
+    if width % heads:
+        raise GGLError(f"heads={heads!r}: does not divide width={width}; choose a divisor of it")
+    module = ViT(num_classes, patch, width, depth, heads)
+    return from_flax(module, image_shape, num_classes, ("fc",), name="vit")
 
 
 #: The built-in models by name: ``MODELS[name](num_classes, image_shape, **options) -> Model``.
@@ -444,6 +525,8 @@ MODELS: dict[str, Callable[..., Model]] = {
     "resnet18": resnet18,
     "lenet": lenet,
     "convnet": convnet,
+    "mlp": mlp,
+    "vit": vit,
 }
 
 

@@ -82,16 +82,30 @@ def _conv3x3(features: int, stride: int, kernel_init: Callable, name: str) -> nn
     )
 
 
-def _batch_norm(batch_norm: str, name: str) -> nn.BatchNorm:
-    # Flax's momentum is the share that is kept, torch's (0.1) the share that is replaced. The
-    # two-pass variance is torch's; the one-pass form loses digits where the mean is large.
+def _norm(kind: str, channels: int, name: str) -> nn.Module:
+    """The normalisation of so many channels, of a kind in :data:`NORMS`; torch's arithmetic.
+
+    The variance is torch's two-pass one; the one-pass form loses digits where the mean is large.
+    """
+    if kind in ("group", "layer"):
+        groups = math.gcd(_GROUPS, channels) if kind == "group" else 1
+        return nn.GroupNorm(groups, epsilon=1e-5, use_fast_variance=False, name=name)
+    # Flax's momentum is the share that is kept, torch's (0.1) the share that is replaced.
     return nn.BatchNorm(
-        use_running_average=batch_norm == "eval",
+        use_running_average=kind == "eval",
         momentum=0.9,
         epsilon=1e-5,
         use_fast_variance=False,
         name=name,
     )
+
+
+#: BatchNorm by running or by the batch's own statistics; GroupNorm; and layer normalisation over
+#: positions and channels, which is GroupNorm of one group (Wu & He 2018, figure 2).
+NORMS = ("eval", "train", "group", "layer")
+
+#: Groups of GroupNorm; fewer where they do not divide the channels.
+_GROUPS = 8
 
 
 class BasicBlock(nn.Module):
@@ -100,21 +114,21 @@ class BasicBlock(nn.Module):
     Attributes:
         features: output channels.
         stride: of the first convolution and of the shortcut.
-        batch_norm: ``"eval"`` or ``"train"``, as in :class:`ResNet18`.
+        norm: as in :class:`ResNet18`.
         kernel_init: of the convolutions.
     """
 
     features: int
     stride: int
-    batch_norm: str
+    norm: str
     kernel_init: Callable
 
     @nn.compact
     def __call__(self, x):
         y = _conv3x3(self.features, self.stride, self.kernel_init, "conv1")(x)
-        y = nn.relu(_batch_norm(self.batch_norm, "bn1")(y))
+        y = nn.relu(_norm(self.norm, self.features, "bn1")(y))
         y = _conv3x3(self.features, 1, self.kernel_init, "conv2")(y)
-        y = _batch_norm(self.batch_norm, "bn2")(y)
+        y = _norm(self.norm, self.features, "bn2")(y)
         if self.stride != 1 or x.shape[-1] != self.features:
             x = nn.Conv(
                 self.features,
@@ -125,7 +139,7 @@ class BasicBlock(nn.Module):
                 kernel_init=self.kernel_init,
                 name="shortcut_conv",
             )(x)
-            x = _batch_norm(self.batch_norm, "shortcut_bn")(x)
+            x = _norm(self.norm, self.features, "shortcut_bn")(x)
         return nn.relu(y + x)
 
 
@@ -140,9 +154,9 @@ class ResNet18(nn.Module):
         stem: ``"cifar"``: one 3x3 convolution with stride 1, no max-pooling (32x32 images);
             ``"imagenet"``: a 7x7 convolution with stride 2 and a 3x3 max-pooling with stride 2
             (224x224 images, torchvision).
-        batch_norm: ``"eval"`` normalises with the running statistics; ``"train"`` with the
-            statistics of the batch at hand, and then ``apply`` needs
-            ``mutable=["batch_stats"]``.
+        norm: BatchNorm, ``"eval"`` with the running statistics, ``"train"`` with the statistics of
+            the batch at hand, and then ``apply`` needs ``mutable=["batch_stats"]``; or ``"group"``
+            (8 groups) or ``"layer"``, which have none.
         weight_init: ``"torch"``: every layer as torch initialises it by default, uniform within
             1/sqrt(fan_in); ``"torchvision"``: convolutions normal with variance 2/fan_out, as
             torchvision's ResNets. BatchNorm starts at scale 1, bias 0, mean 0, variance 1 and
@@ -151,7 +165,7 @@ class ResNet18(nn.Module):
 
     num_classes: int
     stem: str = "cifar"
-    batch_norm: str = "eval"
+    norm: str = "eval"
     weight_init: str = "torchvision"
 
     @nn.compact
@@ -169,7 +183,7 @@ class ResNet18(nn.Module):
                 kernel_init=kernel_init,
                 name="conv1",
             )(x)
-        x = nn.relu(_batch_norm(self.batch_norm, "bn1")(x))
+        x = nn.relu(_norm(self.norm, 64, "bn1")(x))
         if self.stem == "imagenet":
             x = nn.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
         for stage, features in enumerate((64, 128, 256, 512), start=1):
@@ -178,7 +192,7 @@ class ResNet18(nn.Module):
                 x = BasicBlock(
                     features,
                     stride,
-                    self.batch_norm,
+                    self.norm,
                     kernel_init,
                     name=f"layer{stage}_{block}",
                 )(x)
@@ -219,7 +233,7 @@ class LeNet(nn.Module):
 
 
 class ConvNet(nn.Module):
-    """A small convolution - BatchNorm - ReLU network, for quick runs and tests.
+    """A small convolution - normalisation - ReLU network, for quick runs and tests.
 
     Three 3x3 convolutions of ``width``, ``2 width`` and ``4 width`` channels, 2x2 max-pooling
     after the second and third, then a Dense layer named ``fc``: the pattern of the ConvNet of
@@ -228,22 +242,114 @@ class ConvNet(nn.Module):
     Attributes:
         num_classes: number of logits.
         width: channels of the first convolution.
-        batch_norm: ``"eval"`` or ``"train"``, as in :class:`ResNet18`.
+        norm: as in :class:`ResNet18`.
     """
 
     num_classes: int
     width: int = 16
-    batch_norm: str = "eval"
+    norm: str = "eval"
 
     @nn.compact
     def __call__(self, x):
         for i, factor in enumerate((1, 2, 4), start=1):
             x = _conv3x3(factor * self.width, 1, _torch_kernel, f"conv{i}")(x)
-            x = nn.relu(_batch_norm(self.batch_norm, f"bn{i}")(x))
+            x = nn.relu(_norm(self.norm, factor * self.width, f"bn{i}")(x))
             if i > 1:
                 x = nn.max_pool(x, (2, 2), strides=(2, 2))
         x = x.reshape(x.shape[0], -1)
         return _torch_dense(self.num_classes, x.shape[-1], "fc")(x)
+
+
+class MLP(nn.Module):
+    """Dense layers and ReLUs on flattened images, ended by a Dense layer named ``fc``.
+
+    Initialised as torch does by default. Images are flattened channels first, as in torch.
+
+    Attributes:
+        num_classes: number of logits.
+        width: units of each hidden layer.
+        depth: hidden layers.
+    """
+
+    num_classes: int
+    width: int = 256
+    depth: int = 2
+
+    @nn.compact
+    def __call__(self, x):
+        x = jnp.moveaxis(x, -1, 1).reshape(x.shape[0], -1)
+        for i in range(1, self.depth + 1):
+            x = nn.relu(_torch_dense(self.width, x.shape[-1], f"fc{i}")(x))
+        return _torch_dense(self.num_classes, x.shape[-1], "fc")(x)
+
+
+def _layer_norm(name: str) -> nn.LayerNorm:
+    return nn.LayerNorm(epsilon=1e-6, use_fast_variance=False, name=name)
+
+
+class EncoderBlock(nn.Module):
+    """Self-attention and a GELU network of four times the width, each after a LayerNorm.
+
+    Attributes:
+        heads: attention heads; they divide the width.
+    """
+
+    heads: int
+
+    @nn.compact
+    def __call__(self, x):
+        b, t, width = x.shape
+        y = _torch_dense(3 * width, width, "qkv")(_layer_norm("norm1")(x))
+        q, k, v = jnp.moveaxis(y.reshape(b, t, 3, self.heads, width // self.heads), 2, 0)
+        scores = jnp.einsum("bthd,bshd->bhts", q, k) * (width // self.heads) ** -0.5
+        y = jnp.einsum("bhts,bshd->bthd", jax.nn.softmax(scores), v).reshape(b, t, width)
+        x = x + _torch_dense(width, width, "proj")(y)
+        y = _torch_dense(4 * width, width, "mlp1")(_layer_norm("norm2")(x))
+        return x + _torch_dense(width, 4 * width, "mlp2")(nn.gelu(y, approximate=False))
+
+
+class ViT(nn.Module):
+    """A small Vision Transformer, pre-normalised, with the mean of its tokens before the head.
+
+    Patches are embedded by a convolution, learnt positions are added; there is no class token and
+    no dropout. Dense layers are initialised as torch does by default, positions normal with 0.02.
+
+    Attributes:
+        num_classes: number of logits.
+        patch: pixels of a patch's side.
+        width: entries of a token.
+        depth: blocks.
+        heads: of each block's attention.
+
+    Reference: Dosovitskiy et al. 2021; the mean in place of the class token as in Beyer et al. 2022
+    ("Better plain ViT baselines for ImageNet-1k").
+    """
+
+    num_classes: int
+    patch: int = 4
+    width: int = 96
+    depth: int = 4
+    heads: int = 3
+
+    @nn.compact
+    def __call__(self, x):
+        side = (self.patch, self.patch)
+        x = nn.Conv(
+            self.width,
+            side,
+            strides=side,
+            padding="VALID",
+            kernel_init=_torch_kernel,
+            bias_init=_uniform((x.shape[-1] * self.patch**2) ** -0.5),
+            name="embed",
+        )(x)
+        x = x.reshape(x.shape[0], -1, self.width)
+        positions = self.param("positions", nn.initializers.normal(0.02), x.shape[1:])
+        x = x + positions
+        for i in range(1, self.depth + 1):
+            x = EncoderBlock(self.heads, name=f"block{i}")(x)
+        x = jnp.mean(_layer_norm("norm")(x), axis=1)
+        return _torch_dense(self.num_classes, self.width, "fc")(x)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -270,6 +376,7 @@ def torch_layout(variables: PyTree) -> dict[str, foreign.Tensor]:
     Returns:
         Name -> shape there, path in ``variables``, and how axes change. Where the last layer reads
         flattened images of features, its inputs are reordered: torch flattens channels first.
+        Arrays of a module's own (a ViT's ``positions``) keep their names and axes.
     """
     leaves = jax.tree_util.tree_leaves_with_path(variables)
     kernels = [leaf.shape for _, leaf in leaves if len(leaf.shape) == 4]
@@ -283,6 +390,7 @@ def torch_layout(variables: PyTree) -> dict[str, foreign.Tensor]:
     for entries, leaf in leaves:
         path = tuple(str(getattr(entry, "key", entry)) for entry in entries)
         if path[-1] not in _TORCH_NAMES:
+            layout[".".join(path[1:])] = foreign.Tensor(leaf.shape, path, lambda x: x)
             continue
         layer = re.sub(r"^layer(\d)_(\d)", r"layer\1.\2", ".".join(path[1:-1]))
         layer = layer.replace("shortcut_conv", "downsample.0").replace(
@@ -290,7 +398,8 @@ def torch_layout(variables: PyTree) -> dict[str, foreign.Tensor]:
         )
         *inner, inputs, outputs = leaf.shape if path[-1] == "kernel" else (0, *leaf.shape)
         shape = (outputs, inputs, *inner) if path[-1] == "kernel" else leaf.shape
-        reads_images = len(shape) == 2 and shape[1] % channels == 0
+        # Those of a block read tokens.
+        reads_images = len(shape) == 2 and len(path) == 3 and shape[1] % channels == 0
         change = flattened if reads_images else foreign.channels_last
         layout[f"{layer}.{_TORCH_NAMES[path[-1]]}"] = foreign.Tensor(shape, path, change)
     return layout

@@ -116,7 +116,7 @@ def read_variables(
     """
     tensors = foreign.read_or_take(source)
     kind, options = grammar.read(MODELS, name, what="model", offered=("num_classes", "image_shape"))
-    head = ".".join(get_model(kind, 2, image_shape).head)
+    head = ".".join(get_model(name, 2, image_shape).head)
     if _is_torchs(tensors):
         tensors = networks.torchvision_names(tensors)
         matrix, classes = f"{head}.weight", 0

@@ -62,8 +62,8 @@ class AttackCommand:
     label: Number = 0
     """The private image's class; read only with --image."""
     model: str = "resnet18"
-    """Federated model: resnet18, lenet or convnet, with options as for ggl-jax audit, such as
-    resnet18:batch_norm=train for a client whose model was in training mode."""
+    """Federated model, as for ggl-jax audit; resnet18:batch_norm=train for a client whose model was
+    in training mode."""
     defense: str = "none"
     """What the client is taken to have done, e.g. clip:4; its parameters are estimated."""
     prior: str = "dcgan32_faces"

@@ -33,9 +33,8 @@ class UtilityCommand:
     defenses: tuple[str, ...] | None = None
     """Defenses; by default those of the run."""
     model: str | None = None
-    """Federated model: resnet18, lenet or convnet, with options as for ggl-jax audit (default: the
-    run's, else resnet18). With batch_norm=train, test images are normalised by their own batches,
-    too."""
+    """Federated model, as for ggl-jax audit (default: the run's, else resnet18). With
+    batch_norm=train, test images are normalised by their own batches, too."""
     training: utility.UtilitySettings = dataclasses.field(default_factory=utility.UtilitySettings)
     out: Path | None = None
     """Folder for the results (default: the run's)."""
