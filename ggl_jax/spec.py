@@ -55,13 +55,17 @@ class Setup:
     label: Number | None = None
     """Class label for every image, for data without labels."""
     model: str = "resnet18"
-    """Federated model with random weights: resnet18, lenet, convnet, mlp or vit, with options such
+    """Federated model: resnet18, lenet, convnet, mlp or vit, with options such
     as resnet18:batch_norm=train (each batch's own statistics; eval, the running ones, is the
     published setting), resnet18:norm=group (or layer), convnet:width=32, mlp:width=256,depth=2 or
     vit:patch=4,width=96,depth=4,heads=3."""
+    weights: str = "random"
+    """The federated model's weights: random (by the seed), a checkpoint folder of ggl-jax
+    train-model, or a .npz, .safetensors, .pt or .pth file of tensors, named as the model's
+    parameters (fc/kernel, ...) or as in torch (fc.weight, ...); of torch, the whole state dict."""
     num_classes: Count | None = None
-    """Classes of the federated model; by default those of a class-conditional prior, else of the
-    data."""
+    """Classes of the federated model; by default those of its weights or of a class-conditional
+    prior, else of the data."""
     prior: str = "dcgan32_faces"
     """The adversary's generator: the name of one that ships with the tool, or a checkpoint folder
     made by ggl-jax train-prior."""

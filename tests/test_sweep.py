@@ -15,12 +15,13 @@ import time
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import TINY_SHAPE
 
 import ggl_jax as gx
-from ggl_jax import checkpoint
+from ggl_jax import checkpoint, trees
 from ggl_jax.audit import folder as folders
 from ggl_jax.audit import run as runs
 from ggl_jax.audit import sweep as sweeps
@@ -101,6 +102,43 @@ def test_a_grid_is_the_product_of_its_axes_less_the_exclusions(tiny):
         for cell in left
     ]
     assert sorted(found) == sorted(expected)
+
+
+def test_models_and_weights_are_axes_told_apart_by_their_values(tiny, tmp_path):
+    net = gx.convnet(3, TINY_SHAPE, width=2)
+    early, late = (jax.jit(net.init)(jax.random.key(i)) for i in (1, 2))
+    checkpoint.save(tmp_path / "early", early, {"model": "convnet:2"})
+    checkpoint.save(tmp_path / "late", late, {"model": "convnet:2"})
+    named = zip(trees.names(early), jax.tree.leaves(early), strict=True)
+    np.savez(tmp_path / "early.npz", **{name: np.asarray(leaf) for name, leaf in named})
+    paths = [str(tmp_path / name) for name in ("early", "late", "early.npz")]
+    tiny["model"] = net
+    modes = [f"convnet:2,batch_norm={mode}" for mode in ("eval", "train")]
+    axes = {"weights": ["random", *paths[:2]], "model": modes}
+    made = plan(**tiny, axes=axes)
+    assert len({cell.id for cell in made}) == 3 * 2 * 2
+    same = plan(**tiny, axes={**axes, "weights": [paths[2]]})
+    ids = {(c.axes["weights"], c.axes["model"], c.images): c.id for c in made}
+    assert [c.id for c in same] == [ids[paths[0], c.axes["model"], c.images] for c in same]
+    # A combination that cannot be is no error where it is left out.
+    other = {"weights": ["random", paths[0]], "model": ["convnet:2", "convnet:3"]}
+    with pytest.raises(
+        gx.GGLError, match=r"weights: the tensors.*model convnet .*is convnet:2.*bn1"
+    ):
+        plan(**tiny, axes=other)
+    left = plan(**tiny, axes=other, exclude=[{"weights": paths[0], "model": "convnet:3"}])
+    assert len(left) == 3 * 2
+
+    # What a cell finds is what an audit with these weights finds.
+    tiny |= {"images": tiny["images"][:1], "labels": [0]}
+    axes["weights"] = ["random", paths[1]]
+    result = gx.sweep(**tiny, axes=axes, out=tmp_path / "run")
+    (alone,) = gx.audit(**tiny, defenses=["none"], variables=late).rows
+    losses = {(r["axes"]["weights"], r["axes"]["model"]): r["loss"] for r in result.rows}
+    assert losses[paths[1], modes[0]] == pytest.approx(alone["loss"], rel=1e-4)
+    assert len({float(f"{loss:.3g}") for loss in losses.values()}) == 4
+    known = result.records.config["inputs"]
+    assert (len(known["variables"]), len(known["model"])) == (2, 2)
 
 
 def test_a_cells_name_follows_what_it_computes_and_nothing_else(tiny):
@@ -575,6 +613,25 @@ def test_a_grid_files_model_has_the_classes_of_its_prior(tmp_path):
     grid = load_grid(grid_file(tmp_path, fixed.replace("}", ", num_classes = 4}")))
     assert grid.inputs.model.num_classes == 4
     assert not any(cell.evaluations for cell in grid.cells)
+
+
+def test_a_grid_file_names_models_and_weights(tmp_path):
+    net = gx.convnet(4, (32, 32, 3), width=2)
+    weights = jax.jit(net.init)(jax.random.key(3))
+    checkpoint.save(tmp_path / "early", jax.tree.map(jnp.ones_like, weights), {})
+    checkpoint.save(tmp_path / "late", weights, {})
+    early, late = f'"{tmp_path / "early"}"', f'"{tmp_path / "late"}"'
+    modes = 'model = ["convnet:2,batch_norm={eval,train}"]'
+    axes = f'[axes]\n{modes}\nweights = ["random", {early}, {late}]'
+    grid = load_grid(grid_file(tmp_path, axes))
+    # The classes are those of the weights that are read, for random ones, too.
+    assert [cell.inputs.model.num_classes for cell in grid.cells] == [4] * 6
+    assert sum(cell.inputs.variables is None for cell in grid.cells) == 2
+    fixed = f'fixed = {{model = "convnet:2", weights = {late}}}'
+    (cell,) = load_grid(grid_file(tmp_path, fixed)).cells
+    assert jax.tree.all(jax.tree.map(np.array_equal, cell.inputs.variables, weights))
+    with pytest.raises(gx.GGLError, match=r"num_classes: got 5, but .*late are weights of 4"):
+        load_grid(grid_file(tmp_path, fixed.replace("}", ", num_classes = 5}")))
 
 
 @pytest.mark.parametrize(

@@ -118,6 +118,21 @@ def test_torch_weights_make_a_model():
     assert_equal(read, variables)
 
 
+def test_weights_of_a_checkpoint_folder(tmp_path):
+    model = gx.convnet(3, TINY_SHAPE, width=2)
+    variables = fake_like(jax.eval_shape(model.init, jax.random.key(0)))
+    folder = tmp_path / "round-5"
+    checkpoint.save(folder, variables, {"model": "convnet:width=2"})
+    found, read = read_variables(folder, "convnet:width=2,batch_norm=train", TINY_SHAPE)
+    assert found.num_classes == 3
+    assert_equal(read, variables)
+    # As an update, it has parameters alone.
+    assert_equal(read_update(folder, variables["params"]), variables["params"])
+    for wrong in ("convnet:width=4", "resnet18", "convnet:width=2,norm=group"):
+        with pytest.raises(gx.GGLError, match=r"weights: .*round-5 is convnet:width=2\)"):
+            read_variables(folder, wrong, TINY_SHAPE)
+
+
 def _nest(path, leaf):
     for part in reversed(path.split("/")):
         leaf = {part: leaf}
@@ -445,7 +460,7 @@ def test_the_command(tmp_path, monkeypatch, capsys, prior_folder):
     assert "image: no.png does not exist" in capsys.readouterr().err
     assert not (tmp_path / "other").exists()  # found out before the search
     assert run([*command, "--model", "resnet18"]) == 2
-    assert "not those of a resnet18" in capsys.readouterr().err
+    assert "not those of model resnet18" in capsys.readouterr().err
     without = ["--gradient", str(tmp_path / "nothing.npz"), "--out", str(tmp_path / "other")]
     for tensors, words in (({}, "no entries"), ({"fc/kernel": np.zeros((768, 3))}, "is zero")):
         np.savez(tmp_path / "nothing.npz", **tensors)

@@ -28,9 +28,11 @@ from ggl_jax.types import Defense, Model, Public, PyTree
 MODEL_STREAM, PUBLIC_STREAM = 2**31 - 1, 2**31 - 2
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Inputs:
     """What all cells of a run share: the private images, what is public, and how it is judged.
+
+    Those of a sweep over models or weights differ in these alone.
 
     Attributes:
         images: [n h w c] the private images, floats in [0, 1].
@@ -170,6 +172,7 @@ class Cell(NamedTuple):
         seed: of everything random.
         images: positions of the batch's images.
         evaluations: gradient evaluations of the search; 0 where it cannot be built.
+        inputs: what it shares with the run's other cells.
         own: digest of the defense, where it is an object; "" where it is a specification.
     """
 
@@ -181,12 +184,13 @@ class Cell(NamedTuple):
     seed: int
     images: tuple[int, ...]
     evaluations: int
+    inputs: Inputs
     own: str = ""
 
     @property
     def program(self) -> tuple:
         """Cells of the same program and seed can run in one batch."""
-        return (self.search, self.client, self.defense)
+        return (self.search, self.client, self.defense, self.inputs)
 
 
 class Cells:
@@ -289,6 +293,7 @@ class Cells:
             seed,
             batch,
             evaluations,
+            inputs,
             self.defenses[defense.name],
         )
 

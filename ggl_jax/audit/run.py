@@ -164,10 +164,14 @@ def config_of(cells: Sequence[Cell], inputs: Inputs, options: Mapping[str, Any])
     own = {cell.defense.name: cell.own for cell in cells if cell.own}
     judged = {name: getattr(inputs, name) for name in ("num_controls", "ceiling_steps", "lpips")}
     names = {"model": inputs.model.name, "prior": inputs.prior.name}
+    known = dict(inputs.digests)
+    for name in ("model", "variables"):
+        each = list(dict.fromkeys(cell.inputs.digests[name] for cell in cells))
+        known[name] = each if len(each) > 1 else each[0]
     return {
         "options": {**options, **judged, **names},
         **(inputs.about or {}),
-        "inputs": {**inputs.digests, "defenses": own},
+        "inputs": {**known, "defenses": own},
     }
 
 
@@ -184,7 +188,7 @@ class _Work:
         self.varying = [n for n, v in values.items() if len(v) > 1 and n != "image"] or ["defense"]
         self.largest: dict[tuple, int] = {}
         self.known: dict[str, list[Controls]] = {}
-        self.seed: int | None = None
+        self.world: tuple[Inputs, int] | None = None
 
     def run(self, cells: list[Cell]) -> None:
         """Run a batch, in parts where it is known not to fit into memory."""
@@ -226,7 +230,7 @@ class _Work:
 
     def find(self, cells: list[Cell]) -> list[tuple[list[dict[str, Any]], np.ndarray]]:
         """Share, reconstruct and judge cells of one program; rows and images of each."""
-        began, inputs, first = time.perf_counter(), self.inputs, cells[0]
+        began, inputs, first = time.perf_counter(), cells[0].inputs, cells[0]
         label = " ".join(str(first.axes[name]) for name in self.varying)
 
         def report(phase, fraction=0.0, loss=None):
@@ -235,8 +239,9 @@ class _Work:
                 self.progress(f"{label}: {phase}", self.done, len(self.todo), work, loss)
 
         key = jax.random.key(first.seed)
-        if self.seed != first.seed:
-            self.seed, self.public, self.expected = first.seed, inputs.public(first.seed), None
+        if self.world != (inputs, first.seed):
+            self.world = inputs, first.seed
+            self.public, self.expected = inputs.public(first.seed), None
         if first.client.batch_size > 1 and self.expected is None:
             self.expected = expectations(jax.random.fold_in(key, PUBLIC_STREAM), self.public)
         keys = [jax.random.fold_in(key, inputs.instance_ids[cell.images[0]]) for cell in cells]

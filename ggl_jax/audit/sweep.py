@@ -15,14 +15,19 @@ from ggl_jax.adversary.attacks import search_of
 from ggl_jax.audit.cells import Cell, Cells, Inputs, image_batches
 from ggl_jax.audit.run import Progress, RunResult, config_of, run
 from ggl_jax.client.defenses.transformations import as_defense
+from ggl_jax.client.models import get_model
+from ggl_jax.client.updates import variables_of
 from ggl_jax.errors import GGLError, did_you_mean
 from ggl_jax.spec import Client, Number, Search, check, combinations, options_of, replace
 from ggl_jax.types import Defense, Model
 
 #: Options of the search and of the client, by what they allow.
 OPTIONS = options_of(Search) | options_of(Client)
-#: What an axis can be.
-AXES = ("defense", "seed", *OPTIONS)
+#: What an axis can be, by what it allows.
+AXES: dict[str, Any] = {
+    **{"defense": str | Defense, "seed": Number, "model": str, "weights": str},
+    **OPTIONS,
+}
 
 
 class Grid(NamedTuple):
@@ -67,9 +72,8 @@ def check_axes(axes: Mapping[str, Sequence]) -> dict[str, list]:
         if not isinstance(values, list | tuple | range | np.ndarray) or not len(values):
             raise GGLError(f"axes: {name} is {values!r}, allowed: a list of at least one value")
         plain = [v.item() if isinstance(v, np.generic) else v for v in values]
-        allowed: Any = {"defense": str | Defense, "seed": Number}.get(name) or OPTIONS[name]
         plain = [
-            check(f"axes: {name}", one, allowed)
+            check(f"axes: {name}", one, AXES[name])
             for value in plain
             for one in (expand(value) if isinstance(value, str) else [as_defense(value)])
         ]
@@ -117,6 +121,35 @@ class _Exclusions:
                 raise GGLError(f"exclude: entry {number + 1} ({dict(entry)}) matches no cell")
 
 
+class _Worlds:
+    """Makers of cells for each model and weights that the axes name."""
+
+    def __init__(self, inputs: Inputs):
+        self.inputs = inputs
+        self.models: dict[str | None, Model] = {None: inputs.model}
+        self.makers: dict[tuple, Cells] = {(None, None): Cells(inputs)}
+
+    @property
+    def base(self) -> Cells:
+        """The maker of those that no axis names."""
+        return self.makers[None, None]
+
+    def maker(self, model: str | None, weights: str | None) -> Cells:
+        """The maker for a model and weights by name; None for the inputs' own."""
+        if (model, weights) not in self.makers:
+            base = self.inputs
+            if model not in self.models:
+                shape, classes = base.model.image_shape, base.model.num_classes
+                self.models[model] = get_model(str(model), classes, shape)
+            own, variables = self.models[model], base.variables
+            if weights is not None:
+                variables = None if weights == "random" else variables_of(weights, own)
+            self.makers[model, weights] = Cells(
+                dataclasses.replace(base, model=own, variables=variables)
+            )
+        return self.makers[model, weights]
+
+
 def plan(
     inputs: Inputs,
     axes: Mapping[str, Sequence],
@@ -131,7 +164,9 @@ def plan(
     Args:
         inputs: what all cells share.
         axes: name -> list of values. "defense" (specifications, in which braces list values, or
-            :class:`Defense` objects; default "none"), "seed" (default 0), and any option of
+            :class:`Defense` objects; default "none"), "seed" (default 0), "model" (a built-in one
+            with its options) and "weights" ("random", a file or a checkpoint folder; see
+            :class:`ggl_jax.spec.Setup`) in place of the inputs' own, and any option of
             :class:`ggl_jax.spec.Search` and :class:`ggl_jax.spec.Client`. Braces in text list
             values: ``"adam:{0.05,0.1}"``.
         exclude: combinations to leave out: name -> value, list of values, or pattern with ``*``.
@@ -156,7 +191,7 @@ def plan(
             "axes: attack is no axis of one given search; give a preset's name, such as "
             "search='quick', which has a search for each attack"
         )
-    client, exclusions, maker = client or Client(), _Exclusions(exclude), Cells(inputs)
+    client, exclusions, worlds = client or Client(), _Exclusions(exclude), _Worlds(inputs)
     searching, sharing = options_of(Search), options_of(Client)
     cells: dict[str, Cell] = {}
     # The seed varies fastest, so that cells of one program are together.
@@ -166,13 +201,17 @@ def plan(
         given = {**(fixed or {}), **{k: v for k, v in values.items() if k in searching}}
         own = search_of(search, **given) if isinstance(search, str) else replace(search, **given)
         shared = replace(client, **{k: v for k, v in values.items() if k in sharing})
-        defense = maker.defense(values["defense"])
+        defense = worlds.base.defense(values["defense"])
         whole = dataclasses.asdict(own) | dataclasses.asdict(shared)
         whole |= {"defense": defense.name, "seed": values["seed"]}
+        world = values.get("model"), values.get("weights")
+        whole |= dict(zip(("model", "weights"), world, strict=True))
         shown = {name: value for name, value in values.items() if name not in ("defense", "seed")}
         for batch in image_batches(len(inputs.images), shared.batch_size):
             names, ids = ([x[i] for i in batch] for x in (inputs.names, inputs.instance_ids))
             if not exclusions.match({**whole, "image": (*names, *ids)}):
+                maker = worlds.maker(*world)
+                defense = maker.defense(values["defense"])
                 cell = maker.make(shown, own, shared, defense, values["seed"], batch)
                 cells.setdefault(cell.id, cell)
     exclusions.check()

@@ -2,13 +2,14 @@
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path as FilePath
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ggl_jax import foreign, grammar, trees
+from ggl_jax import checkpoint, foreign, gate, grammar, trees
 from ggl_jax.client import networks
 from ggl_jax.client.models import MODELS, get_model
 from ggl_jax.errors import GGLError, about
@@ -41,7 +42,9 @@ def read_part(source: Source, params: PyTree, *, complete: bool = False) -> dict
       and are ignored.
 
     Args:
-        source: name -> array, or a ``.npz``, ``.safetensors``, ``.pt`` or ``.pth`` file.
+        source: name -> array, or a ``.npz``, ``.safetensors``, ``.pt`` or ``.pth`` file, or the
+            folder of a checkpoint (:mod:`ggl_jax.checkpoint`). Flax's running statistics
+            (``batch_stats/...``) are ignored, as torch's buffers.
         params: ``variables["params"]`` of the model that the update belongs to.
         complete: ask for all of them.
 
@@ -52,11 +55,27 @@ def read_part(source: Source, params: PyTree, *, complete: bool = False) -> dict
         GGLError: unreadable file; no tensor of the model, an unknown one, or one of another shape
             (named); NaN or infinity.
     """
-    tensors = foreign.read_or_take(source)
+    tensors = _read(source)
     with about(str(source) if isinstance(source, str | os.PathLike) else "update"):
         if _is_torchs(tensors):
             tensors = {k: v for k, v in tensors.items() if not k.endswith(_BUFFERS)}
+        tensors = {k: v for k, v in tensors.items() if not k.startswith("batch_stats")}
         return _named(tensors, {"params": params}, "the model's parameters", complete)
+
+
+def _read(source: Source) -> dict[str, Any]:
+    """Named tensors of any source."""
+    if isinstance(source, str | os.PathLike) and FilePath(source).is_dir():
+        tree, _ = checkpoint.load(source)
+        return dict(zip(trees.names(tree), jax.tree.leaves(tree), strict=True))
+    return foreign.read_or_take(source)
+
+
+def _told(source: Source) -> str:
+    """What a checkpoint's card says the model is, for errors."""
+    if isinstance(source, str | os.PathLike) and FilePath(source).is_dir():
+        return f" (the model of {source} is {checkpoint.load_card(source).get('model')})"
+    return ""
 
 
 def whole(part: Mapping[str, np.ndarray], params: PyTree) -> PyTree:
@@ -101,9 +120,8 @@ def read_variables(
     """A built-in model and its weights, from named tensors.
 
     Args:
-        source: name -> array, or a file, as for :func:`read_part`. Flax's names start with the
-            collection where the model has several (``params/fc/kernel``, ``batch_stats/bn1/mean``).
-            Of torch, a whole state dict.
+        source: as for :func:`read_part`. Flax's names start with the collection where the model has
+            several (``params/fc/kernel``, ``batch_stats/bn1/mean``). Of torch, a whole state dict.
         name: of the model with its options, see :func:`ggl_jax.client.models.get_model`. A
             ResNet-18's stem is that of the weights.
         image_shape: (h, w, c) of its images.
@@ -114,7 +132,7 @@ def read_variables(
     Raises:
         GGLError: unknown model; tensors missing, unknown or of another shape (named).
     """
-    tensors = foreign.read_or_take(source)
+    tensors = _read(source)
     kind, options = grammar.read(MODELS, name, what="model", offered=("num_classes", "image_shape"))
     head = ".".join(get_model(name, 2, image_shape).head)
     if _is_torchs(tensors):
@@ -124,15 +142,30 @@ def read_variables(
         tensors = foreign.unprefixed({_plain(key): value for key, value in tensors.items()})
         matrix, classes = f"{head}.kernel", 1
     if np.ndim(tensors.get(matrix, 0)) != 2:
-        raise GGLError(f"weights: there is no matrix {matrix}; give the weights of a {kind}")
+        raise GGLError(
+            f"weights: there is no matrix {matrix}; give the weights of a {kind}{_told(source)}"
+        )
     if kind == "resnet18" and np.ndim(first := tensors.get("conv1.weight", 0)) == 4:
         options = {"stem": "cifar" if np.shape(first)[-1] == 3 else "imagenet"} | options
     model = MODELS[kind](np.shape(tensors[matrix])[classes], image_shape, **options)
-    shapes = jax.eval_shape(model.init, jax.random.key(0))
+    return model, _variables(tensors, model, f"{name}{_told(source)}")
+
+
+def variables_of(source: Source, model: Model) -> PyTree:
+    """Weights of a given model, read as by :func:`read_variables`.
+
+    Raises:
+        GGLError: tensors missing, unknown or of another shape (named).
+    """
+    return _variables(_read(source), model, f"{model.name}{_told(source)}")
+
+
+def _variables(tensors: Mapping[str, Any], model: Model, what: str) -> PyTree:
+    shapes = gate.variable_shapes(model)
     with about("weights"):
-        found = _named(tensors, shapes, f"a {kind}", True)
+        found = _named(tensors, shapes, f"model {what}", True)
     leaves = [jnp.asarray(found[name.removeprefix("params/")]) for name in trees.names(shapes)]
-    return model, jax.tree.unflatten(jax.tree.structure(shapes), leaves)
+    return jax.tree.unflatten(jax.tree.structure(shapes), leaves)
 
 
 def normalised(model: Model, mean: Sequence[float], std: Sequence[float]) -> Model:

@@ -66,6 +66,7 @@ class Loaded(NamedTuple):
         prior_params: its parameters.
         card: its card.
         model: the federated model, for the images' size and classes.
+        variables: its weights, where they were read; None for random ones.
     """
 
     dataset: Any
@@ -73,6 +74,7 @@ class Loaded(NamedTuple):
     prior_params: Any
     card: dict[str, Any]
     model: Any
+    variables: Any = None
 
     def given(self, judge: Judge, speed: Speed, **more: Any) -> dict[str, Any]:
         """The arguments of :class:`ggl_jax.audit.cells.Inputs`."""
@@ -80,6 +82,7 @@ class Loaded(NamedTuple):
             "images": self.dataset.images,
             "labels": self.dataset.labels,
             "model": self.model,
+            "variables": self.variables,
             "prior": self.prior,
             "prior_params": self.prior_params,
             "names": self.dataset.names,
@@ -108,12 +111,12 @@ def load_inputs(
         remedy: what the error for data without labels says to do.
 
     Raises:
-        GGLError: what cannot be loaded, images that the prior was trained on, or no labels.
+        GGLError: what cannot be loaded, images that the prior was trained on, no labels, or weights
+            of another number of classes.
     """
     import numpy as np
 
     from ggl_jax.audit import data as audit_data
-    from ggl_jax.client.models import get_model
     from ggl_jax.priors import load_prior
 
     prior, prior_params, card = load_prior(setup.prior)
@@ -126,8 +129,29 @@ def load_inputs(
             raise GGLError(f"data: {setup.data} has no labels; {remedy}")
         labels = np.full(len(dataset.images), unlabelled, np.int32)
     classes = count_classes(dataset, labels, setup.num_classes, prior.num_classes)
-    model = get_model(setup.model, num_classes=classes, image_shape=prior.image_shape)
-    return Loaded(dataset._replace(labels=labels), prior, prior_params, card, model)
+    model, variables = load_model(setup, classes, prior.image_shape)
+    return Loaded(dataset._replace(labels=labels), prior, prior_params, card, model, variables)
+
+
+def load_model(setup: Setup, num_classes: int, image_shape: tuple[int, int, int]) -> Any:
+    """The federated model and its weights, None for random ones; those that are read tell classes.
+
+    Raises:
+        GGLError: an unknown model, weights that are not its own, or another number of classes in
+            them than the setup's.
+    """
+    from ggl_jax.client.models import get_model
+    from ggl_jax.client.updates import read_variables
+
+    if setup.weights == "random":
+        return get_model(setup.model, num_classes=num_classes, image_shape=image_shape), None
+    model, variables = read_variables(setup.weights, setup.model, image_shape)
+    if setup.num_classes not in (None, model.num_classes):
+        raise GGLError(
+            f"num_classes: got {setup.num_classes}, but {setup.weights} are weights of "
+            f"{model.num_classes} classes; leave one of the two out"
+        )
+    return model, variables
 
 
 def suspects(setup: Setup, judge: Judge, loaded: Loaded) -> Any:

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from ggl_jax import files, trees
+from ggl_jax import checkpoint, files, trees
 from ggl_jax.commands import _devices
 from ggl_jax.commands._options import Preset, choice_of
 from ggl_jax.commands._shared import AuditBar, console, environment
@@ -35,9 +35,8 @@ class AttackCommand:
     """
 
     weights: Annotated[Path, tyro.conf.arg(aliases=("--before",))]
-    """The global model's weights that the update was computed at: a .npz, .safetensors, .pt or .pth
-    file of tensors, named as the model's parameters (fc/kernel, ...) or as in torch (fc.weight,
-    ...); of torch, the whole state dict with its buffers."""
+    """The global model's weights that the update was computed at: a file or a checkpoint folder, as
+    for ggl-jax audit."""
     out: Path
     """Folder for the reconstruction and result.json."""
     gradient: Path | None = None
@@ -136,7 +135,7 @@ def run(command: AttackCommand, argv: list[str]) -> int:
         )
     options = {k: _plain(v) for k, v in flat(command).items() if k not in _NO_OPTIONS}
     sources = [getattr(command, n) for n in ("weights", "gradient", "after", "image", "statistics")]
-    digests = [None if path is None else files.sha256(path) for path in sources]
+    digests = [None if path is None else _sha256(path) for path in sources]
     shown = "ggl-jax " + shlex.join(argv)
     about = {"command": shown, "environment": environment()}
     inputs = {"files": digests, "prior": card["sha256"]}
@@ -203,6 +202,11 @@ def run(command: AttackCommand, argv: list[str]) -> int:
 
 #: What does not change the result, and what the files' contents stand for.
 _NO_OPTIONS = ("out", "shard", *flat(Speed()), *("weights", "gradient", "after", "image"))
+
+
+def _sha256(path: Path) -> str:
+    """Of a file, or of a checkpoint's values."""
+    return checkpoint.load_card(path)["sha256"] if path.is_dir() else files.sha256(path)
 
 
 def _plain(value: Any) -> Any:

@@ -104,6 +104,8 @@ def _options(command: AuditCommand) -> dict:
 
 def run(command: AuditCommand, argv: list[str]) -> int:
     """``ggl-jax audit``."""
+    import jax
+
     from ggl_jax.adversary.reconstruct import prepare
     from ggl_jax.audit import folder as folders
     from ggl_jax.audit import report
@@ -123,7 +125,9 @@ def run(command: AuditCommand, argv: list[str]) -> int:
     for defense in parsed:  # for their errors
         prepare(model, loaded.prior, defense.view, client, search)
     options = _options(command)
-    content = files.digest(options, dataset.images, dataset.labels, loaded.card["sha256"])
+    known = (dataset.images, dataset.labels, loaded.card["sha256"])
+    weights = () if loaded.variables is None else (jax.tree.leaves(loaded.variables),)
+    content = files.digest(options, *known, *weights)
     out = command.out or Path(f"ggl-audit-{content[:8]}")
     num = len(dataset.images)
     say(

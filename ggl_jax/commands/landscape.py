@@ -64,6 +64,7 @@ def run(command: LandscapeCommand, argv: list[str]) -> int:
     left_out = ("out", *flat(Speed()))
     options = {k: v for k, v in flat(command).items() if k not in left_out}
     inputs = {"images": files.digest(given.images)[:12], "prior": loaded.card["sha256"]}
+    inputs["variables"] = given.digests["variables"]
     told = about(argv)
     files.claim(command.out, {**told, "options": options, "inputs": inputs})
     image, name = given.images[0], given.names[0]

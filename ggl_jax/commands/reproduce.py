@@ -43,6 +43,9 @@ class ReproduceCommand:
     fidelity: Literal["paper", "code"] = "paper"
     """Where the paper and its published code differ: follow the paper (clipping layer by layer), or
     the code (one global norm)."""
+    weights: str = "random"
+    """The federated model's weights, as for ggl-jax audit; seeds then change noise and search
+    alone."""
     prior: str | None = None
     """The adversary's generator, as for ggl-jax audit; by default dcgan32_faces for celeba."""
     lpips: Literal["vgg", "alex", "squeeze"] = "vgg"
@@ -69,7 +72,7 @@ def run(command: ReproduceCommand, argv: list[str]) -> int:
     if chosen.experiment == "figure9":
         return _landscape(chosen, runs[0].search, argv)
     inputs = load_inputs(
-        Setup(chosen.data, prior=chosen.prior, seed=chosen.seed),
+        _setup(chosen),
         indices=f":{chosen.images}",
         unlabelled=experiment.label,
         remedy=f"{chosen.experiment} needs them",
@@ -99,7 +102,7 @@ def run(command: ReproduceCommand, argv: list[str]) -> int:
         if (result := cell_runs.result_of(done.records, given, search=one.name, seed=one.seed)).rows
     }
     if results:
-        _write(chosen, experiment, results, inputs, given.about)
+        _write(chosen, experiment, results, inputs, given)
     return stopped() if done.interrupted else 0
 
 
@@ -139,30 +142,33 @@ def _resolve(command: ReproduceCommand) -> ReproduceCommand:
     )
 
 
+def _setup(command: Any) -> Setup:
+    return Setup(command.data, prior=command.prior, seed=command.seed, weights=command.weights)
+
+
 def _landscape(command: Any, search: Search, argv: list[str]) -> int:
     """Figure 9, by ``ggl-jax landscape``."""
     if (command.images, command.seeds) != (1, 1):
         raise GGLError("images, seeds: figure9 is of one image and one seed; leave them out")
-    setup = Setup(command.data, prior=command.prior, seed=command.seed)
     options = landscape.LandscapeCommand(
-        lpips=command.lpips, setup=setup, search=search, out=command.out
+        lpips=command.lpips, setup=_setup(command), search=search, out=command.out
     )
     return landscape.run(options, argv)
 
 
-def _write(chosen: Any, experiment: Any, results: Any, inputs: Any, told: Any) -> None:
+def _write(chosen: Any, experiment: Any, results: Any, inputs: Any, given: Any) -> None:
     """The table and the pictures of what is there."""
     import jax
     from rich.markdown import Markdown
 
     from ggl_jax.audit import paper
-    from ggl_jax.audit.cells import MODEL_STREAM
 
-    key, env = jax.random.key(chosen.seed), told["environment"]
+    key, told = jax.random.key(chosen.seed), given.about
+    env = told["environment"]
     controls = paper.control_scores(
         next(iter(results.values())),
         inputs.model,
-        jax.jit(inputs.model.init)(jax.random.fold_in(key, MODEL_STREAM)),
+        given.public(chosen.seed).variables,
         inputs.prior,
         inputs.prior_params,
         # folded away from the streams of the images' indices

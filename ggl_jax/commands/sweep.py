@@ -30,9 +30,10 @@ class SweepCommand:
     """Audit a whole grid: attacks x settings x defenses x images x seeds.
 
     The grid is a TOML file: `preset`, a table `[axes]` of lists (defense, image, seed, attack,
-    optimizer, steps, ... : any option of the search or the client), a table `[fixed]` of options of
-    ggl-jax audit, and any number of `[[exclude]]` tables, each a combination to leave out. Every
-    finished cell is kept at once; the same command goes on where a run ended, however it ended.
+    optimizer, steps, model, weights, ... : any option of the search or the client), a table
+    `[fixed]` of options of ggl-jax audit, and any number of `[[exclude]]` tables, each a
+    combination to leave out. Every finished cell is kept at once; the same command goes on where a
+    run ended, however it ended.
     """
 
     grid: tyro.conf.Positional[Path]
@@ -138,7 +139,7 @@ def load_grid(path: Path, about: dict[str, Any] | None = None):
     from ggl_jax.audit.cells import Inputs
 
     file = read_grid(path)
-    setup, judge = file.fixed.setup, file.fixed.judge
+    setup, judge = _first(file), file.fixed.judge
     remedy = "add a labels.csv (file,label) or fix label = 0"
     loaded = load_inputs(setup, indices=file.options["axes"]["image"], remedy=remedy)
     more = {
@@ -153,6 +154,17 @@ def load_grid(path: Path, about: dict[str, Any] | None = None):
         fixed=file.search,
         client=file.fixed.client,
     )
+
+
+def _first(file: GridFile) -> Setup:
+    """The setup with the first model and weights of the axes, which tell the number of classes."""
+    from ggl_jax.audit.sweep import expand
+
+    setup, named = file.fixed.setup, file.axes.get("weights", [])
+    read = [expand(one)[0] for one in named if one != "random"]
+    weights = (read or ["random"])[0] if named else setup.weights
+    model = expand(file.axes.get("model", [setup.model])[0])[0]
+    return replace(setup, model=model, weights=weights)
 
 
 def run(command: SweepCommand, argv: list[str]) -> int:
@@ -226,7 +238,7 @@ def _why(grid, cell) -> GGLError | None:
     """Why the cell's search cannot be built."""
     from ggl_jax.adversary.reconstruct import prepare
 
-    given = grid.inputs
+    given = cell.inputs
     try:
         prepare(given.model, given.prior, cell.defense.view, cell.client, cell.search)
     except GGLError as error:

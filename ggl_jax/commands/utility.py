@@ -8,9 +8,16 @@ import tyro
 from ggl_jax.audit import data as audit_data
 from ggl_jax.audit import folder as folders
 from ggl_jax.audit import utility
-from ggl_jax.client.models import get_model
 from ggl_jax.commands import audit as audit_command
-from ggl_jax.commands._shared import AuditBar, about, console, count_classes, say, stopped
+from ggl_jax.commands._shared import (
+    AuditBar,
+    about,
+    console,
+    count_classes,
+    load_model,
+    say,
+    stopped,
+)
 from ggl_jax.errors import GGLError
 from ggl_jax.priors import load_prior
 from ggl_jax.spec import checked, replace
@@ -35,6 +42,8 @@ class UtilityCommand:
     model: str | None = None
     """Federated model, as for ggl-jax audit (default: the run's, else resnet18). With
     batch_norm=train, test images are normalised by their own batches, too."""
+    weights: str | None = None
+    """Its first weights, as for ggl-jax audit (default: the run's)."""
     training: utility.UtilitySettings = dataclasses.field(default_factory=utility.UtilitySettings)
     out: Path | None = None
     """Folder for the results (default: the run's)."""
@@ -51,6 +60,12 @@ def _of_run(folder: Path) -> tuple[audit_command.AuditCommand, list[str]]:
         raise GGLError(
             f"folder: {folder} was run from Python, so its model is not known here; call "
             "ggl_jax.audit.utility.measure(..., out=folder)"
+        )
+    several = [name for name in ("model", "weights") if name in options["axes"]]
+    if several:
+        raise GGLError(
+            f"folder: {folder} varies {' and '.join(several)}; name one, with --data, --model, "
+            "--weights, --defenses and --out in place of the folder"
         )
     base = audit_command.AuditCommand(preset=options["preset"])
     return replace(base, **options["fixed"]), defenses
@@ -73,23 +88,32 @@ def run(command: UtilityCommand, argv: list[str]) -> int:
         base, defenses, size, known = audit_command.AuditCommand(), [], 32, (None, None)
     if command.defenses is not None:
         defenses = list(command.defenses)
-    data, name = command.data or base.setup.data, command.model or base.setup.model
-    dataset = audit_data.load(data, image_size=size, labels=base.setup.label)
+    setup = base.setup
+    setup = replace(
+        setup,
+        data=command.data or setup.data,
+        model=command.model or setup.model,
+        weights=command.weights or setup.weights,
+    )
+    data = setup.data
+    dataset = audit_data.load(data, image_size=size, labels=setup.label)
     if dataset.labels is None:
         raise GGLError(f"data: {data} has no labels; add a labels.csv (file,label)")
-    num_classes = count_classes(dataset, dataset.labels, *known)
+    shape = dataset.images.shape[1:]
+    model, variables = load_model(setup, count_classes(dataset, dataset.labels, *known), shape)
     out = command.out or command.folder
     assert out is not None
     with AuditBar() as bar:
         found = utility.measure(
             dataset.images,
             dataset.labels,
-            model=get_model(name, num_classes=num_classes, image_shape=dataset.images.shape[1:]),
+            model=model,
+            variables=variables,
             defenses=defenses,
             out=out,
             settings=command.training,
             client=base.client,
-            about={**about(argv), "data": data, "model": [name, num_classes, size]},
+            about={**about(argv), "data": data, "model": [setup.model, model.num_classes, size]},
             progress=bar,
         )
     if found.rows:
