@@ -7,6 +7,7 @@ what is finished and exits with 130.
 import dataclasses
 import functools
 import importlib.metadata as metadata
+import inspect
 import itertools
 import operator
 import os
@@ -33,6 +34,7 @@ from ggl_jax.commands import (
     score_prior,
     status,
     sweep,
+    train_model,
     train_prior,
     utility,
     weights,
@@ -53,6 +55,7 @@ COMMANDS: dict[str, tuple[type, Callable[[Any, list[str]], int]]] = {
     "reproduce": (reproduce.ReproduceCommand, reproduce.run),
     "utility": (utility.UtilityCommand, utility.run),
     "landscape": (landscape.LandscapeCommand, landscape.run),
+    "train-model": (train_model.TrainModelCommand, train_model.run),
     "train-prior": (train_prior.TrainPriorCommand, train_prior.run),
     "sample-prior": (sample_prior.SamplePriorCommand, sample_prior.run),
     "score-prior": (score_prior.ScorePriorCommand, score_prior.run),
@@ -87,12 +90,14 @@ def _hint(value: str) -> str:
 def _without_none(kind: Any) -> None:
     """Let the help texts of options show no None."""
     for field in dataclasses.fields(kind):
-        hint = kind.__annotations__[field.name]
+        # a field of a class that this one goes on from is annotated there
+        owner = next(k for k in kind.__mro__ if field.name in inspect.get_annotations(k))
+        hint = owner.__annotations__[field.name]
         if dataclasses.is_dataclass(hint):
             _without_none(hint)
         elif field.default is None:
             own = tyro.conf.arg(help_behavior_hint=_hint)
-            kind.__annotations__[field.name] = Annotated[hint, own]
+            owner.__annotations__[field.name] = Annotated[hint, own]
 
 
 for _options, _ in COMMANDS.values():

@@ -89,9 +89,7 @@ def test_undefended_training_is_sgd_with_momentum(tiny_model, tiny_variables, sh
         tiny_model, parse("none"), num_clients=2, batch_size=3, learning_rate=0.3, momentum=0.6
     )
     states = list(
-        training.train(
-            made, jax.random.key(3), tiny_variables, *shards, num_rounds=4, every=3, scan=scan
-        )
+        training.train(made, jax.random.key(3), tiny_variables, *shards, stops=[3, 4], scan=scan)
     )
     assert [int(state.round) for state in states] == [3, 4]
     close(states[-1].variables["params"], params)
@@ -107,7 +105,7 @@ def test_every_client_defends_its_own_update(tiny_model, tiny_variables, shards)
     def step(defense, key=0):
         made = training.federated(tiny_model, defense, **options)
         state = last(
-            training.train(made, jax.random.key(key), tiny_variables, images, labels, num_rounds=1)
+            training.train(made, jax.random.key(key), tiny_variables, images, labels, stops=[1])
         )
         return jax.tree.map(jnp.subtract, tiny_variables["params"], state.variables["params"])
 
@@ -288,16 +286,20 @@ def test_a_toy_problem_is_learnt_and_strong_noise_destroys_it(toy, tmp_path):
     assert found.config["majority"] == pytest.approx(counts[0] / 20)
 
 
+def split_of(test_images, clients, seed=0):
+    return utility.TrainingSettings(clients, 1, test_images=test_images, seed=seed)
+
+
 def test_splits_are_disjoint_and_depend_on_the_seed():
-    train, test = utility.split(103, 20, 4, 0)
+    train, test = utility.split(103, split_of(20, 4))
     assert train.shape == (4, 20)
     assert len(np.unique([*train.ravel(), *test])) == 100
-    assert not np.array_equal(test, utility.split(103, 20, 4, 1)[1])
-    assert len(utility.split(10_000, None, 4, 0)[1]) == 1000
+    assert not np.array_equal(test, utility.split(103, split_of(20, 4, 1))[1])
+    assert len(utility.split(10_000, split_of(None, 4))[1]) == 1000
     with pytest.raises(gx.GGLError, match="test_images: got 3 of 3 images, allowed: 1 to 2"):
-        utility.split(3, 3, 1, 0)
+        utility.split(3, split_of(3, 1))
     with pytest.raises(gx.GGLError, match="images: got 1"):
-        utility.split(1, None, 1, 0)
+        utility.split(1, split_of(None, 1))
     labels = np.array([0, 1, 1, 0, 0, 0])
     assert utility.majority_accuracy(labels[:3], labels[3:]) == 0
 
@@ -340,7 +342,7 @@ def test_interrupted_resumed_and_refused(toy, tmp_path):
     assert fresh.rows[1]["curve"] == whole.rows[1]["curve"]
 
     changed = toy | {"settings": utility.UtilitySettings(rounds=21, clients=2, batch_size=8)}
-    with pytest.raises(gx.GGLError, match=r"rounds: 20 -> 21; learning_rate: 0.1 -> 0.03"):
+    with pytest.raises(gx.GGLError, match=r"learning_rate: 0.1 -> 0.03; rounds: 20 -> 21"):
         utility.measure(**changed, defenses=defenses, out=tmp_path)
     other = toy | {"images": 1 - toy["images"]}
     with pytest.raises(gx.GGLError, match=r"inputs\.data"):

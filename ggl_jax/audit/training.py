@@ -1,11 +1,12 @@
-"""Federated training under a defense: what the defense costs in accuracy.
+"""Federated training under a defense: what it costs in accuracy, and weights to audit.
 
 Each round, every client draws a batch of its own images, computes its update with the very function
 that an audit's client runs, and defends it; the server takes an SGD step along the mean.
 """
 
 import functools
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import jax
@@ -13,11 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from ggl_jax.client.gradients import predicted, update_fn
+from ggl_jax.client.gradients import client_update, predicted
 from ggl_jax.errors import GGLError
 from ggl_jax.grammar import at_least
-from ggl_jax.spec import Count, Positive, Share, ranged
-from ggl_jax.types import Context, Defense, Model, PyTree
+from ggl_jax.spec import Client, Count, Positive, Share, ranged
+from ggl_jax.types import Context, Defense, Model, PyTree, Shared
 
 #: Images whose logits are computed at once when the accuracy is measured.
 _EVALUATED_AT_ONCE = 256
@@ -45,17 +46,24 @@ class Training(NamedTuple):
 
     Attributes:
         init: ``init(variables) -> TrainingState``.
-        share: ``share(key, variables, images[n h w c], labels[n]) -> update``: one client's
-            defended update on a batch drawn from its images.
-        serve: ``serve(state, total) -> TrainingState``: the server's step, given the sum of all
-            clients' updates.
-        num_clients: how many updates that sum has.
+        share: ``share(key, variables, images[n h w c], labels[n]) -> Shared``: one client's
+            defended update on a batch drawn from its images, and the batch's statistics if the
+            server keeps a running mean of them.
+        zeros: ``zeros(variables) -> Shared``: what sums start from.
+        serve: ``serve(state, total) -> TrainingState``: the server's step, given the sum of what
+            all clients shared.
+        num_clients: how many clients that sum has.
     """
 
     init: Callable
     share: Callable
+    zeros: Callable
     serve: Callable
     num_clients: int
+
+
+#: Share of the running statistics that a round keeps, as a step of torch's BatchNorm does.
+_KEPT = 0.9
 
 
 @ranged
@@ -67,32 +75,39 @@ def federated(
     batch_size: Count = 16,
     learning_rate: Positive = 0.03,
     momentum: Share = 0.9,
-    local_steps: Count = 1,
-    local_learning_rate: Positive = 0.01,
+    client: Client | None = None,
+    track: bool = False,
 ) -> Training:
     """Federated averaging of defended updates.
 
     Args:
-        model: the federated model. Running statistics, if any, stay as they are throughout.
+        model: the federated model.
         defense: applied by every client to its own update, before the server's mean.
         num_clients: clients that share an update in each round, at least 1.
         batch_size: images that a client draws in a round, without repeats, at least 1.
         learning_rate: of the server's SGD, > 0. A client's update is a sum of gradients (see
-            :func:`ggl_jax.client.gradients.local_update`), so with ``local_steps=1`` and without a
+            :func:`ggl_jax.client.gradients.local_update`), so with one local step and without a
             defense this is SGD on batches of ``num_clients * batch_size`` images.
         momentum: of the server's SGD, in [0, 1): ``v = momentum v + u; w = w - learning_rate v``.
-        local_steps: SGD steps behind each update, as in an audit.
-        local_learning_rate: their step size.
+        client: the local steps behind each update, as in an audit; its batch size is not looked
+            at. None for one step.
+        track: whether the server keeps a running mean of the mean and variance that enter every
+            BatchNorm layer, over clients and rounds, at the weights that a round starts from: a
+            model in training mode then has real ones when it is put into eval mode. They are
+            shared as they are, whatever the defense. Without, they stay as they are.
 
     Returns:
         A :class:`Training`.
 
     Raises:
-        GGLError: an argument is out of range.
+        GGLError: an argument is out of range, or nothing to track.
 
-    Reference: McMahan et al. 2017 (FedSGD, and FedAvg for ``local_steps > 1``).
+    Reference: McMahan et al. 2017 (FedSGD, and FedAvg for several local steps). The variance is the
+    batch's own (Flax), not torch's unbiased one.
     """
-    update = update_fn(model, local_steps=local_steps, learning_rate=local_learning_rate)
+    local, statistics = client or Client(), model.statistics if track else None
+    if track and statistics is None:
+        raise GGLError(f"track: model {model.name} has no BatchNorm layers; leave it out")
     optimizer = optax.sgd(learning_rate, momentum=momentum or None)
 
     def init(variables):
@@ -103,20 +118,46 @@ def federated(
         draw_key, defense_key = jax.random.split(key)
         drawn = jax.random.choice(draw_key, len(images), (batch_size,), replace=False)
         batch = Context(model, variables, images[drawn], labels[drawn])
-        own = update(variables, batch.images, batch.labels)
-        return defense.apply(defense_key, own, batch)[0]
+        own = client_update(local, model, variables, batch.images, batch.labels)
+        seen = None if statistics is None else statistics(variables, batch.images)
+        return Shared(defense.apply(defense_key, own, batch)[0], seen)
+
+    def zeros(variables):
+        seen = None if statistics is None else variables["batch_stats"]
+        return jax.tree.map(jnp.zeros_like, Shared(variables["params"], seen))
 
     def serve(state, total):
         mean = jax.tree.map(lambda t: t / num_clients, total)
-        params = state.variables["params"]
-        change, inner = optimizer.update(mean, state.optimizer, params)
+        variables, params = state.variables, state.variables["params"]
+        if statistics is not None:
+            kept = jax.tree.map(
+                lambda old, new: _KEPT * old + (1 - _KEPT) * new,
+                variables["batch_stats"],
+                mean.statistics,
+            )
+            variables = {**variables, "batch_stats": kept}
+        change, inner = optimizer.update(mean.update, state.optimizer, params)
         params = optax.apply_updates(params, change)
         finite = jnp.all(jnp.stack([jnp.all(jnp.isfinite(p)) for p in jax.tree.leaves(params)]))
         done = state.round + 1
         broken = jnp.where((state.diverged == 0) & ~finite, done, state.diverged)
-        return TrainingState({**state.variables, "params": params}, inner, done, broken)
+        return TrainingState({**variables, "params": params}, inner, done, broken)
 
-    return Training(init, share, serve, num_clients)
+    return Training(init, share, zeros, serve, num_clients)
+
+
+def uses_batch_statistics(model: Model, variables: PyTree) -> bool:
+    """Whether a model's BatchNorm layers are in training mode: running statistics change nothing.
+
+    False for a model that has none.
+    """
+    if model.statistics is None:
+        return False
+    images = jnp.linspace(0.0, 1.0, 2 * math.prod(model.image_shape))
+    images = images.reshape(2, *model.image_shape)
+    moved = {**variables, "batch_stats": jax.tree.map(lambda x: x + 1, variables["batch_stats"])}
+    apply = jax.jit(lambda variables: model.apply(variables, images)[0])
+    return bool(jnp.all(apply(variables) == apply(moved)))
 
 
 def client_key(key: jax.Array, round: jax.Array | int, client: jax.Array | int) -> jax.Array:
@@ -146,7 +187,7 @@ def run_round(
         )
         return jax.tree.map(jnp.add, total, own), None
 
-    zeros = jax.tree.map(jnp.zeros_like, state.variables["params"])
+    zeros = training.zeros(state.variables)
     total, _ = jax.lax.scan(add, zeros, jnp.arange(training.num_clients))
     return training.serve(state, total)
 
@@ -158,11 +199,10 @@ def train(
     images: jax.Array,
     labels: jax.Array,
     *,
-    num_rounds: int,
-    every: int | None = None,
+    stops: Sequence[int],
     scan: bool | None = None,
 ) -> Iterator[TrainingState]:
-    """Train, and stop by every so many rounds.
+    """Train, and stop by after certain rounds.
 
     Args:
         training: of :func:`federated`.
@@ -170,19 +210,19 @@ def train(
         variables: the global model's, as given by ``model.init``.
         images: [m n h w c], each client's own n images, in [0, 1]; m is ``num_clients``.
         labels: [m n], integers.
-        num_rounds: at least 1.
-        every: rounds between two states that are returned; None for the last alone.
+        stops: the rounds after which the state is returned, in rising order; 0 is the start.
         scan: whether rounds run as one program. None: on accelerators, but not on CPUs, where XLA
             runs a convolution within a loop on a single thread. The results differ by rounding.
 
     Yields:
-        The state after ``every`` rounds, after twice as many, and so on, and after the last.
+        The state after each of them.
 
     Raises:
-        GGLError: no rounds, or another number of clients.
+        GGLError: no or unordered stops, or another number of clients.
     """
-    every = num_rounds if every is None else every
-    at_least(1, num_rounds=num_rounds, every=every)
+    at_least(0, **{f"stops[{place}]": stop for place, stop in enumerate(stops)})
+    if not stops or list(stops) != sorted(set(stops)):
+        raise GGLError(f"stops: got {list(stops)}, allowed: different rounds in rising order")
     if len(images) != training.num_clients or len(labels) != training.num_clients:
         raise GGLError(
             f"images: got those of {len(images)} clients, allowed: num_clients="
@@ -192,8 +232,9 @@ def train(
     scan = jax.default_backend() != "cpu" if scan is None else scan
     advance = (_scanned if scan else _stepped)(training)
     state = training.init(variables)
-    for first in range(0, num_rounds, every):
-        state = advance(key, state, images, labels, min(every, num_rounds - first))
+    for stop in stops:
+        if stop > int(state.round):
+            state = advance(key, state, images, labels, stop - int(state.round))
         yield state
 
 
@@ -215,12 +256,12 @@ def _stepped(training: Training) -> Callable:
         return jax.tree.map(jnp.add, total, training.share(key, variables, images, labels))
 
     serve = jax.jit(training.serve, donate_argnums=1)
-    zeros = jax.jit(lambda params: jax.tree.map(jnp.zeros_like, params))
+    zeros = jax.jit(training.zeros)
     own_key = jax.jit(client_key)
 
     def advance(key, state, images, labels, num):
         for number in range(int(state.round), int(state.round) + num):
-            total = zeros(state.variables["params"])
+            total = zeros(state.variables)
             for client in range(training.num_clients):
                 total = add(
                     total,

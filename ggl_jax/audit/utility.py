@@ -34,11 +34,9 @@ CONFIG, ROWS = "utility.json", "utility.jsonl"
 
 
 @dataclasses.dataclass(frozen=True)
-class UtilitySettings:
+class TrainingSettings:
     """How the federated model is trained; see :func:`ggl_jax.audit.training.federated`."""
 
-    rounds: Count = 100
-    """Rounds of federated SGD."""
     clients: Count = 4
     """Clients; each has its own part of the images and takes part in every round."""
     batch_size: Count = 16
@@ -50,10 +48,18 @@ class UtilitySettings:
     """Momentum of the server's SGD."""
     test_images: Count | None = None
     """Images held out of training (default: a fifth, at most 1,000)."""
-    delta: Positive = 1e-5
-    """Probability with which epsilon's bound may fail."""
     seed: Number = 0
     """Seed of the model's weights, the batches, the noise and the choice of test images."""
+
+
+@dataclasses.dataclass(frozen=True)
+class UtilitySettings(TrainingSettings):
+    """How each defense's training is measured."""
+
+    rounds: Count = 100
+    """Rounds of federated SGD."""
+    delta: Positive = 1e-5
+    """Probability with which epsilon's bound may fail."""
 
 
 class Utility(NamedTuple):
@@ -74,16 +80,12 @@ class Utility(NamedTuple):
         return next((row for row in self.rows if row["defense"] == defense), None)
 
 
-def split(
-    num_images: int, num_test: int | None, num_clients: int, seed: int
-) -> tuple[np.ndarray, np.ndarray]:
+def split(num_images: int, settings: TrainingSettings) -> tuple[np.ndarray, np.ndarray]:
     """Share images out to the clients, and hold some out for the test.
 
     Args:
         num_images: how many there are.
-        num_test: how many to hold out; None for a fifth of them, at most 1,000.
-        num_clients: at least 1.
-        seed: of the shuffling.
+        settings: how many are held out, clients, and the seed of the shuffling.
 
     Returns:
         ``(train [m n], test [t])``, disjoint sorted positions: a row for each client, all of the
@@ -92,6 +94,7 @@ def split(
     Raises:
         GGLError: there are too few images.
     """
+    num_test, num_clients = settings.test_images, settings.clients
     if num_test is None:
         num_test = min(1000, num_images // 5)
     if num_images < 2:
@@ -101,9 +104,14 @@ def split(
             f"test_images: got {num_test} of {num_images} images, allowed: 1 to {num_images - 1}; "
             "give that many, or more images"
         )
-    order = np.random.default_rng(seed).permutation(num_images)
+    order = np.random.default_rng(settings.seed).permutation(num_images)
     test, rest = order[:num_test], order[num_test:]
     each = len(rest) // num_clients
+    if each < settings.batch_size:
+        raise GGLError(
+            f"batch_size: {settings.batch_size} is more than the {each} training images of each "
+            "client; give more images, fewer test images or fewer clients"
+        )
     train = rest[: each * num_clients].reshape(num_clients, each)
     return np.sort(train, axis=1), np.sort(test)
 
@@ -163,12 +171,7 @@ def measure(
     settings, client = checked(settings or UtilitySettings()), client or Client()
     privacy.check_delta(settings.delta)
     images, labels = admit(model, images, labels, variables)
-    train_at, test_at = split(len(images), settings.test_images, settings.clients, settings.seed)
-    if train_at.shape[1] < settings.batch_size:
-        raise GGLError(
-            f"batch_size: {settings.batch_size} is more than the {train_at.shape[1]} training "
-            f"images of each client; give more images, fewer test images or fewer clients"
-        )
+    train_at, test_at = split(len(images), settings)
     named: dict[str, Defense] = {}
     for one in ("none", *map(as_defense, defenses)):
         defense = client_defenses.parse(one) if isinstance(one, str) else one
@@ -177,7 +180,7 @@ def measure(
         gate.defense(defense, model)
         client_defenses.check_local_steps(defense, client.local_steps)
     asked = {k: v for k, v in (about or {}).items() if k not in ("command", "environment")}
-    local = {k: v for k, v in dataclasses.asdict(client).items() if k.startswith("local_")}
+    local = local_options(client)
     config = {
         "options": {**dataclasses.asdict(settings), **local, "model": model.name, **asked},
         **{name: value for name, value in (about or {}).items() if name not in asked},
@@ -214,7 +217,7 @@ def measure(
 
                 row: dict[str, Any] = {"defense": defense.name}
                 stream = jax.random.fold_in(key, TRAINING_STREAM)
-                row |= _train(stream, model, defense, variables, data, settings, local, report)
+                row |= _train(stream, model, defense, variables, data, settings, client, report)
                 row |= _privacy(defense, variables, settings)
                 rows.append(jsonable(row))
                 files.write_text(folder / ROWS, "".join(json.dumps(r) + "\n" for r in rows))
@@ -251,7 +254,12 @@ def read(folder: str | Path) -> Utility | None:
     return Utility(config, rows)
 
 
-def _train(key, model, defense, variables, data, settings, local, report) -> dict[str, Any]:
+def local_options(client: Client) -> dict[str, Any]:
+    """A client's options that say how it trains, by name."""
+    return {k: v for k, v in dataclasses.asdict(client).items() if k.startswith("local_")}
+
+
+def _train(key, model, defense, variables, data, settings, client, report) -> dict[str, Any]:
     began = time.perf_counter()
     federated = training.federated(
         model,
@@ -260,19 +268,19 @@ def _train(key, model, defense, variables, data, settings, local, report) -> dic
         batch_size=settings.batch_size,
         learning_rate=settings.learning_rate,
         momentum=settings.momentum,
-        **local,
+        client=client,
     )
     images, labels, test_images, test_labels = data
     rounds, accuracies, diverged = [], [], 0
     report("compiling", 0.0)
+    each = math.ceil(settings.rounds / 10)
     for state in training.train(
         federated,
         key,
         variables,
         images,
         labels,
-        num_rounds=settings.rounds,
-        every=math.ceil(settings.rounds / 10),
+        stops=[*range(each, settings.rounds, each), settings.rounds],
     ):
         diverged = int(state.diverged)
         if diverged:
