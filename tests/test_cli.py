@@ -159,7 +159,7 @@ def test_version(capsys):
 def test_switches_have_one_grammar():
     assert _parse(["audit", "--shard", "--no-relative"]).shard
     assert not _parse(["audit", "--no-relative"]).search.relative
-    assert _parse(["sweep", "g.toml", "--shard"]).shard
+    assert _parse(["sweep", "g.toml", "--shard"]).running.shard
     attack = ["attack", "--gradient", "g", "--weights", "w", "--out", "o"]
     assert _parse([*attack, "--attack", "ig", "--adaptive", "--shard"]).search.adaptive
     assert _parse([*attack, "--optimizer", "cma_es:8"]).search.optimizer == "cma_es:8"

@@ -606,11 +606,11 @@ def test_a_grid_files_model_has_the_classes_of_its_prior(tmp_path):
     card = {"name": "five", "kind": "dcgan", "arguments": arguments, "trained_on": [], "data": []}
     checkpoint.save(tmp_path / "five", dcgan(**arguments).init(jax.random.key(0)), card)
     fixed = f'fixed = {{prior = "{tmp_path / "five"}", model = "lenet"}}'
-    grid = load_grid(grid_file(tmp_path, fixed))
+    grid = load_grid(read_grid(grid_file(tmp_path, fixed)))
     assert grid.inputs.model.num_classes == 5
     assert all(cell.evaluations for cell in grid.cells)
     # Another number cannot be searched; its cell says so when it is run.
-    grid = load_grid(grid_file(tmp_path, fixed.replace("}", ", num_classes = 4}")))
+    grid = load_grid(read_grid(grid_file(tmp_path, fixed.replace("}", ", num_classes = 4}"))))
     assert grid.inputs.model.num_classes == 4
     assert not any(cell.evaluations for cell in grid.cells)
 
@@ -623,15 +623,15 @@ def test_a_grid_file_names_models_and_weights(tmp_path):
     early, late = f'"{tmp_path / "early"}"', f'"{tmp_path / "late"}"'
     modes = 'model = ["convnet:2,batch_norm={eval,train}"]'
     axes = f'[axes]\n{modes}\nweights = ["random", {early}, {late}]'
-    grid = load_grid(grid_file(tmp_path, axes))
+    grid = load_grid(read_grid(grid_file(tmp_path, axes)))
     # The classes are those of the weights that are read, for random ones, too.
     assert [cell.inputs.model.num_classes for cell in grid.cells] == [4] * 6
     assert sum(cell.inputs.variables is None for cell in grid.cells) == 2
     fixed = f'fixed = {{model = "convnet:2", weights = {late}}}'
-    (cell,) = load_grid(grid_file(tmp_path, fixed)).cells
+    (cell,) = load_grid(read_grid(grid_file(tmp_path, fixed))).cells
     assert jax.tree.all(jax.tree.map(np.array_equal, cell.inputs.variables, weights))
     with pytest.raises(gx.GGLError, match=r"num_classes: got 5, but .*late are weights of 4"):
-        load_grid(grid_file(tmp_path, fixed.replace("}", ", num_classes = 5}")))
+        load_grid(read_grid(grid_file(tmp_path, fixed.replace("}", ", num_classes = 5}"))))
 
 
 @pytest.mark.parametrize(

@@ -415,7 +415,7 @@ def test_the_report_draws_privacy_and_utility(tmp_path):
     markdown = path.with_suffix(".md").read_text()
     assert "| clip:4+noise:0.1 | +3.5 [" in markdown
     assert "| 61.0 % | 1.23e+03 | 3.7e+03 |" in markdown
-    assert "| clip:1 | – | 70.0 % | none (unbounded)" in markdown
+    assert "| clip:1 | – | no | 70.0 % | none (unbounded)" in markdown
     assert "diverged in round 7" in markdown
     assert "(figures/privacy-utility.svg)" in markdown
 

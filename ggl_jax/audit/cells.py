@@ -52,6 +52,8 @@ class Inputs:
         lpips: backbone of the LPIPS metric: "vgg" (the paper's), "alex" or "squeeze". Where its
             weights are not installed, ``lpips`` is None and ``lpips_note`` says how to get them.
         speed: how losses are computed; no result depends on it but for rounding.
+        fit: whether rows get a ``mismatch``, by which one may choose among attacks without the
+            truth (:func:`ggl_jax.audit.judge.mismatch`).
         about: entries for the folder's ``config.json``: under "options" what was asked for (by
             default these arguments), and the command, say.
 
@@ -72,6 +74,7 @@ class Inputs:
     ceiling_steps: int = 300
     lpips: str = "vgg"
     speed: Speed = Speed()  # noqa: RUF009 (it cannot change)
+    fit: bool = False
     about: Mapping[str, Any] | None = None
 
     def __post_init__(self):

@@ -1,6 +1,7 @@
 """The audit's own part of a cell: what the adversary found beside the truth and the controls."""
 
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -8,13 +9,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
+from ggl_jax import trees
 from ggl_jax.adversary import estimation
 from ggl_jax.adversary.reconstruct import Reconstruction
 from ggl_jax.audit import metrics
 from ggl_jax.audit.controls import Controls
 from ggl_jax.client import defenses as client_defenses
+from ggl_jax.client.gradients import client_update
 from ggl_jax.images import assign
-from ggl_jax.types import OK, STATUS_MESSAGES, Public
+from ggl_jax.spec import Client
+from ggl_jax.types import OK, STATUS_MESSAGES, Model, Public, View
 
 
 def jsonable(value: Any) -> Any:
@@ -118,6 +122,41 @@ def judge(
             row |= perceptual.row(np.asarray(image), private, pictures)
         rows.append(jsonable(row))
     return rows
+
+
+# Of the same objects, one call after the other, the compiled program is shared.
+@functools.lru_cache(maxsize=8)
+def _own_update(model: Model, client: Client) -> Callable:
+    return jax.jit(functools.partial(client_update, client, model))
+
+
+def mismatch(found: Reconstruction, *, public: Public, view: View, client: Client) -> float:
+    """How far a result's own update lies from the observed one, in one way for every attack.
+
+    The squared l2 distance of the result's update, put through the estimated defense (on the
+    support, where there is one), to the observed update, over the squared norm of that. It takes
+    what a server knows, so that one may choose among attacks by it; attacks' own losses differ in
+    distances and penalties.
+
+    Args:
+        found: of :func:`ggl_jax.reconstruct`.
+        public: as there, like ``view`` and ``client``.
+        view: of the kind of defense.
+        client: what is behind an update.
+
+    Returns:
+        At least 0; 0 where the update is met, 1 for an update of zero. Under noise, of the private
+        image itself the noise's share.
+    """
+    observed, view = found.problem.observed, view.comparing(True)
+    estimated = estimation.estimate(view, observed, public.model.head)
+    variables = public.variables
+    if view.rewire is not None:
+        variables = view.rewire(estimated, variables, public.model.head)
+    own = _own_update(public.model, client)(variables, found.images, found.labels)
+    own = view.simulate(estimated, own)
+    apart = trees.total(trees.sq_norms(jax.tree.map(jnp.subtract, own, observed)))
+    return float(apart / trees.total(trees.sq_norms(observed)))
 
 
 def _curve(history: np.ndarray, points: int = 48) -> list[list[float]]:

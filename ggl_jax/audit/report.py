@@ -18,7 +18,7 @@ from rich.markdown import Markdown, TableElement
 from rich.table import Table
 
 from ggl_jax import files
-from ggl_jax.audit import figures, tables, utility
+from ggl_jax.audit import figures, leaderboard, tables, utility
 from ggl_jax.audit.controls import read_controls
 from ggl_jax.audit.folder import Records
 from ggl_jax.audit.metrics import METRICS, Metric
@@ -204,7 +204,7 @@ def make(records: Records) -> Report:
     estimates = tables.parameters(records.rows)
     if estimates:
         add["What the server read off the update"].append(tables.table(_PARAMETERS, estimates))
-    add |= _utility(report, records, groups)
+    add |= _utility(report, records)
     add["Reconstructions"] = _pictures(report, records, groups)
     add["Searches"] = [tables.table(_SEARCHES, groups), *_loss_curves(report, groups)]
     if records.failures:
@@ -342,54 +342,7 @@ def _db(value: float | None) -> str:
 # --- privacy and utility ------------------------------------------------------------------------
 
 
-class _Point(NamedTuple):
-    """A defense's place between leakage and utility; either may be missing."""
-
-    label: str
-    row: dict[str, Any] | None
-    leakage: Leakage | None
-
-
-def _points(found: utility.Utility, groups: Sequence[Leakage]) -> list[_Point]:
-    """Every audited defense under its strongest attack, then those with a utility alone."""
-    points = [
-        _Point(group.defense, found.row_of(group.defense), group)
-        for group in tables.strongest(groups)
-    ]
-    shown = [point.row for point in points]
-    return points + [_Point(row["defense"], row, None) for row in found.rows if row not in shown]
-
-
-def _of_row(text: Callable[[dict[str, Any]], str]) -> Callable[[_Point], str]:
-    return lambda point: "–" if point.row is None else text(point.row)
-
-
-_UTILITY = (
-    Column("Defense", lambda p: escape(p.label), True),
-    Column("Gain", lambda p: "–" if p.leakage is None else score_text(p.leakage, "gain")),
-    Column("Test accuracy", _of_row(utility.accuracy_text)),
-    Column("ε (add or remove)", _of_row(utility.epsilon_text)),
-    Column("ε (replace)", _of_row(lambda row: utility.epsilon_text(row, "epsilon_replace"))),
-    Column("Note on ε", _of_row(lambda row: escape(row["epsilon_note"])), True),
-)
-
-
-def utility_text(found: utility.Utility, groups: Sequence[Leakage] = ()) -> str:
-    """The table of accuracies and epsilons, beside the gains where there are any; Markdown."""
-    undefended = found.row_of("none")
-    words = [
-        *utility.warnings(found),
-        *([] if undefended is None else [f"Undefended: {utility.accuracy_text(undefended)}."]),
-        f"Naming the commonest class gives {100 * found.config['majority']:.1f} %.",
-        utility.legend(found.config),
-    ]
-    notes = dict.fromkeys(r["epsilon_note"] for r in found.rows if "pip" in r["epsilon_note"])
-    words += [f"Epsilon: {note}." for note in notes]
-    columns = [column for column in _UTILITY if groups or column.heading != "Gain"]
-    return tables.table(columns, _points(found, groups)) + "\n\n" + escape(" ".join(words))
-
-
-def _utility(report: Report, records: Records, groups: Sequence[Leakage]) -> dict[str, list[str]]:
+def _utility(report: Report, records: Records) -> dict[str, list[str]]:
     found = utility.read(records.folder)
     if found is None:
         command = f"ggl-jax utility {records.folder}"
@@ -399,7 +352,8 @@ def _utility(report: Report, records: Records, groups: Sequence[Leakage]) -> dic
                 "and adds accuracy, epsilon and their figure (--data names its images)."
             ]
         }
-    points, parts = _points(found, groups), [utility_text(found, groups)]
+    points = leaderboard.points(found, tables.by_fit(records.rows))
+    parts = [leaderboard.text(points, found)]
     majority, undefended = 100 * found.config["majority"], found.row_of("none")
     lines = {"majority class": majority}
     if undefended is not None and undefended["accuracy"] is not None:

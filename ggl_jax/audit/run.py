@@ -28,7 +28,7 @@ from ggl_jax.adversary.search import release_programs
 from ggl_jax.audit import folder as folders
 from ggl_jax.audit.cells import PUBLIC_STREAM, Cell, Cells, Inputs, image_batches
 from ggl_jax.audit.controls import Controls, batch_controls, read_controls, write_controls
-from ggl_jax.audit.judge import in_order, judge
+from ggl_jax.audit.judge import in_order, jsonable, judge, mismatch
 from ggl_jax.client.share import share
 from ggl_jax.errors import GGLError, StorageError
 from ggl_jax.files import digest
@@ -280,6 +280,11 @@ class _Work:
             cells, keys, private, found, shared, strict=True
         ):
             report("controls")
+            more = {}
+            if inputs.fit:
+                more["mismatch"] = mismatch(
+                    one, public=self.public, view=first.defense.view, client=first.client
+                )
             one = in_order(one, batch[0])
             files, controls = self.controls(cell, own, one.labels)
             rows = judge(
@@ -298,6 +303,7 @@ class _Work:
                     **{"attack": cell.search.attack, "seed": cell.seed},
                     **{"seconds": seconds, "axes": cell.axes},
                     "controls": file,
+                    **jsonable(more),
                 }
             judged.append((rows, one.images))
         return judged

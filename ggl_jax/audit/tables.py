@@ -3,6 +3,7 @@
 A table here is Markdown; :mod:`ggl_jax.audit.report` puts them together.
 """
 
+import collections
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -210,15 +211,16 @@ def leakage(rows: Sequence[dict[str, Any]]) -> list[Leakage]:
     groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for row in rows:
         groups.setdefault((row["defense"], variant_of(row, names)), []).append(row)
-    found = []
-    for (defense, variant), part in groups.items():
-        means = {
-            name: mean_over_images(part, score.function, score.limits)
-            for name, score in scores().items()
-            if all(score.function(row) is not None for row in part)
-        }
-        found.append(Leakage(defense, variant, part, means))
-    return found
+    return [_leakage(*which, part) for which, part in groups.items()]
+
+
+def _leakage(defense: str, variant: str, rows: list[dict[str, Any]]) -> Leakage:
+    means = {
+        name: mean_over_images(rows, score.function, score.limits)
+        for name, score in scores().items()
+        if all(score.function(row) is not None for row in rows)
+    }
+    return Leakage(defense, variant, rows, means)
 
 
 def strongest(groups: Sequence[Leakage]) -> list[Leakage]:
@@ -229,6 +231,36 @@ def strongest(groups: Sequence[Leakage]) -> list[Leakage]:
         if known is None or not group.means["psnr"].mean <= known.means["psnr"].mean:
             best[group.defense] = group
     return list(best.values())
+
+
+def by_fit(rows: Sequence[dict[str, Any]]) -> list[Leakage]:
+    """For each defense, of each image and seed the result of lowest mismatch: no truth chooses.
+
+    Where a row has none (:func:`ggl_jax.audit.judge.mismatch`), :func:`strongest`.
+    """
+    groups = leakage(rows)
+    several = len({group.variant for group in groups}) > 1
+    if not several or any("mismatch" not in row for row in rows):
+        return strongest(groups)
+
+    def misfit(row: Row) -> float:
+        return math.inf if row["mismatch"] is None else row["mismatch"]
+
+    names = variant_names(rows)
+    best: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for row in rows:
+        key = row["defense"], row["image"], row["seed"]
+        if key not in best or misfit(row) < misfit(best[key]):
+            best[key] = row
+    parts: dict[str, list[dict[str, Any]]] = {}
+    for (defense, _, _), row in best.items():
+        parts.setdefault(defense, []).append(row)
+    found = []
+    for defense, part in parts.items():
+        number = collections.Counter(variant_of(row, names) for row in part)
+        shown = ", ".join(f"{variant} ({n} of {len(part)})" for variant, n in number.most_common())
+        found.append(_leakage(defense, shown, part))
+    return found
 
 
 def family_of(defense: str) -> tuple[str, float | None]:

@@ -26,6 +26,22 @@ _TABLES = ("preset", "fixed", "axes", "exclude")
 
 
 @dataclasses.dataclass(frozen=True)
+class Running:
+    """How a grid is run."""
+
+    dry_run: bool = False
+    """Only say how many cells, programs and gradient evaluations it would be, and which cells
+    cannot run. ggl-jax status tells the pace once some are finished."""
+    extend: bool = False
+    """Go on in a folder of another configuration: what is finished there stays."""
+    retry_failed: bool = False
+    """Try failed cells again."""
+    shard: bool = False
+    """Share the work out to all devices of this machine: images where there are as many as
+    devices, else each step's candidates."""
+
+
+@dataclasses.dataclass(frozen=True)
 class SweepCommand:
     """Audit a whole grid: attacks x settings x defenses x images x seeds.
 
@@ -40,16 +56,7 @@ class SweepCommand:
     """The grid, a .toml file (see docs/scale.md)."""
     out: Path | None = None
     """Folder for the results; by default the grid's name without .toml, here."""
-    dry_run: bool = False
-    """Only say how many cells, programs and gradient evaluations it would be, and which cells
-    cannot run. ggl-jax status tells the pace once some are finished."""
-    extend: bool = False
-    """Go on in a folder of another configuration: what is finished there stays."""
-    retry_failed: bool = False
-    """Try failed cells again."""
-    shard: bool = False
-    """Share the work out to all devices of this machine: images where there are as many as
-    devices, else each step's candidates."""
+    running: Running = dataclasses.field(default_factory=Running)
     coordinator: str | None = None
     """HOST:PORT of process 0, to share the work out to several processes or hosts."""
     num_processes: int | None = None
@@ -91,10 +98,8 @@ def read_grid(path: Path) -> GridFile:
     """Read and check a grid file.
 
     Raises:
-        GGLError: no such file, not TOML, an unknown table or option, or a value of a wrong type.
+        GGLError: no such file, not TOML, or as :func:`grid_of`.
     """
-    from ggl_jax.audit.sweep import check_axes
-
     try:
         table = tomllib.loads(path.read_text())
     except FileNotFoundError:
@@ -104,6 +109,17 @@ def read_grid(path: Path) -> GridFile:
     unknown = [name for name in table if name not in _TABLES]
     if unknown:
         raise GGLError(f"grid: {path} has {unknown[0]!r}; allowed: {', '.join(_TABLES)}")
+    return grid_of(table)
+
+
+def grid_of(table: dict[str, Any]) -> GridFile:
+    """Check a grid's tables.
+
+    Raises:
+        GGLError: an unknown option, or a value of a wrong type.
+    """
+    from ggl_jax.audit.sweep import check_axes
+
     preset = check("grid: preset", table.get("preset", "quick"), Preset)
     fixed, exclude = table.get("fixed", {}), table.get("exclude", [])
     axes = dict(table.get("axes", {}))
@@ -133,16 +149,22 @@ def read_grid(path: Path) -> GridFile:
     return GridFile({**shown, "exclude": exclude}, replace(Fixed(), **own), search, axes)
 
 
-def load_grid(path: Path, about: dict[str, Any] | None = None):
-    """A :class:`ggl_jax.audit.sweep.Grid` of a grid file, with images, model and prior loaded."""
+def load_grid(file: GridFile, about: dict[str, Any] | None = None, **given: Any):
+    """A :class:`ggl_jax.audit.sweep.Grid` of a grid, with images, model and prior loaded.
+
+    Args:
+        file: of :func:`read_grid` or :func:`grid_of`.
+        about: entries for the folder's ``config.json``.
+        **given: further arguments of :class:`ggl_jax.audit.cells.Inputs`.
+    """
     from ggl_jax.audit import sweep
     from ggl_jax.audit.cells import Inputs
 
-    file = read_grid(path)
     setup, judge = _first(file), file.fixed.judge
     remedy = "add a labels.csv (file,label) or fix label = 0"
     loaded = load_inputs(setup, indices=file.options["axes"]["image"], remedy=remedy)
     more = {
+        **given,
         "others": suspects(setup, judge, loaded),
         "about": {**(about or {}), "options": file.options},
     }
@@ -172,15 +194,19 @@ def run(command: SweepCommand, argv: list[str]) -> int:
     _devices.join(
         command.coordinator, command.num_processes, command.process_id, command.distributed
     )
+    grid = load_grid(read_grid(command.grid), about(argv))
+    return carry_out(grid, command.out or Path(command.grid.stem), command.running)
+
+
+def carry_out(grid, out: Path, running: Running) -> int:
+    """Run a grid with progress, a summary and the report; the exit code."""
     import jax
 
     from ggl_jax.audit import folder, report
     from ggl_jax.audit.run import run as run_cells
 
-    grid = load_grid(command.grid, about(argv))
-    out = command.out or Path(command.grid.stem)
     first = jax.process_index() == 0
-    if command.dry_run:
+    if running.dry_run:
         done = folder.read(out).finished if (out / "plan.json").exists() else set()
         return _dry_run(grid, done)
     if first:
@@ -194,9 +220,9 @@ def run(command: SweepCommand, argv: list[str]) -> int:
             grid.inputs,
             out,
             config=grid.config,
-            extend=command.extend,
-            retry_failed=command.retry_failed,
-            mesh=_devices.mesh(command.shard),
+            extend=running.extend,
+            retry_failed=running.retry_failed,
+            mesh=_devices.mesh(running.shard),
             progress=bar if first else None,
         )
     records = result.records

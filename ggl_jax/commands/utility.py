@@ -71,9 +71,21 @@ def _of_run(folder: Path) -> tuple[audit_command.AuditCommand, list[str]]:
     return replace(base, **options["fixed"]), defenses
 
 
+def load(data: str, size: int, label: int | None) -> audit_data.Dataset:
+    """Images with labels.
+
+    Raises:
+        GGLError: what cannot be loaded, or has no labels.
+    """
+    dataset = audit_data.load(data, image_size=size, labels=label)
+    if dataset.labels is None:
+        raise GGLError(f"data: {data} has no labels; add a labels.csv (file,label)")
+    return dataset
+
+
 def run(command: UtilityCommand, argv: list[str]) -> int:
     """``ggl-jax utility``."""
-    from ggl_jax.audit import report  # here and not above: it loads matplotlib
+    from ggl_jax.audit import leaderboard, report  # here and not above: it loads matplotlib
 
     command = checked(command)
     if command.folder is not None:
@@ -96,9 +108,7 @@ def run(command: UtilityCommand, argv: list[str]) -> int:
         weights=command.weights or setup.weights,
     )
     data = setup.data
-    dataset = audit_data.load(data, image_size=size, labels=setup.label)
-    if dataset.labels is None:
-        raise GGLError(f"data: {data} has no labels; add a labels.csv (file,label)")
+    dataset = load(data, size, setup.label)
     shape = dataset.images.shape[1:]
     model, variables = load_model(setup, count_classes(dataset, dataset.labels, *known), shape)
     out = command.out or command.folder
@@ -117,7 +127,7 @@ def run(command: UtilityCommand, argv: list[str]) -> int:
             progress=bar,
         )
     if found.rows:
-        console.print(report.Terminal(report.utility_text(found)))
+        console.print(report.Terminal(leaderboard.text(leaderboard.points(found, []), found)))
     say(f"Results: {out / utility.ROWS}")
     if command.folder is not None and out == command.folder:
         records = folders.read(out)

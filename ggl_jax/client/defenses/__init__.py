@@ -1,8 +1,8 @@
 """Privacy defenses, from both sides: what the client does and what the server makes of it.
 
 A defense is a :class:`ggl_jax.types.Defense`. To add one, write a module beside these with a
-factory whose hyper-parameters are keyword-only, and add it to :data:`DEFENSES`; the first
-hyper-parameter is the one that ``"name:value"`` sets.
+factory whose hyper-parameters are keyword-only, and add it to :data:`DEFENSES`, with its strengths
+in :data:`STRENGTHS`; the first hyper-parameter is the one that ``"name:value"`` sets.
 """
 
 import functools
@@ -32,6 +32,7 @@ from ggl_jax.types import Defense, Factored, Facts, View
 
 __all__ = [
     "DEFENSES",
+    "STRENGTHS",
     "chain",
     "check_local_steps",
     "clip",
@@ -317,6 +318,31 @@ DEFENSES: dict[str, Callable[..., Defense]] = {
     "svt": svt,
     "outpost": outpost,
     "censor": censor,
+}
+
+#: What ``ggl-jax leaderboard`` tries: three strengths of each defense, the weakest first, in the
+#: braces of a sweep; fewer where no option is one. A defense that is not here is tried as its name
+#: alone makes it.
+STRENGTHS: dict[str, tuple[str, ...]] = {
+    "none": ("none",),
+    "noise": ("noise:{0.01,0.1,1}",),
+    "clip": ("clip:{16,4,1}",),
+    "clip+noise": ("clip:4+noise:{0.01,0.03,0.1}",),
+    "sparsify": ("sparsify:{0.9,0.99,0.999}",),
+    "soteria": ("soteria:{0.4,0.8,0.95}", "soteria:0.8,representation=False"),
+    "sign": ("sign:scaled=True", "sign"),
+    "qsgd": ("qsgd:{16,4,1}",),
+    "ternary": ("ternary:{0,2.5,1}",),
+    "topk": ("topk:{0.1,0.01,0.001}",),
+    "randomk": ("randomk:{0.5,0.1,0.01}",),
+    "dropout": ("dropout:{0.5,0.9,0.99}",),
+    "laplace": ("laplace:{0.01,0.1,1}",),
+    "dpsgd": ("dpsgd:1,multiplier={0.01,0.1,1}",),
+    "flower": ("flower:{1000,100,10}",),
+    "percentile": ("percentile:{10,50,90}",),
+    "svt": ("svt:noise_var={10,1,0.1}",),
+    "outpost": ("outpost:{0.2,0.8,3.2}",),
+    "censor": ("censor:{1,5,20}", "censor:20,exact=False"),
 }
 
 
