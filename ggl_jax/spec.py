@@ -168,6 +168,10 @@ class Judge:
     suspects: Number = 99
     """Other images of the same data, at most, among which the private one is to be told by its
     reconstruction; 0 for none."""
+    bound_samples: Number = 0
+    """Pairs of images on which rests, for defenses that add Gaussian noise, the smallest squared
+    error that any attack can have, and how often any can identify the image; 0 for none, 128 for a
+    good one (each costs eight gradients)."""
 
 
 @dataclasses.dataclass(frozen=True)

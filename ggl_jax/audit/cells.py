@@ -23,9 +23,9 @@ from ggl_jax.priors import load_prior
 from ggl_jax.spec import Client, Search, Speed, checked
 from ggl_jax.types import Defense, Model, Public, PyTree
 
-# Streams of the run's key: the federated model's weights, and the adversary's public samples.
-# Instances fold in their image index, which never gets as large.
-MODEL_STREAM, PUBLIC_STREAM = 2**31 - 1, 2**31 - 2
+# Streams of the run's key: the federated model's weights, the adversary's public samples, and those
+# behind bounds. Instances fold in their image index, which never gets as large.
+MODEL_STREAM, PUBLIC_STREAM, BOUND_STREAM = 2**31 - 1, 2**31 - 2, 2**31 - 3
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -51,6 +51,8 @@ class Inputs:
         ceiling_steps: Adam steps of the prior's direct fit to the private image (the ceiling).
         lpips: backbone of the LPIPS metric: "vgg" (the paper's), "alex" or "squeeze". Where its
             weights are not installed, ``lpips`` is None and ``lpips_note`` says how to get them.
+        bound_samples: pairs of images behind the bound of squared error
+            (:mod:`ggl_jax.audit.bounds`); 0 for none.
         speed: how losses are computed; no result depends on it but for rounding.
         fit: whether rows get a ``mismatch``, by which one may choose among attacks without the
             truth (:func:`ggl_jax.audit.judge.mismatch`).
@@ -73,6 +75,7 @@ class Inputs:
     num_controls: int = 400
     ceiling_steps: int = 300
     lpips: str = "vgg"
+    bound_samples: int = 0
     speed: Speed = Speed()  # noqa: RUF009 (it cannot change)
     fit: bool = False
     about: Mapping[str, Any] | None = None
@@ -88,6 +91,7 @@ class Inputs:
         put("speed", checked(gate.options("speed", self.speed, Speed)))
         smallest_side(self.lpips)  # for its error
         at_least(1, num_controls=self.num_controls, ceiling_steps=self.ceiling_steps)
+        at_least(0, bound_samples=self.bound_samples)
         images, labels = admit(self.model, self.images, self.labels, self.variables)
         put("images", images)
         put("labels", labels)
@@ -286,6 +290,8 @@ class Cells:
             del known["suspects"]  # with more private images there are others; a row says how many
             known["images"] = [known["images"][name] for name in names]
             parts += [known, inputs.num_controls, inputs.ceiling_steps, inputs.lpips]
+            # Only where they are asked for, so that cells without keep their names.
+            parts += [inputs.bound_samples] if inputs.bound_samples else []
         shown = {**axes, "defense": defense.name, "seed": seed, "image": ", ".join(names)}
         return Cell(
             digest(parts)[:16],

@@ -252,7 +252,7 @@ METRICS: dict[str, Metric | Callable[..., Any]] = {
     ),
     "mse": Metric(
         lambda x, y, model, variables: mse(x, y),
-        "squared error of the pixels", "MSE", "", ".3f", "lower", _ERRORS, shown=False,
+        "squared error of the pixels", "MSE", "", ".2g", "lower", _ERRORS, shown=False,
     ),
     "psnr_paper": Metric(
         lambda x, y, model, variables: psnr_paper(x, y),

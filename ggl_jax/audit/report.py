@@ -34,6 +34,7 @@ ON_SCREEN = (
     "What leaked",
     "Other scores",
     "What the server read off the update",
+    "What no attack can pass",
     "Privacy and utility",
 )
 
@@ -204,6 +205,9 @@ def make(records: Records) -> Report:
     estimates = tables.parameters(records.rows)
     if estimates:
         add["What the server read off the update"].append(tables.table(_PARAMETERS, estimates))
+    bounded = [group for group in groups if _BOUNDS.keys() & group.means.keys()]
+    if bounded:
+        add["What no attack can pass"] = _bounds(bounded)
     add |= _utility(report, records)
     add["Reconstructions"] = _pictures(report, records, groups)
     add["Searches"] = [tables.table(_SEARCHES, groups), *_loss_curves(report, groups)]
@@ -254,6 +258,28 @@ def _leaks(report: Report, groups: Sequence[Leakage]) -> list[str]:
         tables.score_table(groups, shown, verdict) + (interval if several else ""),
         "\n".join(images),
     ]
+
+
+#: Columns of bounds, none with an interval.
+_BOUNDS = dict.fromkeys((*tables.BOUNDED.values(), "bound_identified_any"), False)
+
+
+def _bounds(groups: Sequence[Leakage]) -> list[str]:
+    """What attacks did beside what none can do, and where they seem to have done it."""
+    shown: dict[str, bool] = {}
+    for name, bound in tables.BOUNDED.items():
+        if any(bound in group.means for group in groups):
+            shown |= {name: True, bound: False}
+    text = [tables.score_table(groups, shown | _BOUNDS)]
+    text += [
+        f"**{escape(tables.scores()[name].heading)} beyond its bound** under "
+        f"{escape(tables.spoken(group.defense))}: these images are not those that the bound is of, "
+        "or the audit has a bug."
+        for group in groups
+        for name in tables.BOUNDED
+        if tables.passed(group, name)
+    ]
+    return text
 
 
 _PARAMETERS = (

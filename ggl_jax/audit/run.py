@@ -26,7 +26,8 @@ from ggl_jax.adversary.reconstruct import expectations, reconstruct
 from ggl_jax.adversary.resume import Checkpoints
 from ggl_jax.adversary.search import release_programs
 from ggl_jax.audit import folder as folders
-from ggl_jax.audit.cells import PUBLIC_STREAM, Cell, Cells, Inputs, image_batches
+from ggl_jax.audit.bounds import Bounds
+from ggl_jax.audit.cells import BOUND_STREAM, PUBLIC_STREAM, Cell, Cells, Inputs, image_batches
 from ggl_jax.audit.controls import Controls, batch_controls, read_controls, write_controls
 from ggl_jax.audit.judge import in_order, jsonable, judge, mismatch
 from ggl_jax.client.share import share
@@ -162,7 +163,8 @@ def run(
 def config_of(cells: Sequence[Cell], inputs: Inputs, options: Mapping[str, Any]) -> dict[str, Any]:
     """A folder's ``config.json``: what was asked for, and of what, by content."""
     own = {cell.defense.name: cell.own for cell in cells if cell.own}
-    judged = {name: getattr(inputs, name) for name in ("num_controls", "ceiling_steps", "lpips")}
+    shown = ("num_controls", "ceiling_steps", "lpips", "bound_samples")
+    judged = {name: getattr(inputs, name) for name in shown}
     names = {"model": inputs.model.name, "prior": inputs.prior.name}
     known = dict(inputs.digests)
     for name in ("model", "variables"):
@@ -242,6 +244,8 @@ class _Work:
         if self.world != (inputs, first.seed):
             self.world = inputs, first.seed
             self.public, self.expected = inputs.public(first.seed), None
+            own = jax.random.fold_in(key, BOUND_STREAM)
+            self.bounds = Bounds(self.public, own, inputs.bound_samples)
         if first.client.batch_size > 1 and self.expected is None:
             self.expected = expectations(jax.random.fold_in(key, PUBLIC_STREAM), self.public)
         keys = [jax.random.fold_in(key, inputs.instance_ids[cell.images[0]]) for cell in cells]
@@ -296,6 +300,8 @@ class _Work:
                 others=inputs.others,
                 perceptual=inputs.perceptual,
             )
+            report("bounds")
+            rows[0] |= self.bounds.row(cell.defense, cell.client, *batch, inputs.others)
             names = [inputs.names[i] for i in cell.images]
             for row, name, file in zip(rows, names, files, strict=True):
                 row |= {

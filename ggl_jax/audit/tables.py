@@ -112,6 +112,10 @@ def _nearest(name: str) -> Callable[[Row], float | None]:
     return lambda row: 100.0 * (row[name] == 1) if "suspects" in row else None
 
 
+def _share(name: str) -> Callable[[Row], float | None]:
+    return lambda row: None if row.get(name) is None else 100.0 * row[name]
+
+
 _LEVELS = (0.0, math.inf)
 _SHARE = (0.0, 100.0)
 
@@ -149,7 +153,23 @@ DERIVED: dict[str, Metric] = {
         _nearest("rank_features"), "the same by the model's features", "Identified by features",
         "%", ".0f", "higher", _SHARE,
     ),
+    "bound_mse": Metric(
+        _entry("bound_mse"), "no attack has a smaller squared error, on average over images drawn "
+        "from a Gaussian of the prior's mean and covariance", "Least MSE", "", ".2g", "lower",
+        _LEVELS,
+    ),
+    "bound_identified": Metric(
+        _share("bound_identified"), "no attack names the private image among these suspects more "
+        "often, each as likely to be it", "Most identified", "%", ".0f", "higher", _SHARE,
+    ),
+    "bound_identified_any": Metric(
+        _share("bound_identified_any"), "the same among as many of any images, by the clip's bound "
+        "alone", "Of any images", "%", ".0f", "higher", _SHARE,
+    ),
 }  # fmt: skip
+
+#: What was measured and what bounds it.
+BOUNDED = {"mse": "bound_mse", "identified_pixels": "bound_identified"}
 
 
 def scores() -> dict[str, Metric]:
@@ -179,6 +199,20 @@ def mean_over_images(
     if math.isnan(low):
         return Mean(sum(means) / len(means), None, None)
     return Mean(sum(means) / len(means), max(low, limits[0]), min(high, limits[1]))
+
+
+def passed(group: Leakage, name: str) -> bool:
+    """Whether a mean of :data:`BOUNDED` lies beyond its bound, with its interval where it has one.
+
+    Then the bound's assumptions do not hold of these images, or the audit has a bug.
+    """
+    if BOUNDED[name] not in group.means or name not in group.means:
+        return False
+    found, bound = group.means[name], group.means[BOUNDED[name]].mean
+    lower = scores()[name].nearer == "lower"
+    end = found.high if lower else found.low
+    end = found.mean if end is None else end
+    return end < bound if lower else end > bound
 
 
 def variant_names(rows: Sequence[Row]) -> list[str]:

@@ -90,6 +90,7 @@ class Loaded(NamedTuple):
             "num_controls": judge.num_controls,
             "ceiling_steps": judge.ceiling_steps,
             "lpips": judge.lpips,
+            "bound_samples": judge.bound_samples,
             "speed": speed,
             **more,
         }
