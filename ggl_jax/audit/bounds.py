@@ -75,8 +75,9 @@ def identification(num: int, mu: float) -> float:
     Raises:
         GGLError: an argument is out of range.
 
-    Reference: Hayes, Mahloujifar and Balle 2023, "Bounding Training Data Reconstruction in DP-SGD",
-    theorem 2 and the blow-up function of Gaussians below it.
+    Reference: Hayes, Mahloujifar and Balle 2023, "Bounding Training Data Reconstruction in DP-SGD"
+    (blow-up functions); in closed form for Gaussians: Kaissis et al. 2023, "Bounding Data
+    Reconstruction Attacks with the Hypothesis Testing Interpretation of Differential Privacy".
 
     >>> identification(2, 0.0), round(identification(100, 2.0), 3)
     (0.5, 0.372)
