@@ -118,6 +118,8 @@ DEFENSE_SPECS = {
     "svt": "svt:0.3,epsilon=5,noise_var=1,gamma=0.1,tau=0.01",
     "outpost": "outpost:0.5",
     "censor": "censor:3",
+    "mixup": "mixup:2",
+    "ats": "ats:43-18-18",
 }
 
 

@@ -42,7 +42,7 @@ EXACT = [
 ]
 
 #: With tests of their own laws, below.
-OWN = ["dpsgd", "flower", "svt", "outpost", "censor"]
+OWN = ["dpsgd", "flower", "svt", "outpost", "censor", "mixup", "ats"]
 
 
 @pytest.fixture(scope="module")
@@ -405,6 +405,9 @@ OPTIONS = {
     "phi": ("90", "100"),
     "prune": ("0", "100"),
     "trials": ("2", "0"),
+    "alpha": ("0.5", "0"),
+    "mixup.public": ("batch", "none.npz"),
+    "policy": ("7/3-1", "3-50"),
 }
 
 

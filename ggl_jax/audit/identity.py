@@ -117,7 +117,7 @@ def defense_digest(defense: Defense, model: Model) -> str:
 
 
 def names_own(*specifications: Any) -> bool:
-    """Whether a specification names a part that the user put into a registry."""
+    """Whether a specification names a part that the user put into a registry, or a file."""
     own = {
         name
         for registry, shipped in zip(_REGISTRIES, _SHIPPED, strict=True)
@@ -125,7 +125,9 @@ def names_own(*specifications: Any) -> bool:
         if shipped.get(name) is not part
     }
     return any(
-        not own.isdisjoint(re.split(r"\W+", one)) for one in specifications if isinstance(one, str)
+        ".npz" in one or not own.isdisjoint(re.split(r"\W+", one))
+        for one in specifications
+        if isinstance(one, str)
     )
 
 

@@ -13,11 +13,13 @@ import jax
 import jax.numpy as jnp
 
 from ggl_jax import grammar
+from ggl_jax.client.defenses.ats import ats
 from ggl_jax.client.defenses.censor import censor
 from ggl_jax.client.defenses.clip import clip
 from ggl_jax.client.defenses.dropped import dropout, randomk
 from ggl_jax.client.defenses.laplace import laplace
 from ggl_jax.client.defenses.localdp import dpsgd, flower
+from ggl_jax.client.defenses.mixup import mixup
 from ggl_jax.client.defenses.noise import noise
 from ggl_jax.client.defenses.nvflare import percentile, svt
 from ggl_jax.client.defenses.outpost import outpost
@@ -318,6 +320,8 @@ DEFENSES: dict[str, Callable[..., Defense]] = {
     "svt": svt,
     "outpost": outpost,
     "censor": censor,
+    "mixup": mixup,
+    "ats": ats,
 }
 
 #: What ``ggl-jax leaderboard`` tries: three strengths of each defense, the weakest first, in the
@@ -343,6 +347,8 @@ STRENGTHS: dict[str, tuple[str, ...]] = {
     "svt": ("svt:noise_var={10,1,0.1}",),
     "outpost": ("outpost:{0.2,0.8,3.2}",),
     "censor": ("censor:{1,5,20}", "censor:20,exact=False"),
+    "mixup": ("mixup:{0.2,1,8}",),
+    "ats": ("ats:{3-1-7,43-18-18,3-1-7/43-18-18}",),
 }
 
 
