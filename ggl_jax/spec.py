@@ -80,9 +80,12 @@ class Client:
     batch_size: Count = 1
     """Private images in each shared update."""
     local_steps: Count = 1
-    """Local SGD steps behind each shared update: 1 for a plain gradient, more for FedAvg."""
+    """Local steps behind each shared update: 1 for a plain gradient, more for FedAvg."""
     local_learning_rate: Positive = 0.01
     """Step size of the local steps."""
+    local_optimizer: str = "sgd"
+    """What makes the local steps: sgd, sgd:momentum=0.9 (or with nesterov=True) or adam, with
+    b1, b2 and eps. The update is the way that the weights went, over the step size."""
     share_statistics: bool = False
     """Clients also share their batch's mean and variance at every BatchNorm layer, for attacks with
     batch_norm among their penalties."""

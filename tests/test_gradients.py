@@ -7,9 +7,12 @@ import pytest
 from flax import linen as nn
 from jax.flatten_util import ravel_pytree
 
-from ggl_jax.client.gradients import cross_entropy, gradient, local_update, update_fn
+from ggl_jax.client.gradients import cross_entropy, gradient, local_update
+from ggl_jax.client.local import gradients_summed, local_optimizer, shares_gradient
 from ggl_jax.client.models import from_flax
+from ggl_jax.client.updates import read_update, read_variables
 from ggl_jax.errors import GGLError
+from ggl_jax.spec import Client
 
 SHAPE = (4, 4, 1)
 
@@ -189,12 +192,13 @@ def test_three_local_steps_equal_a_hand_loop(model, variables, images, batch_siz
     assert max(jax.tree.leaves(off)) > 1e-2  # the weights did move between the steps
 
 
-def test_local_update_is_differentiable(model, variables, images):
-    update = update_fn(model, local_steps=2, learning_rate=0.1)
-
+@pytest.mark.parametrize("optimizer", ["sgd:momentum=0.9", "adam:eps=1"])
+def test_local_update_is_differentiable(model, variables, images, optimizer):
     @jax.jit
     def energy(images):
-        return sum(jnp.sum(g**2) for g in jax.tree.leaves(update(variables, images, LABELS)))
+        options = {"local_steps": 3, "learning_rate": 0.1, "optimizer": optimizer}
+        update = local_update(model, variables, images, LABELS, **options)
+        return sum(jnp.sum(g**2) for g in jax.tree.leaves(update))
 
     direction = jax.random.normal(jax.random.key(4), images.shape)
     slope = jnp.sum(jax.grad(energy)(images) * direction)
@@ -204,14 +208,112 @@ def test_local_update_is_differentiable(model, variables, images):
     assert float(numeric) == pytest.approx(float(slope), rel=1e-2)
 
 
-def test_update_fn_is_local_update(model, variables, images):
-    options = {"local_steps": 2, "learning_rate": 0.5, "batch_size": 2}
-    assert_trees_close(
-        update_fn(model, **options)(variables, images, LABELS),
-        local_update(model, variables, images, LABELS, **options),
-        rtol=0,
-        atol=0,
+@pytest.mark.parametrize(
+    ("optimizer", "options"),
+    [
+        ("sgd:momentum=0.9", {"momentum": 0.9}),
+        ("sgd:momentum=0.5,nesterov=True", {"momentum": 0.5, "nesterov": True}),
+        ("adam:b2=0.99", {"betas": (0.9, 0.99)}),
+    ],
+)
+def test_five_local_steps_in_training_mode_agree_with_torch(optimizer, options):
+    """A batch of four through BatchNorm by its own statistics, and torch's optimisers."""
+    torch = pytest.importorskip("torch")
+    torch.manual_seed(0)
+    sizes = ((3, 4), (4, 8), (8, 16))
+    layers = [
+        [torch.nn.Conv2d(a, b, 3, padding=1, bias=False), torch.nn.BatchNorm2d(b), torch.nn.ReLU()]
+        for a, b in sizes
+    ]
+    pool = torch.nn.MaxPool2d(2)
+    body = [*layers[0], *layers[1], pool, *layers[2], pool, torch.nn.Flatten()]
+    net = torch.nn.Sequential(*body, torch.nn.Linear(64, 3)).double().train()
+    numbers = {0: "conv1", 1: "bn1", 3: "conv2", 4: "bn2", 7: "conv3", 8: "bn3", 12: "fc"}
+
+    def named():
+        renamed = ((k.partition("."), v) for k, v in net.state_dict().items())
+        return {f"{numbers[int(k[0])]}.{k[2]}": v.numpy().copy() for k, v in renamed}
+
+    before = named()
+    model, variables = read_variables(before, "convnet:4,batch_norm=train", (8, 8, 3))
+    rng = np.random.default_rng(0)
+    images, labels = rng.random((4, 8, 8, 3)), np.array([0, 2, 1, 2])
+    rate = 0.02
+    kind = torch.optim.Adam if optimizer.startswith("adam") else torch.optim.SGD
+    own = kind(net.parameters(), lr=rate, **options)
+    seen = torch.tensor(2 * images - 1).permute(0, 3, 1, 2)
+    for _ in range(5):
+        own.zero_grad()
+        torch.nn.functional.cross_entropy(net(seen), torch.tensor(labels)).backward()
+        own.step()
+    after = named()
+    expected = read_update({k: (before[k] - after[k]) / rate for k in after}, variables["params"])
+
+    run = jax.jit(
+        lambda v, x: local_update(
+            model, v, x, labels, local_steps=5, learning_rate=rate, optimizer=optimizer
+        )
     )
+    found = run(variables, jnp.asarray(images, jnp.float32))
+    for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        assert np.linalg.norm(ours - theirs) < 1e-4 * np.linalg.norm(theirs)
+
+
+def test_what_an_update_is_a_sum_of(model, variables, images):
+    """Of a linear loss the gradient is the same in every step, so weights can be counted."""
+    for text, steps in (
+        ("sgd", 3),
+        ("sgd:momentum=0.9", 5),
+        ("sgd:momentum=0.5,nesterov=True", 2),
+    ):
+        own = local_optimizer(text)
+        state, total = own.init(jnp.ones(())), 0.0
+        for _ in range(steps):
+            direction, state = own.update(jnp.ones(()), state)
+            total += float(direction)
+        client = Client(local_steps=steps, local_optimizer=text)
+        assert gradients_summed(client) == pytest.approx(total)
+    assert gradients_summed(Client(local_optimizer="adam")) is None
+    plain = {
+        text: shares_gradient(Client(local_optimizer=text))
+        for text in ("sgd", "sgd:momentum=0.9", "sgd:0.9,nesterov=True", "adam")
+    }
+    assert list(plain.values()) == [True, True, False, False]
+    for text, expected in plain.items():
+        update = local_update(model, variables, images, LABELS, optimizer=text)
+        whole = gradient(model, variables, images, LABELS)
+        off = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), update, whole)
+        assert (max(jax.tree.leaves(off)) < 1e-6) == expected
+    with pytest.raises(GGLError, match="local_optimizer: got 'rmsprop', allowed: sgd, adam"):
+        local_optimizer("rmsprop")
+
+
+def test_adams_root_has_a_derivative_where_a_gradient_is_zero(model, variables, images):
+    """Behind a dead unit gradients are 0; the root's own derivative there is infinite."""
+    dead = jax.tree.map(jnp.zeros_like, variables)
+
+    def energy(images):
+        found = local_update(model, dead, images, LABELS, local_steps=2, optimizer="adam")
+        return sum(jnp.sum(g**2) for g in jax.tree.leaves(found))
+
+    assert np.isfinite(jax.jit(jax.grad(energy))(images)).all()
+
+
+def test_more_local_steps_are_no_larger_program(model, variables, images):
+    """The derivative's program does not grow with the steps; its memory by the weights alone."""
+
+    def compiled(steps):
+        def energy(images):
+            found = local_update(model, variables, images, LABELS, local_steps=steps)
+            return sum(jnp.sum(g**2) for g in jax.tree.leaves(found))
+
+        return jax.jit(jax.grad(energy)).lower(images).compile()
+
+    few, many = compiled(3), compiled(20)
+    assert len(many.as_text()) < 1.05 * len(few.as_text())
+    weights = sum(leaf.nbytes for leaf in jax.tree.leaves(variables["params"]))
+    grown = many.memory_analysis().temp_size_in_bytes - few.memory_analysis().temp_size_in_bytes
+    assert grown < 1.5 * 17 * weights
 
 
 def test_learning_rate_may_be_traced(model, variables, images):

@@ -9,12 +9,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import ggl_jax as gx
 from ggl_jax.adversary.labels import infer_labels, smallest_labels
 from ggl_jax.audit.paper import FORMS
 from ggl_jax.client.defenses import parse
 from ggl_jax.client.gradients import gradient, local_update
 from ggl_jax.client.models import convnet
 from ggl_jax.errors import GGLError
+from ggl_jax.spec import Client
 from ggl_jax.types import Context
 
 K = 10
@@ -113,6 +115,28 @@ def test_local_steps_are_divided_out(setting, infer):
         )
     )()
     assert infer(update, 3, knowledge, num_steps=3) == [2, 5, 5]
+
+
+@pytest.mark.parametrize("optimizer", ["sgd:momentum=0.9", "adam"])
+def test_the_server_reads_labels_after_local_steps(
+    tiny_model, tiny_variables, tiny_prior, tiny_prior_params, optimizer
+):
+    """With momentum early gradients count several times; of Adam one image's label can be read."""
+    labels = [0, 0, 1, 2, 2, 2] if optimizer != "adam" else [2]
+    client = Client(len(labels), 3, local_learning_rate=1e-3, local_optimizer=optimizer)
+    public = gx.Public(tiny_model, tiny_variables, tiny_prior, tiny_prior_params)
+    latents = tiny_prior.sample_latent(jax.random.key(5), len(labels))
+    images = tiny_prior.apply(tiny_prior_params, latents, jnp.zeros(len(labels), jnp.int32))
+    none = parse("none")
+    sent, _ = gx.share(jax.random.key(0), public, images, labels, defense=none, client=client)
+    search = gx.Search(optimizer="cma_es:4", steps=1)
+    options = {"view": none.view, "client": client, "search": search}
+    (found,) = gx.reconstruct(jax.random.key(1)[None], public, [sent], **options)
+    assert sorted(found.labels.tolist()) == labels
+    if optimizer == "adam":
+        options["client"] = Client(2, 3, local_optimizer="adam")
+        with pytest.raises(GGLError, match=r"labels: .*adam.*cannot be counted"):
+            gx.reconstruct(jax.random.key(1)[None], public, [sent], **options)
 
 
 @settings(max_examples=30, deadline=None)

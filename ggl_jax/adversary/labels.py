@@ -1,5 +1,7 @@
 """Label inference: which classes the client's images have, from the last layer's gradient."""
 
+from typing import Annotated
+
 import jax
 import jax.numpy as jnp
 
@@ -9,6 +11,7 @@ from ggl_jax.client.gradients import is_binary
 from ggl_jax.errors import GGLError
 from ggl_jax.grammar import at_least
 from ggl_jax.priors.decoding import images_at_once
+from ggl_jax.spec import AtLeast, check
 from ggl_jax.types import Model, Path, Prior, PyTree
 
 
@@ -17,7 +20,7 @@ def infer_labels(
     head: Path,
     batch_size: int = 1,
     *,
-    num_steps: int = 1,
+    num_steps: float = 1,
     probabilities: jax.Array | None = None,
     features: jax.Array | None = None,
     noise: jax.Array | float | None = None,
@@ -35,7 +38,9 @@ def infer_labels(
         update: the observed update, a pytree like ``variables["params"]``.
         head: ``Model.head``.
         batch_size: number of images b that the update comes from, at least 1.
-        num_steps: number of gradients that are summed in the update (local steps), at least 1.
+        num_steps: number of gradients that are summed in the update, at least 1: local steps, or
+            with momentum :func:`ggl_jax.client.local.gradients_summed`. Of Adam's update only one
+            image's label can be read, by the sign.
         probabilities: [k] the model's mean output probabilities on public images (for instance
             samples of the prior), used where b > 1. None takes 1/k, which is off by the model's
             own preference among the classes.
@@ -47,7 +52,7 @@ def infer_labels(
         [b] int32 class indices, sorted, repeated as often as the class occurs.
 
     Raises:
-        GGLError: batch_size or num_steps is not a positive integer, or the update has no such
+        GGLError: batch_size is no positive integer, num_steps is below 1, or the update has no such
             layer.
 
     Accuracy: one image: right unless the noise exceeds the signal by far, since ``dW`` sums d
@@ -68,7 +73,8 @@ def infer_labels(
     Reference: paper, label inference ("index of the negative row"). Counting repeated labels is
     akin to Ma et al. 2023 (Instance-wise Batch Label Restoration), in a simpler form.
     """
-    at_least(1, batch_size=batch_size, num_steps=num_steps)
+    at_least(1, batch_size=batch_size)
+    check("num_steps", num_steps, Annotated[float, AtLeast(1)])
     kernel, bias = trees.head_parts(update, head)
     num_classes = kernel.shape[1]
     if noise is None:

@@ -21,6 +21,7 @@ from ggl_jax.adversary.regression import bank_of, read
 from ggl_jax.adversary.resume import Checkpoints
 from ggl_jax.adversary.search import Stage, run_stages
 from ggl_jax.adversary.stages import combines, make_stages, result_images
+from ggl_jax.client.local import gradients_summed
 from ggl_jax.spec import Client, Search, Speed, replace
 from ggl_jax.types import Attack, Model, Prior, Problem, Public, PyTree, Shared, View
 
@@ -184,7 +185,7 @@ def reconstruct(
                 update,
                 head,
                 batch_size=client.batch_size,
-                num_steps=client.local_steps,
+                num_steps=gradients_summed(client) or 1,
                 # Only the labels of several images need them; one image's is read off directly.
                 **(expected or {} if client.batch_size > 1 else {}),
             )

@@ -25,6 +25,7 @@ from scipy.linalg import helmert
 
 from ggl_jax.adversary.matching import fused, layers
 from ggl_jax.adversary.matching.program import trace
+from ggl_jax.client.local import shares_gradient
 from ggl_jax.priors.samples import samples
 from ggl_jax.spec import Client
 from ggl_jax.types import Factored, Guess, Model, Prior, Problem, Public, PyTree, View
@@ -256,7 +257,7 @@ def read(bank: Bank, problem: Problem, view: View | None, client: Client) -> Rea
         found = (form(problem.estimated) for form in forms)
         factored = next((one for one in found if one is not None), None)
     rewired = view is not None and view.rewire is not None
-    if factored is None or rewired or client.batch_size > 1 or client.local_steps > 1:
+    if factored is None or rewired or client.batch_size > 1 or not shares_gradient(client):
         mean = bank.images.mean(0)
         residuals = bank.images - mean
         return Reading(guess_of(mean, residuals), float(np.sqrt(np.mean(residuals**2))))

@@ -13,6 +13,7 @@ import numpy as np
 
 from ggl_jax import trees
 from ggl_jax.client.gradients import client_update
+from ggl_jax.client.local import shares_gradient
 from ggl_jax.spec import Client
 from ggl_jax.types import Public, PyTree
 
@@ -75,7 +76,7 @@ def read_scale(
         None if x is None else np.asarray(x, np.float64) for x in trees.head_parts(update, head)
     )
     negated = _negated(bias, client.batch_size)
-    if undefended and client.batch_size == 1 and client.local_steps == 1 and bias is not None:
+    if undefended and client.batch_size == 1 and shares_gradient(client) and bias is not None:
         weights, offset = trees.head_parts(public.variables["params"], head)
         assert kernel is not None
         assert offset is not None

@@ -10,6 +10,7 @@ import numpy as np
 from ggl_jax.adversary.attack import finalists_of, refinement_of, search_attack
 from ggl_jax.adversary.attacks import ATTACKS
 from ggl_jax.adversary.search import SearchResult, Stage
+from ggl_jax.client.local import gradients_summed, shares_gradient
 from ggl_jax.errors import GGLError
 from ggl_jax.images import assign
 from ggl_jax.priors.pixels import pixels_of
@@ -57,10 +58,17 @@ def make_stages(
     """
     search, client, speed = checked(search), checked(client or Client()), checked(speed or Speed())
     view = view.comparing(search.support)
-    if client.local_steps > 1 and view.rewire is not None:
+    if not shares_gradient(client) and view.rewire is not None:
         raise GGLError(
             f"local_steps: {view.name} recomputes a single gradient step, so candidates cannot be "
-            f"compared with {client.local_steps} local steps; use 1, or representation=False"
+            f"compared with {client.local_steps} local steps of {client.local_optimizer}; use 1 of "
+            "sgd, or representation=False"
+        )
+    if client.batch_size > 1 and search.labels == "inferred" and gradients_summed(client) is None:
+        raise GGLError(
+            f"labels: the update of local_optimizer {client.local_optimizer} is no sum of "
+            "gradients, so the classes of several images cannot be counted; search them: "
+            "labels='searched', refine='none' (as attack dlg), or use batch_size 1"
         )
     if search.finalists > search.restarts:
         raise GGLError(

@@ -92,7 +92,7 @@ def train_model(
     train_at, test_at = split(len(images), settings)
     parsed = client_defenses.parse(defense) if isinstance(defense, str) else defense
     gate.defense(parsed, model)
-    client_defenses.check_local_steps(parsed, client.local_steps)
+    client_defenses.check_local_steps(parsed, client)
     told = {k: v for k, v in (about or {}).items() if k not in ("command", "environment")}
     options = {
         **dataclasses.asdict(settings),

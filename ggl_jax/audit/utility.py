@@ -178,7 +178,7 @@ def measure(
         named.setdefault(defense.name, defense)
     for defense in named.values():
         gate.defense(defense, model)
-        client_defenses.check_local_steps(defense, client.local_steps)
+        client_defenses.check_local_steps(defense, client)
     asked = {k: v for k, v in (about or {}).items() if k not in ("command", "environment")}
     local = local_options(client)
     config = {

@@ -4,13 +4,13 @@ Pure functions, differentiable with respect to the images and to soft labels, so
 adversary simulates a candidate's update with the very function that the client ran.
 """
 
-import functools
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ggl_jax.client.local import local_optimizer
 from ggl_jax.errors import GGLError
 from ggl_jax.spec import Client
 from ggl_jax.types import Model, PyTree
@@ -188,7 +188,7 @@ def gradient(model: Model, variables: PyTree, images: jax.Array, labels: jax.Arr
 def client_update(
     client: Client, model: Model, variables: PyTree, images: jax.Array, labels: jax.Array
 ) -> PyTree:
-    """:func:`local_update` with a client's local steps and step size."""
+    """:func:`local_update` with a client's local steps, step size and optimiser."""
     return local_update(
         model,
         variables,
@@ -196,6 +196,7 @@ def client_update(
         labels,
         local_steps=client.local_steps,
         learning_rate=client.local_learning_rate,
+        optimizer=client.local_optimizer,
     )
 
 
@@ -208,27 +209,32 @@ def local_update(
     local_steps: int = 1,
     learning_rate: float = 0.01,
     batch_size: int | None = None,
+    optimizer: str = "sgd",
 ) -> PyTree:
     """The update of a client that trains for several steps before it shares (FedAvg).
 
-    Runs plain SGD, ``w_{t+1} = w_t - learning_rate * g_t``, and returns
-    ``(w_0 - w_E) / learning_rate``, which is the sum of the ``g_t``. One step with the whole batch
-    gives exactly :func:`gradient`, whatever the learning rate, so the two can be compared and
-    defended alike.
+    Runs ``w_{t+1} = w_t - learning_rate * d_t`` with the directions d_t that the optimiser makes of
+    the gradients, and returns ``(w_0 - w_E) / learning_rate``, which is the sum of the ``d_t``: of
+    plain SGD the sum of the gradients. One step of SGD with the whole batch gives exactly
+    :func:`gradient`, whatever the learning rate, so the two can be compared and defended alike.
 
     Args:
         model: the federated model.
         variables: as given by ``model.init``. Running statistics stay as they are throughout.
         images: [b h w c] floats in [0, 1].
         labels: [b] class indices or [b k] soft labels.
-        local_steps: E, the number of SGD steps, at least 1. Steps are unrolled, so compile time
-            and the memory of a derivative through the update grow with E.
-        learning_rate: of the local SGD, positive; a Python number or a scalar array.
+        local_steps: E, the number of steps, at least 1. They are one compiled loop whose steps are
+            computed again in a derivative: compile time and activations do not grow with E, but the
+            derivative keeps a copy of the weights, and of the optimiser's state, for each step.
+        learning_rate: of the local steps, positive; a Python number or a scalar array.
         batch_size: images per step, a divisor of b; step t takes the t-th consecutive block of
             the batch and starts over at its end. None takes the whole batch in every step.
+        optimizer: in :data:`ggl_jax.client.local.LOCAL_OPTIMIZERS`, with options; its state starts
+            anew.
 
     Returns:
-        A pytree like ``variables["params"]``, differentiable as :func:`gradient`.
+        A pytree like ``variables["params"]``, differentiable as :func:`gradient`. Through Adam's
+        first step little can be seen: its direction is nearly the gradient's sign.
 
     Raises:
         GGLError: an argument is out of range, or images or labels do not fit the model.
@@ -237,52 +243,34 @@ def local_update(
     Geiping et al. 2020 ("Inverting Gradients").
     """
     _check_local(local_steps, learning_rate, batch_size)
+    own = local_optimizer(optimizer)
     num_images = images.shape[0]
     size = num_images if batch_size is None else batch_size
     if num_images % size:
         raise GGLError(f"batch_size={batch_size} does not divide the batch of {num_images} images")
-    labels = jnp.asarray(labels)
+    start, labels = variables["params"], jnp.asarray(labels)
 
-    # The steps' sum is accumulated instead of taken from w_0 - w_E, whose difference would lose
-    # most digits to the size of the weights.
-    total = None
-    params = variables["params"]
-    for t in range(local_steps):
-        start = t * size % num_images
-        step = gradient(
-            model,
-            {**variables, "params": params},
-            images[start : start + size],
-            labels[start : start + size],
-        )
-        total = step if total is None else jax.tree.map(jnp.add, total, step)
-        params = jax.tree.map(lambda w, g: w - learning_rate * g, variables["params"], total)
+    def step(carried, t):
+        total, state = carried
+        params = jax.tree.map(lambda w, d: w - learning_rate * d, start, total)
+        batch = images, labels
+        if size < num_images:
+            first = t * size % num_images
+            batch = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, first, size), batch)
+        own_gradient = gradient(model, {**variables, "params": params}, *batch)
+        direction, state = own.update(own_gradient, state, params)
+        return (jax.tree.map(jnp.add, total, direction), state), None
+
+    if local_steps == 1:
+        found = gradient(model, variables, images[:size], labels[:size])
+        return own.update(found, own.init(start), start)[0]
+    # The directions' sum is accumulated instead of taken from w_0 - w_E, whose difference would
+    # lose most digits to the size of the weights.
+    carried = jax.tree.map(jnp.zeros_like, start), own.init(start)
+    # prevent_cse is for programs without a loop.
+    step = jax.checkpoint(step, prevent_cse=False)
+    (total, _), _ = jax.lax.scan(step, carried, jnp.arange(local_steps))
     return total
-
-
-def update_fn(
-    model: Model,
-    *,
-    local_steps: int = 1,
-    learning_rate: float = 0.01,
-    batch_size: int | None = None,
-) -> Callable[[PyTree, jax.Array, jax.Array], PyTree]:
-    """Fix how the client trains: ``update(variables, images, labels) -> update``.
-
-    The client and the adversary's simulation of a candidate both call the function it returns;
-    see :func:`local_update` for the arguments.
-
-    Raises:
-        GGLError: an argument is out of range.
-    """
-    _check_local(local_steps, learning_rate, batch_size)
-    return functools.partial(
-        local_update,
-        model,
-        local_steps=local_steps,
-        learning_rate=learning_rate,
-        batch_size=batch_size,
-    )
 
 
 def _check_local(local_steps, learning_rate, batch_size) -> None:

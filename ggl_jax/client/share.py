@@ -62,7 +62,7 @@ def share(
     """
     gate.model(public.model)
     client = client or Client()
-    check_local_steps(defense, client.local_steps)
+    check_local_steps(defense, client)
     images, labels = jnp.asarray(images, jnp.float32), jnp.asarray(labels, jnp.int32)
     if client.share_statistics and public.model.statistics is None:
         raise GGLError(

@@ -39,6 +39,11 @@ class TrainModelCommand:
     """Local steps behind each client's update, as for ggl-jax audit."""
     local_learning_rate: Positive = 0.01
     """Their step size."""
+    local_optimizer: str = "sgd"
+    """What makes them, as for ggl-jax audit."""
+
+
+_LOCAL = ("steps", "learning_rate", "optimizer")
 
 
 def run(command: TrainModelCommand, argv: list[str]) -> int:
@@ -55,7 +60,7 @@ def run(command: TrainModelCommand, argv: list[str]) -> int:
     classes = count_classes(dataset, dataset.labels, command.num_classes)
     shape = dataset.images.shape[1:]
     model, variables = load_model(setup, classes, shape)
-    local = {name: getattr(command, name) for name in ("local_steps", "local_learning_rate")}
+    local = {f"local_{n}": getattr(command, f"local_{n}") for n in _LOCAL}
     kept: list[Path] = []
     try:
         with AuditBar() as bar:

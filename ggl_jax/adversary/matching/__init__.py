@@ -19,6 +19,7 @@ from ggl_jax.adversary.matching import layers
 from ggl_jax.adversary.matching.direct import direct_losses
 from ggl_jax.adversary.matching.fused import fused_losses
 from ggl_jax.adversary.matching.program import Program, trace
+from ggl_jax.client.local import local_optimizer, shares_gradient
 from ggl_jax.errors import GGLError
 from ggl_jax.spec import Client, Speed, checked
 from ggl_jax.types import Factored, Model, PyTree, View
@@ -59,8 +60,8 @@ def matching_loss(
         estimated: the defense's estimated parameters.
         distance: a name in :data:`ggl_jax.DISTANCES`, such as "squared_l2" (D1) and "cosine"
             (D2), or a :class:`ggl_jax.adversary.losses.Distance`.
-        client: how an update comes about (``local_steps``, ``local_learning_rate``); None for a
-            plain gradient.
+        client: how an update comes about (local steps, their size and optimiser); None for a plain
+            gradient.
         speed: see :class:`ggl_jax.spec.Speed`. ``method``: "fused" wherever it can be, by default.
             ``chunk_size``: by default chosen from the model's activations and the memory (256 MiB
             on the CPU, where larger chunks are slower; half of what is free on an accelerator);
@@ -88,7 +89,7 @@ def matching_loss(
         lists them. A defense with a factored form (noise, clipping, Soteria and their chains) is
         applied to norms and inner products. Any other defense gets every candidate's gradient: one
         tensor at a time where its program treats tensors apart (sparsification), else all together.
-        Direct is left for ``local_steps`` > 1 and for models without any such layer.
+        Direct is left for several local steps (and Adam's one), and for models without such layers.
 
     Accuracy:
         Where gradients are not formed, a tensor's squared distance is |y|^2 - 2 <y, g> + |g|^2. In
@@ -107,13 +108,16 @@ def matching_loss(
     """
     distance = resolve_distance(distance)
     client, speed = checked(client or Client()), checked(speed or Speed())
-    local_steps, method = client.local_steps, speed.method
+    plain, method = shares_gradient(client), speed.method
     precision = None if speed.precision == "default" else speed.precision
     if not exact_below >= 0:
         raise GGLError(f"exact_below: got {exact_below!r}, allowed: numbers >= 0")
     _check_update(observed, variables["params"])
-    if method == "fused" and local_steps > 1:
-        raise GGLError(f"method: 'fused' needs local_steps=1, got {local_steps}; use 'auto'")
+    if method == "fused" and not plain:
+        raise GGLError(
+            f"method: 'fused' needs local_steps=1 of sgd, got {client.local_steps} of "
+            f"{client.local_optimizer}; use 'auto'"
+        )
 
     def simulate(update):
         return update if view is None else view.simulate(estimated, update)
@@ -124,7 +128,7 @@ def matching_loss(
         return None if view.factor is None else view.factor(estimated)
 
     def losses_for(program: Program):
-        if method != "direct" and local_steps == 1 and program.sites:
+        if method != "direct" and plain and program.sites:
             return fused_losses(
                 program,
                 variables,
@@ -160,7 +164,8 @@ def matching_loss(
             labels = jnp.broadcast_to(labels, (images.shape[0], *labels.shape))
         with jax.default_matmul_precision(precision):
             program = trace(model, variables, jax.ShapeDtypeStruct(images.shape[1:], images.dtype))
-            size = speed.chunk_size or _chunk_size(program, images.dtype.itemsize, speed)
+            kept = 0 if plain else _kept(client, variables["params"])
+            size = speed.chunk_size or _chunk_size(program, images.dtype.itemsize, speed, kept)
             losses_of = losses_for(program)
             if images.shape[0] > size:
                 # Or the residuals of all chunks would be kept for the backward pass.
@@ -193,7 +198,14 @@ def plan(model: Model, variables: PyTree, *, batch_size: int = 1) -> dict[str, s
     return {name: kinds.get(leaf, "autodiff") for leaf, name in enumerate(names)}
 
 
-def _chunk_size(program: Program, itemsize: int, speed: Speed) -> int:
+def _kept(client: Client, params: PyTree) -> int:
+    """Entries that the derivative through a candidate's local steps keeps."""
+    state = jax.eval_shape(local_optimizer(client.local_optimizer).init, params)
+    each = sum(leaf.size for leaf in jax.tree.leaves((params, state)))
+    return client.local_steps * each
+
+
+def _chunk_size(program: Program, itemsize: int, speed: Speed, kept: int = 0) -> int:
     """Candidates of each instance that fit into the memory set aside for a chunk, at least 1."""
     budget: float = OTHER_CHUNK_BYTES
     device = jax.local_devices()[0]
@@ -206,7 +218,8 @@ def _chunk_size(program: Program, itemsize: int, speed: Speed) -> int:
         if "bytes_limit" in stats:
             budget = (stats["bytes_limit"] - stats.get("bytes_in_use", 0)) // 2
     # Activations, and their cotangents.
-    return max(1, int(budget // (2 * program.activations * itemsize * (speed.instances or 1))))
+    entries = 2 * program.activations + kept
+    return max(1, int(budget // (entries * itemsize * (speed.instances or 1))))
 
 
 def _check_update(observed, params):

@@ -29,7 +29,9 @@ from ggl_jax.client.defenses.soteria import soteria
 from ggl_jax.client.defenses.sparsify import sparsify
 from ggl_jax.client.defenses.ternary import ternary
 from ggl_jax.client.defenses.topk import topk
+from ggl_jax.client.local import shares_gradient
 from ggl_jax.errors import GGLError
+from ggl_jax.spec import Client
 from ggl_jax.types import Defense, Factored, Facts, View
 
 __all__ = [
@@ -257,12 +259,13 @@ def _compose(first: Factored, second: Factored) -> Factored | None:
     return Factored(mask, scale)
 
 
-def check_local_steps(defense: Defense, local_steps: int) -> None:
-    """Raise :class:`GGLError` where a defense of single gradients is given several local steps."""
-    if local_steps > 1 and defense.facts.replaces_update:
+def check_local_steps(defense: Defense, client: Client) -> None:
+    """Raise :class:`GGLError` where a defense of single gradients is given another update."""
+    if not shares_gradient(client) and defense.facts.replaces_update:
         raise GGLError(
-            f"local_steps: {defense.name} recomputes a single gradient step, so it cannot "
-            f"defend {local_steps} local steps; use 1, or its representation=False form"
+            f"local_steps: {defense.name} recomputes a single gradient step, so it cannot defend "
+            f"{client.local_steps} local steps of {client.local_optimizer}; use 1 of sgd, or its "
+            "representation=False form"
         )
 
 
