@@ -30,6 +30,7 @@ from ggl_jax.audit import privacy
 from ggl_jax.client.defenses import stages_of
 from ggl_jax.client.gradients import client_update
 from ggl_jax.errors import GGLError
+from ggl_jax.files import digest
 from ggl_jax.priors.samples import samples
 from ggl_jax.spec import Client
 from ggl_jax.types import Context, Defense, Model, Public, PyTree
@@ -358,6 +359,7 @@ class Bounds:
         self.public, self.key, self.num = public, key, num
         self._normals: dict[int | None, Normal] = {}
         self._sketches: dict[tuple, np.ndarray] = {}
+        self._radii: dict[tuple, float] = {}
         self._errors: dict[tuple, ErrorBound] = {}
 
     def normal(self, label: int) -> Normal:
@@ -410,12 +412,15 @@ class Bounds:
         The centre is the mean of their updates, all at one label.
         """
         before, sigma, _ = noisy(defense)
-        programs = _programs(self.public.model, client, before)
-        of = self.public.variables, jax.random.fold_in(self.key, 2), label
-        points = _floats(np.stack([np.ravel(image) for image in images]))
-        total = programs.total(*of, points)
-        centre: PyTree = jax.tree.map(lambda x: x / len(points), total)
-        return float(jnp.max(programs.distances(*of, points, centre))) / sigma
+        points = np.stack([np.ravel(image) for image in images])
+        name = (tuple(stage.name for stage in before), client, label, digest(points))
+        if name not in self._radii:
+            programs = _programs(self.public.model, client, before)
+            of = self.public.variables, jax.random.fold_in(self.key, 2), label, _floats(points)
+            total = programs.total(*of)
+            centre: PyTree = jax.tree.map(lambda x: x / len(points), total)
+            self._radii[name] = float(jnp.max(programs.distances(*of, centre)))
+        return self._radii[name] / sigma
 
     def row(
         self,
