@@ -18,7 +18,7 @@ from rich.markdown import Markdown, TableElement
 from rich.table import Table
 
 from ggl_jax import files
-from ggl_jax.audit import figures, leaderboard, tables, utility
+from ggl_jax.audit import figures, leaderboard, tables, threat, utility
 from ggl_jax.audit.controls import read_controls
 from ggl_jax.audit.folder import Records
 from ggl_jax.audit.metrics import METRICS, Metric
@@ -184,7 +184,10 @@ def make(records: Records) -> Report:
     groups = tables.leakage(records.rows)
     report = Report(f"Privacy audit: {records.folder.resolve().name}", {}, {})
     add = report.sections
-    add[""] = ["\n".join(f"- {line}" for line in [_progress(records), *tables.sentences(groups)])]
+    told = [_progress(records), *tables.sentences(groups)]
+    played = threat.as_read(records.config.get("threat_model", ()))
+    told += [escape(threat.declared(played))] if played else []
+    add[""] = ["\n".join(f"- {line}" for line in told)]
     add["What leaked"] = _leaks(report, groups)
     # No intervals of errors, so that 80 columns suffice.
     others = {

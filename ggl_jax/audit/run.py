@@ -30,6 +30,7 @@ from ggl_jax.audit.bounds import Bounds
 from ggl_jax.audit.cells import BOUND_STREAM, PUBLIC_STREAM, Cell, Cells, Inputs, image_batches
 from ggl_jax.audit.controls import Controls, batch_controls, read_controls, write_controls
 from ggl_jax.audit.judge import in_order, jsonable, judge, mismatch
+from ggl_jax.audit.threat import threat_model
 from ggl_jax.client.share import share
 from ggl_jax.errors import GGLError, StorageError
 from ggl_jax.files import digest
@@ -170,10 +171,14 @@ def config_of(cells: Sequence[Cell], inputs: Inputs, options: Mapping[str, Any])
     for name in ("model", "variables"):
         each = list(dict.fromkeys(cell.inputs.digests[name] for cell in cells))
         known[name] = each if len(each) > 1 else each[0]
+    played = dict.fromkeys(
+        threat_model(c.search, c.client, c.inputs.model, c.inputs.prior) for c in cells
+    )
     return {
         "options": {**options, **judged, **names},
         **(inputs.about or {}),
         "inputs": {**known, "defenses": own},
+        "threat_model": [one._asdict() for one in played],
     }
 
 
