@@ -120,6 +120,7 @@ DEFENSE_SPECS = {
     "censor": "censor:3",
     "mixup": "mixup:2",
     "ats": "ats:43-18-18",
+    "precode": "precode",
 }
 
 

@@ -123,7 +123,9 @@ def test_every_defense_has_strengths_and_names_stand_for_them(monkeypatch):
         specs = check_axes({"defense": settings((name,))})["defense"]
         assert {one.view.name for one in map(parse, specs)} == {name}
         assert len({parse(one).name for one in specs}) == len(specs)
-        assert len(specs) == {"none": 1, "sign": 2}.get(name, max(3, len(specs)))
+        assert len(specs) == {"none": 1, "precode": 1, "sign": 2}.get(name, max(3, len(specs)))
+    assert "precode" not in settings((), "resnet18")
+    assert "precode" in settings((), "precode:convnet")
     assert settings(("clip", "noise:{0.1,2}")) == ["clip:{16,4,1}", "noise:{0.1,2}"]
     monkeypatch.setitem(DEFENSES, "mine", DEFENSES["none"])
     assert settings(())[-1] == "mine"

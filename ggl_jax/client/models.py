@@ -18,6 +18,7 @@ import numpy as np
 from flax import linen as nn
 
 from ggl_jax import gate, grammar
+from ggl_jax.client.bottleneck import precode
 from ggl_jax.client.gradients import loss_named
 from ggl_jax.client.networks import MLP, ConvNet, LeNet, ResNet18, ViT
 from ggl_jax.errors import GGLError
@@ -527,6 +528,7 @@ MODELS: dict[str, Callable[..., Model]] = {
     "convnet": convnet,
     "mlp": mlp,
     "vit": vit,
+    "precode": precode,
 }
 
 

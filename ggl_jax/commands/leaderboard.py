@@ -50,9 +50,16 @@ class LeaderboardCommand:
     """Folder for the results."""
 
 
-def settings(defenses: tuple[str, ...]) -> list[str]:
-    """Specifications, in which braces list values: names alone stand for their strengths."""
+def settings(defenses: tuple[str, ...], model: str = "") -> list[str]:
+    """Specifications, in which braces list values: names alone stand for their strengths.
+
+    Args:
+        defenses: as given; none at all stand for every defense that this model can have.
+        model: its specification.
+    """
     names = dict.fromkeys(defenses or [*STRENGTHS, *DEFENSES])
+    if not defenses and not model.startswith("precode"):
+        del names["precode"]  # needs a bottleneck
     return [spec for name in names for spec in STRENGTHS.get(name, (name,))]
 
 
@@ -67,7 +74,7 @@ def grid_of(command: LeaderboardCommand) -> sweep.GridFile:
         "axes": {
             "image": f":{command.images}",
             "attack": list(command.attacks or [own_attack]),
-            "defense": settings(command.defenses),
+            "defense": settings(command.defenses, command.setup.model),
             "seed": [command.setup.seed],
         },
     }

@@ -23,6 +23,7 @@ from ggl_jax.client.defenses.mixup import mixup
 from ggl_jax.client.defenses.noise import noise
 from ggl_jax.client.defenses.nvflare import percentile, svt
 from ggl_jax.client.defenses.outpost import outpost
+from ggl_jax.client.defenses.precode import precode
 from ggl_jax.client.defenses.qsgd import qsgd
 from ggl_jax.client.defenses.sign import sign
 from ggl_jax.client.defenses.soteria import soteria
@@ -325,6 +326,7 @@ DEFENSES: dict[str, Callable[..., Defense]] = {
     "censor": censor,
     "mixup": mixup,
     "ats": ats,
+    "precode": precode,
 }
 
 #: What ``ggl-jax leaderboard`` tries: three strengths of each defense, the weakest first, in the
@@ -352,6 +354,7 @@ STRENGTHS: dict[str, tuple[str, ...]] = {
     "censor": ("censor:{1,5,20}", "censor:20,exact=False"),
     "mixup": ("mixup:{0.2,1,8}",),
     "ats": ("ats:{3-1-7,43-18-18,3-1-7/43-18-18}",),
+    "precode": ("precode",),  # for a model with a bottleneck, whose size is its strength
 }
 
 
