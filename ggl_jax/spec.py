@@ -55,8 +55,8 @@ class Setup:
     label: Number | None = None
     """Class label for every image, for data without labels."""
     model: str = "resnet18"
-    """Federated model: resnet18, lenet, convnet, mlp, vit or precode (a bottleneck in another, such as
-    precode:convnet), with options such
+    """Federated model: resnet18, lenet, convnet, mlp, vit, or one of these with a bottleneck
+    (precode:convnet, for the defense precode); with options such
     as resnet18:batch_norm=train (each batch's own statistics; eval, the running ones, is the
     published setting), resnet18:norm=group (or layer), convnet:width=32, mlp:width=256,depth=2 or
     vit:patch=4,width=96,depth=4,heads=3."""

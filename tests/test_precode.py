@@ -101,7 +101,8 @@ def test_a_model_by_name_and_one_without_a_bottleneck(context, tiny_model, tiny_
     assert model.statistics is not None
     for text, said in (
         ("precode:base=convnet/widht=4", "base: model: 'widht=4'"),
-        ("precode:none", "base: model: got 'none'"),
+        ("precode:nope", "base: model: got 'nope'"),
+        ("precode:none", "base: got None"),
         ("precode:size=0", "size: got 0"),
     ):
         with pytest.raises(gx.GGLError, match=said):

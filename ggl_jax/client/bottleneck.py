@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from ggl_jax import trees
 from ggl_jax.errors import GGLError, about
 from ggl_jax.grammar import at_least
+from ggl_jax.spec import check
 from ggl_jax.types import Model, PyTree
 
 #: Name of the bottleneck among the parameters, and of the collection with its noise.
@@ -48,6 +49,7 @@ def precode(
     from ggl_jax.client.models import get_model  # which has this model in its registry
 
     at_least(1, size=size)
+    base = check("base", base, str)
     with about("base"):
         own = get_model(base.replace("/", ":", 1).replace("/", ","), num_classes, image_shape)
     return with_bottleneck(own, size)
