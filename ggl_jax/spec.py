@@ -79,7 +79,7 @@ class Client:
     """What a client shares."""
 
     batch_size: Count = 1
-    """Private images in each shared update."""
+    """Private images in each shared update, of all clients together."""
     local_steps: Count = 1
     """Local steps behind each shared update: 1 for a plain gradient, more for FedAvg."""
     local_learning_rate: Positive = 0.01
@@ -87,6 +87,9 @@ class Client:
     local_optimizer: str = "sgd"
     """What makes the local steps: sgd, sgd:momentum=0.9 (or with nesterov=True) or adam, with
     b1, b2 and eps. The update is the way that the weights went, over the step size."""
+    clients: Count = 1
+    """Clients whose mean update is all that the server sees (secure aggregation). Each has an equal
+    part of the images and defends its own update."""
     share_statistics: bool = False
     """Clients also share their batch's mean and variance at every BatchNorm layer, for attacks with
     batch_norm among their penalties."""

@@ -10,7 +10,7 @@ import numpy as np
 from ggl_jax.adversary.attack import finalists_of, refinement_of, search_attack
 from ggl_jax.adversary.attacks import ATTACKS
 from ggl_jax.adversary.search import SearchResult, Stage
-from ggl_jax.client.local import gradients_summed, shares_gradient
+from ggl_jax.client.local import check_client, gradients_summed, shares_gradient
 from ggl_jax.errors import GGLError
 from ggl_jax.images import assign
 from ggl_jax.priors.pixels import pixels_of
@@ -58,6 +58,12 @@ def make_stages(
     """
     search, client, speed = checked(search), checked(client or Client()), checked(speed or Speed())
     view = view.comparing(search.support)
+    check_client(client)
+    if client.clients > 1 and view.rewire is not None:
+        raise GGLError(
+            f"clients: {view.name} prunes other features of each client, which the mean of "
+            f"{client.clients} does not show; use 1, or representation=False"
+        )
     if not shares_gradient(client) and view.rewire is not None:
         raise GGLError(
             f"local_steps: {view.name} recomputes a single gradient step, so candidates cannot be "

@@ -4,6 +4,7 @@ Each round, every client draws a batch of its own images, computes its update wi
 that an audit's client runs, and defends it; the server takes an SGD step along the mean.
 """
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -89,8 +90,8 @@ def federated(
             :func:`ggl_jax.client.gradients.local_update`), so with one local step and without a
             defense this is SGD on batches of ``num_clients * batch_size`` images.
         momentum: of the server's SGD, in [0, 1): ``v = momentum v + u; w = w - learning_rate v``.
-        client: the local steps behind each update, as in an audit; its batch size is not looked
-            at. None for one step.
+        client: the local steps behind each update, as in an audit; its batch size and clients are
+            not looked at. None for one step.
         track: whether the server keeps a running mean of the mean and variance that enter every
             BatchNorm layer, over clients and rounds, at the weights that a round starts from: a
             model in training mode then has real ones when it is put into eval mode. They are
@@ -105,7 +106,8 @@ def federated(
     Reference: McMahan et al. 2017 (FedSGD, and FedAvg for several local steps). The variance is the
     batch's own (Flax), not torch's unbiased one.
     """
-    local, statistics = client or Client(), model.statistics if track else None
+    local = dataclasses.replace(client or Client(), clients=1)
+    statistics = model.statistics if track else None
     if track and statistics is None:
         raise GGLError(f"track: model {model.name} has no BatchNorm layers; leave it out")
     optimizer = optax.sgd(learning_rate, momentum=momentum or None)

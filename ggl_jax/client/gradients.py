@@ -186,18 +186,54 @@ def gradient(model: Model, variables: PyTree, images: jax.Array, labels: jax.Arr
 
 
 def client_update(
-    client: Client, model: Model, variables: PyTree, images: jax.Array, labels: jax.Array
+    client: Client,
+    model: Model,
+    variables: PyTree,
+    images: jax.Array,
+    labels: jax.Array,
+    then: Callable[[PyTree], PyTree] = lambda update: update,
 ) -> PyTree:
-    """:func:`local_update` with a client's local steps, step size and optimiser."""
-    return local_update(
-        model,
-        variables,
-        images,
-        labels,
-        local_steps=client.local_steps,
-        learning_rate=client.local_learning_rate,
-        optimizer=client.local_optimizer,
-    )
+    """:func:`local_update` with a client's local steps, step size and optimiser.
+
+    Of several clients the mean: the first has the first images, the second the next, and so on.
+
+    Args:
+        client: what they share.
+        model: the federated model.
+        variables: its variables.
+        images: [b h w c] of all clients together.
+        labels: [b] or [b k].
+        then: what becomes of each client's update before the mean.
+    """
+
+    def one(images, labels):
+        found = local_update(
+            model,
+            variables,
+            images,
+            labels,
+            local_steps=client.local_steps,
+            learning_rate=client.local_learning_rate,
+            optimizer=client.local_optimizer,
+        )
+        return then(found)
+
+    if client.clients == 1:
+        return one(images, labels)
+
+    def add(total, part):
+        return jax.tree.map(jnp.add, total, one(*part)), None
+
+    zeros = jax.tree.map(jnp.zeros_like, variables["params"])
+    # Computed again in a derivative, so that memory does not grow with the clients.
+    add = jax.checkpoint(add, prevent_cse=False)
+    total, _ = jax.lax.scan(add, zeros, split_among(client.clients, (images, labels)))
+    return jax.tree.map(lambda leaf: leaf / client.clients, total)
+
+
+def split_among(clients: int, batch: PyTree) -> PyTree:
+    """Arrays [b ...] as [clients, b / clients, ...]."""
+    return jax.tree.map(lambda x: jnp.reshape(x, (clients, -1, *jnp.shape(x)[1:])), batch)
 
 
 def local_update(

@@ -10,6 +10,7 @@ from collections.abc import Callable
 import optax
 
 from ggl_jax import grammar
+from ggl_jax.errors import GGLError
 from ggl_jax.spec import Client, Positive, Share, ranged
 
 
@@ -60,8 +61,29 @@ def _options(text: str) -> tuple[str, dict]:
     return grammar.read(LOCAL_OPTIMIZERS, text, what="local_optimizer")
 
 
+def check_client(client: Client) -> None:
+    """Refuse a client whose options do not go together.
+
+    Raises:
+        GGLError: an unknown local optimiser, clients that do not divide the images, or statistics
+            of several clients.
+    """
+    local_optimizer(client.local_optimizer)
+    if client.batch_size % client.clients:
+        raise GGLError(
+            f"clients: got {client.clients}, allowed: divisors of batch_size, which is "
+            f"{client.batch_size} images of all clients together"
+        )
+    if client.clients > 1 and client.share_statistics:
+        raise GGLError(
+            "share_statistics: the variances of several clients' batches have no mean that a batch "
+            "could match; leave it out, or use clients=1"
+        )
+
+
 def shares_gradient(client: Client) -> bool:
-    """Whether an update is one plain gradient: a step of SGD, whose momentum starts at 0."""
+    """Whether an update is one plain gradient (or the mean of several clients'): a step of SGD,
+    whose momentum starts at 0."""
     name, given = _options(client.local_optimizer)
     return client.local_steps == 1 and name == "sgd" and not given.get("nesterov")
 

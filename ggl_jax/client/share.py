@@ -10,19 +10,29 @@ from jax.typing import ArrayLike
 
 from ggl_jax import gate, trees
 from ggl_jax.client.defenses import check_local_steps
-from ggl_jax.client.gradients import client_update
+from ggl_jax.client.gradients import client_update, split_among
+from ggl_jax.client.local import check_client
 from ggl_jax.errors import GGLError
-from ggl_jax.spec import Client
+from ggl_jax.spec import Client, replace
 from ggl_jax.types import Context, Defense, Model, Public, Shared
 
 
 # Of the same objects, one call after the other, the compiled program is shared.
 @functools.lru_cache(maxsize=64)
 def _program(model: Model, defense: Defense, client: Client) -> Callable:
+    alone = replace(client, clients=1)
+
     def program(key, variables, images, labels):
-        update = client_update(client, model, variables, images, labels)
-        context = Context(model, variables, images, labels)
-        return defense.apply(key, update, context)
+        def one(args):
+            key, images, labels = args
+            update = client_update(alone, model, variables, images, labels)
+            return defense.apply(key, update, Context(model, variables, images, labels))
+
+        if client.clients == 1:
+            return one((key, images, labels))
+        keys = jax.random.split(key, client.clients)
+        each = jax.lax.map(one, (keys, *split_among(client.clients, (images, labels))))
+        return jax.tree.map(lambda leaf: jnp.mean(leaf, axis=0), each)
 
     return jax.jit(program)
 
@@ -41,29 +51,33 @@ def share(
     defense: Defense,
     client: Client | None = None,
 ) -> tuple[Shared, Mapping[str, Any] | tuple]:
-    """What a client with these images sends.
+    """What a client with these images sends; of several clients, the mean of what they send.
 
     Args:
         key: typed key of the defense's randomness.
         public: the global model and its weights; the prior is not looked at.
-        images: [b h w c] the private batch, floats in [0, 1].
+        images: [b h w c] the private batch, floats in [0, 1]; of several clients one after the
+            other, as many of each.
         labels: [b] its class indices.
         defense: what is done to the update before it is sent.
-        client: local steps, and whether BatchNorm statistics are sent as well; its batch size is
-            not looked at.
+        client: local steps, number of clients, and whether BatchNorm statistics are sent as well;
+            its batch size is not looked at.
 
     Returns:
         What crosses to the server, and the defense's own record of what it did, which stays with
-        the client (the audit compares it with what the server estimates).
+        the client (the audit compares it with what the server estimates); of several clients its
+        mean.
 
     Raises:
-        GGLError: statistics of a model that has none, several local steps under a defense of
-            single gradients, or NaN or infinity in the update.
+        GGLError: statistics of a model that has none or of several clients, images that these do
+            not divide, several local steps under a defense of single gradients, or NaN or infinity
+            in the update.
     """
     gate.model(public.model)
     client = client or Client()
     check_local_steps(defense, client)
     images, labels = jnp.asarray(images, jnp.float32), jnp.asarray(labels, jnp.int32)
+    check_client(replace(client, batch_size=len(images)))
     if client.share_statistics and public.model.statistics is None:
         raise GGLError(
             f"share_statistics: model {public.model.name} has no BatchNorm layers, so there are "

@@ -19,6 +19,7 @@ from ggl_jax.adversary.matching import layers
 from ggl_jax.adversary.matching.direct import direct_losses
 from ggl_jax.adversary.matching.fused import fused_losses
 from ggl_jax.adversary.matching.program import Program, trace
+from ggl_jax.client.gradients import split_among
 from ggl_jax.client.local import local_optimizer, shares_gradient
 from ggl_jax.errors import GGLError
 from ggl_jax.spec import Client, Speed, checked
@@ -89,7 +90,8 @@ def matching_loss(
         lists them. A defense with a factored form (noise, clipping, Soteria and their chains) is
         applied to norms and inner products. Any other defense gets every candidate's gradient: one
         tensor at a time where its program treats tensors apart (sparsification), else all together.
-        Direct is left for several local steps (and Adam's one), and for models without such layers.
+        Direct is left for several local steps (and Adam's one), for the mean of several clients
+        whose defense is more than a mask, and for models without such layers.
 
     Accuracy:
         Where gradients are not formed, a tensor's squared distance is |y|^2 - 2 <y, g> + |g|^2. In
@@ -127,8 +129,15 @@ def matching_loss(
             return Factored()
         return None if view.factor is None else view.factor(estimated)
 
+    def linear():
+        """Whether the mean of the clients' defended updates is that of one batch, masked."""
+        own = factored()
+        return client.clients == 1 or (own is not None and own.scale is None)
+
+    apart = _apart(model, client.clients)
+
     def losses_for(program: Program):
-        if method != "direct" and plain and program.sites:
+        if method != "direct" and plain and linear() and program.sites:
             return fused_losses(
                 program,
                 variables,
@@ -137,6 +146,11 @@ def matching_loss(
                 factored=factored(),
                 distance=distance,
                 exact_below=exact_below,
+            )
+        if method == "fused" and not linear():
+            raise GGLError(
+                f"method: 'fused' cannot serve the mean of {client.clients} updates that a defense "
+                "changed one by one; use 'auto'"
             )
         if method == "fused":
             raise GGLError(
@@ -163,7 +177,7 @@ def matching_loss(
         if labels.ndim == shared:
             labels = jnp.broadcast_to(labels, (images.shape[0], *labels.shape))
         with jax.default_matmul_precision(precision):
-            program = trace(model, variables, jax.ShapeDtypeStruct(images.shape[1:], images.dtype))
+            program = trace(apart, variables, jax.ShapeDtypeStruct(images.shape[1:], images.dtype))
             kept = 0 if plain else _kept(client, variables["params"])
             size = speed.chunk_size or _chunk_size(program, images.dtype.itemsize, speed, kept)
             losses_of = losses_for(program)
@@ -196,6 +210,19 @@ def plan(model: Model, variables: PyTree, *, batch_size: int = 1) -> dict[str, s
     }
     names = trees.names(variables["params"])
     return {name: kinds.get(leaf, "autodiff") for leaf, name in enumerate(names)}
+
+
+def _apart(model: Model, clients: int) -> Model:
+    """The model, run on each client's part of a batch by itself: BatchNorm may mix within these."""
+    if clients == 1:
+        return model
+
+    def apply(variables, images):
+        parts = split_among(clients, images)
+        found = jax.vmap(model.apply, (None, 0))(variables, parts)
+        return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), found)
+
+    return model._replace(apply=apply)
 
 
 def _kept(client: Client, params: PyTree) -> int:

@@ -15,16 +15,14 @@ def direct_losses(
     variables: PyTree,
     observed: PyTree,
     *,
-    simulate: Callable | None,
+    simulate: Callable,
     distance: Distance,
     client: Client,
 ) -> Callable:
-    """``losses_of(images[n b h w c], labels) -> [n]`` by one gradient per candidate."""
+    """``losses_of(images[n b h w c], labels) -> [n]`` by one update per candidate."""
 
     def loss_of_one(images, labels):
-        update = client_update(client, model, variables, images, labels)
-        if simulate is not None:
-            update = simulate(update)
+        update = client_update(client, model, variables, images, labels, simulate)
         return distance.between(update, observed)
 
     return jax.vmap(loss_of_one)
