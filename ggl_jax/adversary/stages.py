@@ -61,8 +61,8 @@ def make_stages(
     check_client(client)
     if client.clients > 1 and view.rewire is not None:
         raise GGLError(
-            f"clients: {view.name} prunes other features of each client, which the mean of "
-            f"{client.clients} does not show; use 1, or representation=False"
+            f"clients: what {view.name} did is read off each client's own update, which the mean "
+            f"of {client.clients} does not show; use 1, or another form (representation=False)"
         )
     if not shares_gradient(client) and view.rewire is not None:
         raise GGLError(
