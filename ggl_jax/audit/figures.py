@@ -2,16 +2,21 @@
 
 import math
 import re
+import textwrap
 from collections.abc import Mapping, Sequence
 from io import BytesIO
 from typing import Any
 
 import matplotlib
 import numpy as np
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.patches import Rectangle
 
-from ggl_jax.audit.tables import Leakage, Mean, family_of, strongest
+from ggl_jax.audit.maps import Map, silent
+from ggl_jax.audit.tables import Leakage, Mean, family_of, number_text, spoken, strongest
 
 #: Inches; a page of 400 pixels shows it at nearly its own size.
 WIDTH = 3.9
@@ -162,6 +167,50 @@ def by_parameter(groups: Sequence[Leakage]) -> dict[str, Figure]:
     return figures
 
 
+def leak_maps(maps: Sequence[Map]) -> Figure:
+    """The maps of several defenses below each other, on one scale of colours.
+
+    Colour and upper number of a square are its gain, the lower number its images; hatched where no
+    leak is shown, empty where nothing was run.
+    """
+    num_rows, num_columns = len(maps[0].rows), len(maps[0].columns)
+    names = ["\n".join(textwrap.wrap(row.replace(", ", " "), 16)) or "all" for row in maps[0].rows]
+    lines = max(2, *(name.count("\n") + 1 for name in names))
+    height = len(maps) * (0.17 * lines * num_rows + 0.45) + 0.75
+    figure = Figure(figsize=(WIDTH, height), layout="constrained")
+    panels = figure.subplots(len(maps), 1, squeeze=False)[:, 0]
+    every = [_finite(s.means["gain"].mean) for one in maps for s in one.squares.values()]
+    top = max([1.0, *(gain for gain in every if not math.isnan(gain))])
+    colors = matplotlib.colormaps["viridis"]
+    for axis, one in zip(panels, maps, strict=True):
+        axis.set_title(spoken(one.defense), fontsize=8)
+        axis.set_xlim(0, num_columns)
+        axis.set_ylim(num_rows, 0)
+        axis.set_yticks(np.arange(num_rows) + 0.5, names, fontsize=7)
+        labels = [column.replace(", ", "\n") or "all" for column in one.columns]
+        axis.set_xticks(np.arange(num_columns) + 0.5, labels, fontsize=7)
+        axis.tick_params(length=0)
+        for (row, column), square in one.squares.items():
+            gain = square.means["gain"].mean
+            # An exact copy is at the end of the scale.
+            share = 1.0 if math.isinf(gain) else min(max(gain / top, 0.0), 1.0)
+            light = share > 0.6
+            hatch = {"hatch": "//", "edgecolor": "#666666" if light else "#8a8a8a"}
+            style: dict[str, Any] = hatch if silent(square) else {}
+            axis.add_patch(
+                Rectangle((column, row), 1, 1, facecolor=colors(share), linewidth=0, **style)
+            )
+            text = f"{number_text(gain, sign=True)}\n{len(square.images)}"
+            axis.text(column + 0.5, row + 0.5, text, ha="center", va="center", fontsize=7,
+                      color="#111111" if light else "#f5f5f5")  # fmt: skip
+    scale = ScalarMappable(Normalize(0, top), colors)
+    bar = figure.colorbar(scale, ax=list(panels), location="bottom", aspect=40, fraction=0.05)
+    bar.set_label("gain over the best blind guess, dB (below: images);\n"
+                  "hatched: its interval reaches 0", fontsize=7)  # fmt: skip
+    bar.ax.tick_params(labelsize=7)
+    return figure
+
+
 def losses(groups: Sequence[Leakage]) -> Figure | None:
     """Lowest loss by step of the searches against one defense; None where no curve was kept.
 
@@ -193,7 +242,7 @@ def losses(groups: Sequence[Leakage]) -> Figure | None:
     axes[0].set_ylabel("lowest loss so far", fontsize=8)
     if len(groups) > 1:
         colors: list[Any] = [Line2D([], [], color=color) for color in _COLORS[: len(groups)]]
-        names = [group.variant for group in groups]
+        names = [group.variant for group in groups[:MAX_SERIES]]
         figure.legend(colors, names, loc="outside lower center", ncols=2, frameon=False, fontsize=7)
     return figure
 

@@ -18,7 +18,7 @@ from rich.markdown import Markdown, TableElement
 from rich.table import Table
 
 from ggl_jax import files
-from ggl_jax.audit import figures, leaderboard, tables, threat, utility
+from ggl_jax.audit import figures, leaderboard, maps, tables, threat, utility
 from ggl_jax.audit.controls import read_controls
 from ggl_jax.audit.folder import Records
 from ggl_jax.audit.metrics import METRICS, Metric
@@ -189,6 +189,9 @@ def make(records: Records) -> Report:
     told += [escape(threat.declared(played))] if played else []
     add[""] = ["\n".join(f"- {line}" for line in told)]
     add["What leaked"] = _leaks(report, groups)
+    drawn = maps.maps(records.rows)
+    if drawn:
+        add["The map"] = _map(report, drawn)
     # No intervals of errors, so that 80 columns suffice.
     others = {
         name: name not in ("mse_i", "mse_r")
@@ -283,6 +286,15 @@ def _bounds(groups: Sequence[Leakage]) -> list[str]:
         if tables.passed(group, name)
     ]
     return text
+
+
+def _map(report: Report, drawn: Sequence[maps.Map]) -> list[str]:
+    """Tables of all maps, and the figure of as many defenses as a report shows."""
+    shown = drawn[:MAX_PANELS]
+    names = ", ".join(tables.spoken(one.defense) for one in shown)
+    what = f"Gain by model and client, a panel for each of: {names}; the tables have its numbers"
+    figure = report.draw("map", figures.leak_maps(shown), what)
+    return [figure, *map(maps.map_table, drawn), maps.LEGEND]
 
 
 _PARAMETERS = (
