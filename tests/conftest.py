@@ -121,6 +121,7 @@ DEFENSE_SPECS = {
     "mixup": "mixup:2",
     "ats": "ats:43-18-18",
     "precode": "precode",
+    "graddefense": "graddefense:0.1,roots=3",
 }
 
 

@@ -43,7 +43,7 @@ EXACT = [
 ]
 
 #: With tests of their own laws, below.
-OWN = ["dpsgd", "flower", "svt", "outpost", "censor", "mixup", "ats"]
+OWN = ["dpsgd", "flower", "svt", "outpost", "censor", "mixup", "ats", "graddefense"]
 
 
 def behind(model, variables, images):
@@ -419,7 +419,10 @@ OPTIONS = {
     "prune": ("0", "100"),
     "trials": ("2", "0"),
     "alpha": ("0.5", "0"),
-    "mixup.public": ("batch", "none.npz"),
+    "slices": ("20", "0"),
+    "perturbed": ("3", "11"),
+    "public": ("faces", "none.npz"),
+    "roots": ("2", "0"),
     "policy": ("7/3-1", "3-50"),
 }
 

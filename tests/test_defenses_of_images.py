@@ -11,7 +11,7 @@ from scipy import stats
 import ggl_jax as gx
 from ggl_jax.adversary.matching import matching_loss
 from ggl_jax.audit.identity import names_own
-from ggl_jax.client.defenses._images import public_images
+from ggl_jax.client.defenses._images import public_set
 from ggl_jax.client.defenses.ats import TRANSFORMATIONS, apply_one, transformed
 from ggl_jax.client.defenses.mixup import mixed
 from ggl_jax.errors import GGLError
@@ -44,12 +44,12 @@ def test_public_partners_are_faces_and_the_label_stays(batch):
     images, labels, weight = mixed(jax.random.key(1), batch, 2.0, "faces")
     assert labels.tolist() == [0, 1, 2, 1]
     partners = (images - weight * batch.images) / (1 - weight)
-    known = public_images("faces", TINY_SHAPE)
+    known, _ = public_set("faces", TINY_SHAPE)
     assert known.shape == (100, *TINY_SHAPE)
     nearest = np.abs(np.asarray(partners)[:, None] - known).max(axis=(2, 3, 4))
     assert nearest.min(axis=1).max() < 1e-4
     assert len(set(nearest.argmin(axis=1))) > 1
-    assert public_images("faces", (8, 6, 1)).shape == (100, 8, 6, 1)
+    assert public_set("faces", (8, 6, 1))[0].shape == (100, 8, 6, 1)
 
 
 def test_the_batchs_mix_is_mixups_and_keeps_the_counts(batch):

@@ -17,6 +17,7 @@ from ggl_jax.client.defenses.ats import ats
 from ggl_jax.client.defenses.censor import censor
 from ggl_jax.client.defenses.clip import clip
 from ggl_jax.client.defenses.dropped import dropout, randomk
+from ggl_jax.client.defenses.graddefense import graddefense
 from ggl_jax.client.defenses.laplace import laplace
 from ggl_jax.client.defenses.localdp import dpsgd, flower
 from ggl_jax.client.defenses.mixup import mixup
@@ -327,6 +328,7 @@ DEFENSES: dict[str, Callable[..., Defense]] = {
     "mixup": mixup,
     "ats": ats,
     "precode": precode,
+    "graddefense": graddefense,
 }
 
 #: What ``ggl-jax leaderboard`` tries: three strengths of each defense, the weakest first, in the
@@ -354,6 +356,7 @@ STRENGTHS: dict[str, tuple[str, ...]] = {
     "censor": ("censor:{1,5,20}", "censor:20,exact=False"),
     "mixup": ("mixup:{0.2,1,8}",),
     "ats": ("ats:{3-1-7,43-18-18,3-1-7/43-18-18}",),
+    "graddefense": ("graddefense:0.1,perturbed={2,5,8}",),
     "precode": ("precode",),  # for a model with a bottleneck, whose size is its strength
 }
 

@@ -57,8 +57,8 @@ def image_view(kind: str) -> View:
 
 
 @functools.lru_cache(maxsize=8)
-def public_images(source: str, shape: tuple[int, int, int]) -> np.ndarray:
-    """Public images [n h w c] in [0, 1].
+def public_set(source: str, shape: tuple[int, int, int]) -> tuple[np.ndarray, np.ndarray | None]:
+    """Public images [n h w c] in [0, 1], and their labels [n], if they have any.
 
     Args:
         source: "faces" (:data:`EMBEDDED`), or an .npz file as ``--data`` takes it.
@@ -68,6 +68,7 @@ def public_images(source: str, shape: tuple[int, int, int]) -> np.ndarray:
     Raises:
         GGLError: no such file, or one that cannot be read.
     """
+    labels = None
     if source == EMBEDDED:
         import skimage.data  # its data sets are only needed here
 
@@ -75,16 +76,15 @@ def public_images(source: str, shape: tuple[int, int, int]) -> np.ndarray:
         pictures = np.repeat(pictures[..., None], 3, axis=-1)
     else:
         with about(f"public: {source}"):
-            pictures = npz.read(source).images
+            pictures, labels, _ = npz.read(source)
     height, width, channels = shape
+    if channels not in (1, 3):
+        raise GGLError(f"public: the model's images have {channels} channels, allowed: 1 or 3")
     found = []
     for picture in pictures:
         one = Image.fromarray(picture).resize((width, height), Image.Resampling.BILINEAR)
         found.append(np.asarray(one.convert("L" if channels == 1 else "RGB"), np.float32) / 255)
-    images = np.stack(found).reshape(-1, height, width, min(channels, 3))
-    if images.shape[1:] != shape:
-        raise GGLError(f"public: the model's images have {channels} channels, allowed: 1 or 3")
-    return images
+    return np.stack(found).reshape(-1, *shape), labels
 
 
 def check_source(source: str, *also: str) -> None:
@@ -96,5 +96,5 @@ def check_source(source: str, *also: str) -> None:
 
 def draw_public(key: jax.Array, source: str, shape: tuple[int, int, int], num: int) -> jax.Array:
     """``num`` public images, drawn at random with repeats."""
-    images = public_images(source, shape)
+    images, _ = public_set(source, shape)
     return jnp.asarray(images)[jax.random.randint(key, (num,), 0, len(images))]
