@@ -281,12 +281,15 @@ def noisy(defense: Defense) -> Noisy:
 
 
 class _Programs(NamedTuple):
-    """Compiled functions of ``(variables, key, label, ...)``; see :func:`_programs`."""
+    """Compiled functions of ``(variables, key, label, ...)``; see :func:`_programs`.
 
-    products: Callable
-    secants: Callable
+    Each is of one image or pair: XLA's convolutions within loops use one core of a CPU.
+    """
+
+    product: Callable
+    secant: Callable
     total: Callable
-    distances: Callable
+    distance: Callable
 
 
 @functools.lru_cache(maxsize=8)
@@ -302,47 +305,22 @@ def _programs(model: Model, client: Client, before: tuple[Defense, ...]) -> _Pro
     def squared(a, b):
         return trees.total(trees.sq_norms(jax.tree.map(jnp.subtract, a, b)))
 
-    @jax.jit
-    def products(variables, key, label, x, directions):
+    def product(variables, key, label, x, direction):
         _, forward = jax.linearize(lambda one: update(variables, key, label, one), x)
-        backward = jax.linear_transpose(forward, x)
-        return jax.lax.map(lambda v: backward(forward(v))[0], directions)
+        return jax.linear_transpose(forward, x)(forward(direction))[0]
 
-    @jax.jit
-    def secants(variables, key, label, points, steps):
+    def secant(variables, key, label, x, step):
         # One key for both ends: who knows the draws of a random stage can do no worse.
-        def pair(entry):
-            number, x, h = entry
-            own = jax.random.fold_in(key, number)
+        ends = (update(variables, key, label, x + sign * step / 2) for sign in (1, -1))
+        return squared(*ends)
 
-            def one(t):
-                ends = (update(variables, own, label, x + s * t * h / 2) for s in (1, -1))
-                return squared(*ends)
+    def total(variables, key, label, x, found):
+        return jax.tree.map(jnp.add, found, update(variables, key, label, x))
 
-            return jax.lax.map(one, 2.0 ** jnp.arange(len(STEPS)))
+    def distance(variables, key, label, x, centre):
+        return jnp.sqrt(squared(update(variables, key, label, x), centre))
 
-        return jax.lax.map(pair, (jnp.arange(len(points)), points, steps))
-
-    @jax.jit
-    def total(variables, key, label, points):
-        zeros = jax.tree.map(jnp.zeros_like, variables["params"])
-
-        def add(number, found):
-            own = jax.random.fold_in(key, number)
-            return jax.tree.map(jnp.add, found, update(variables, own, label, points[number]))
-
-        return jax.lax.fori_loop(0, len(points), add, zeros)
-
-    @jax.jit
-    def distances(variables, key, label, points, centre):
-        def one(entry):
-            number, x = entry
-            own = jax.random.fold_in(key, number)
-            return jnp.sqrt(squared(update(variables, own, label, x), centre))
-
-        return jax.lax.map(one, (jnp.arange(len(points)), points))
-
-    return _Programs(products, secants, total, distances)
+    return _Programs(*map(jax.jit, (product, secant, total, distance)))
 
 
 class Bounds:
@@ -356,7 +334,7 @@ class Bounds:
     """
 
     def __init__(self, public: Public, key: jax.Array, num: int):
-        self.public, self.key, self.num = public, key, num
+        self.public, self.variables, self.key, self.num = public, public.variables, key, num
         self._normals: dict[int | None, Normal] = {}
         self._sketches: dict[tuple, np.ndarray] = {}
         self._radii: dict[tuple, float] = {}
@@ -377,30 +355,35 @@ class Bounds:
         before, sigma, _ = noisy(defense)
         name = (defense.name, client, label)
         if name not in self._errors:
-            programs = _programs(self.public.model, client, before)
-            of = self.public.variables, jax.random.fold_in(self.key, 1), label
-            self._errors[name] = squared_error(
-                lambda x, h: np.asarray(programs.secants(*of, _floats(x), _floats(h))),
-                self.sketch(before, client, label),
-                self.normal(label),
-                sigma,
-                num=self.num,
-            )
+            secant, variables = _programs(self.public.model, client, before).secant, self.variables
+
+            def one(number, x, step):
+                key = jax.random.fold_in(jax.random.fold_in(self.key, 1), number)
+                ends = (_floats(2.0**k * step) for k in range(len(STEPS)))
+                return [float(secant(variables, key, label, _floats(x), end)) for end in ends]
+
+            def secants(points, steps):
+                return np.asarray([*map(one, range(len(points)), points, steps)])
+
+            sketch, normal = self.sketch(before, client, label), self.normal(label)
+            self._errors[name] = squared_error(secants, sketch, normal, sigma, num=self.num)
         return self._errors[name]
 
     def sketch(self, before: tuple[Defense, ...], client: Client, label: int) -> np.ndarray:
         """``V^T E[J^T J] V`` by :data:`SKETCHES` images: directions and steps are chosen by it."""
         name = (tuple(stage.name for stage in before), client, label)
         if name not in self._sketches:
+            product = _programs(self.public.model, client, before).product
+            of = self.variables, jax.random.fold_in(self.key, 2), label
             normal = self.normal(label)
-            of = self.public.variables, jax.random.fold_in(self.key, 1), label
-            products = _programs(self.public.model, client, before).products
-            basis = normal.directions
-            found = [
-                np.asarray(products(*of, _floats(x), _floats(basis)), np.float64) @ basis.T
-                for x in normal.draw(np.random.default_rng(1), SKETCHES)
-            ]
-            mean = np.mean(found, axis=0)
+            basis, rng = normal.directions, np.random.default_rng(1)
+            found = np.asarray(
+                [
+                    [np.asarray(product(*of, _floats(x), _floats(v)), np.float64) for v in basis]
+                    for x in normal.draw(rng, SKETCHES)
+                ]
+            )
+            mean = found.mean(axis=0) @ basis.T
             self._sketches[name] = (mean + mean.T) / 2
         return self._sketches[name]
 
@@ -412,14 +395,19 @@ class Bounds:
         The centre is the mean of their updates, all at one label.
         """
         before, sigma, _ = noisy(defense)
-        points = np.stack([np.ravel(image) for image in images])
-        name = (tuple(stage.name for stage in before), client, label, digest(points))
+        points = [_floats(np.ravel(image)) for image in images]
+        name = (tuple(stage.name for stage in before), client, label, digest(*points))
         if name not in self._radii:
-            programs = _programs(self.public.model, client, before)
-            of = self.public.variables, jax.random.fold_in(self.key, 2), label, _floats(points)
-            total = programs.total(*of)
-            centre: PyTree = jax.tree.map(lambda x: x / len(points), total)
-            self._radii[name] = float(jnp.max(programs.distances(*of, centre)))
+            programs, variables = _programs(self.public.model, client, before), self.variables
+            keys = jax.random.split(jax.random.fold_in(self.key, 3), len(points))
+            total: PyTree = jax.tree.map(jnp.zeros_like, variables["params"])
+            for key, x in zip(keys, points, strict=True):
+                total = programs.total(variables, key, label, x, total)
+            centre = jax.tree.map(lambda x: x / len(points), total)
+            self._radii[name] = max(
+                float(programs.distance(variables, key, label, x, centre))
+                for key, x in zip(keys, points, strict=True)
+            )
         return self._radii[name] / sigma
 
     def row(
