@@ -4,10 +4,10 @@ import jax
 import jax.numpy as jnp
 
 from ggl_jax import trees
-from ggl_jax.client.defenses._views import split_keys
+from ggl_jax.client.defenses._views import root_mean, split_keys
 from ggl_jax.client.gradients import loss_of
 from ggl_jax.spec import Count, ranged
-from ggl_jax.types import Defense, Facts, View
+from ggl_jax.types import Defense, Factored, Facts, View
 
 #: The released code tries its draws with this step.
 _STEP = 1e-4
@@ -40,9 +40,10 @@ def censor(*, trials: Count = 20, exact: bool = True) -> Defense:
             gradient as it is; so does this form.
 
     Returns:
-        A Defense without factored form. Record: ``trials``. Estimate: ``directions``, the observed
-        update; if not exact, ``weights``, a pytree of scalars, from the
-        observed lengths: the part of the gradient that the update holds on average over 20 trials.
+        A Defense, with factored form if not exact. Record: ``trials``. Estimate: ``directions``,
+        the observed update; if not exact, ``weights``, a pytree of scalars, from the observed
+        lengths: the part of the gradient that the update holds on average over 20 trials; and
+        ``sigma``, the root mean square of all entries, since nearly all of the update is random.
         (With a standard deviation s_l of the product of gradient and trial in tensor l, and S of
         their sum, it is ``1.867 s_l^2 / (S |g_l|^2)``, to first order.)
 
@@ -112,7 +113,10 @@ def censor_view(exact: bool) -> View:
         def weight(n, s):
             return _BEST_OF_20 * s**2 / jnp.where(total * n > 0, total * n**2, 1)
 
-        return {"weights": jax.tree.map(weight, lengths, spreads)}
+        return {
+            "weights": jax.tree.map(weight, lengths, spreads),
+            "sigma": root_mean(trees.sq_norms(update), update),
+        }
 
     def simulate(estimated, update):
         if exact:
@@ -121,4 +125,13 @@ def censor_view(exact: bool) -> View:
             )
         return jax.tree.map(jnp.multiply, estimated["weights"], update)
 
-    return View("censor", estimate, simulate, adds_noise=not exact)
+    if exact:
+        return View("censor", estimate, simulate)
+    return View(
+        "censor",
+        estimate,
+        simulate,
+        lambda estimated: Factored(mask=estimated["weights"]),
+        adds_noise=True,
+        noise_std=lambda estimated: estimated["sigma"],
+    )
