@@ -7,6 +7,7 @@ import pytest
 from flax import linen as nn
 from jax.flatten_util import ravel_pytree
 
+from ggl_jax.client import gradients
 from ggl_jax.client.gradients import cross_entropy, gradient, local_update
 from ggl_jax.client.local import gradients_summed, local_optimizer, shares_gradient
 from ggl_jax.client.models import from_flax
@@ -216,7 +217,7 @@ def test_local_update_is_differentiable(model, variables, images, optimizer):
         ("adam:b2=0.99", {"betas": (0.9, 0.99)}),
     ],
 )
-def test_five_local_steps_in_training_mode_agree_with_torch(optimizer, options):
+def test_five_local_steps_in_training_mode_agree_with_torch(optimizer, options, monkeypatch):
     """A batch of four through BatchNorm by its own statistics, and torch's optimisers."""
     torch = pytest.importorskip("torch")
     torch.manual_seed(0)
@@ -257,6 +258,14 @@ def test_five_local_steps_in_training_mode_agree_with_torch(optimizer, options):
     found = run(variables, jnp.asarray(images, jnp.float32))
     for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         assert np.linalg.norm(ours - theirs) < 1e-4 * np.linalg.norm(theirs)
+    if "nesterov" not in options:
+        return
+    # The loop, which more steps than five or an accelerator take, finds the same.
+    monkeypatch.setattr(gradients, "_UNROLLED", 0)
+    looped = jax.jit(lambda v, x: run.__wrapped__(v, x))(
+        variables, jnp.asarray(images, jnp.float32)
+    )
+    assert_trees_close(looped, found, rtol=1e-3, atol=1e-5)
 
 
 def test_what_an_update_is_a_sum_of(model, variables, images):
@@ -309,11 +318,11 @@ def test_more_local_steps_are_no_larger_program(model, variables, images):
 
         return jax.jit(jax.grad(energy)).lower(images).compile()
 
-    few, many = compiled(3), compiled(20)
+    few, many = compiled(6), compiled(20)
     assert len(many.as_text()) < 1.05 * len(few.as_text())
     weights = sum(leaf.nbytes for leaf in jax.tree.leaves(variables["params"]))
     grown = many.memory_analysis().temp_size_in_bytes - few.memory_analysis().temp_size_in_bytes
-    assert grown < 1.5 * 17 * weights
+    assert grown < 1.5 * 14 * weights
 
 
 def test_learning_rate_may_be_traced(model, variables, images):
