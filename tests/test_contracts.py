@@ -16,6 +16,7 @@ from conftest import DEFENSE_SPECS
 from dp_accounting import get_epsilon_gaussian
 from jax.flatten_util import ravel_pytree
 
+from ggl_jax import trees
 from ggl_jax.adversary.estimation import compare
 from ggl_jax.adversary.matching import matching_loss
 from ggl_jax.audit import privacy
@@ -106,6 +107,14 @@ def test_defense_contract(spec, for_spec):
     close(jax.jit(defense.view.simulate)(estimated, update), simulated)
     close(jax.vmap(defense.view.simulate)(one(estimated), one(update)), one(simulated))
     assert jax.tree.structure(simulated) == jax.tree.structure(update)
+    factored = None if defense.view.factor is None else defense.view.factor(estimated)
+    if factored is not None:
+        result = update
+        if factored.mask is not None:
+            result = jax.tree.map(jnp.multiply, factored.mask, result)
+        if factored.scale is not None:
+            result = jax.tree.map(jnp.multiply, factored.scale(trees.sq_norms(result)), result)
+        close(result, simulated)
     assert all(jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves((eager, estimated, simulated)))
     if defense.view.noise_std is not None:
         assert jnp.shape(defense.view.noise_std(estimated)) == ()
