@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from ggl_jax import trees
-from ggl_jax.client.defenses._views import root_mean, split_keys
+from ggl_jax.client.defenses._views import add_draw, root_mean
 from ggl_jax.client.gradients import loss_of
 from ggl_jax.spec import Count, ranged
 from ggl_jax.types import Defense, Factored, Facts, View
@@ -56,11 +56,14 @@ def censor(*, trials: Count = 20, exact: bool = True) -> Defense:
     """
 
     def draw(key, update):
-        def one(key, g):
-            r = jax.random.normal(key, g.shape, g.dtype)
+        drawn = add_draw(
+            jax.tree.map(jnp.zeros_like, update), lambda num: jax.random.normal(key, (num,))
+        )
+
+        def one(r, g):
             return orthogonal(r / jnp.linalg.norm(r.ravel()), g, exact)
 
-        return jax.tree.map(one, split_keys(key, update), update)
+        return jax.tree.map(one, drawn, update)
 
     def apply(key, update, context):
         params = context.variables["params"]
