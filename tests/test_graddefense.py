@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import TINY_SHAPE
 from jax.flatten_util import ravel_pytree
 
 import ggl_jax as gx
@@ -53,9 +54,11 @@ def test_slices_are_stretches_of_equal_sensitivity():
     np.testing.assert_allclose(sums, 2, atol=0.11)  # of 10 in 5, up to one entry
 
 
-def test_noise_is_on_the_drawn_slices_alone(context, update):
+def test_noise_is_on_the_drawn_slices_alone(tiny_model, tiny_variables, tiny_images):
+    context = Context(tiny_model, tiny_variables, tiny_images[:1], jnp.array([1]))
+    update = gx.gradient(*context)
     defense = gx.parse("graddefense:0.3,slices=8,perturbed=3,roots=4")
-    images, _ = public_set("faces", (16, 16, 3))
+    images, _ = public_set("faces", TINY_SHAPE)
     labels = np.arange(4) % 3
     found = sensitivities(context.model, context.variables, jnp.asarray(images[:4]), labels)
     at = np.asarray(ravel_pytree(slices_of(update, found, 8))[0])
