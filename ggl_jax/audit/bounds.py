@@ -7,8 +7,8 @@ Two of them, of an update ``y = f(x) + sigma N(0, I)`` of one image x, whatever 
 - :func:`squared_error`: how near any reconstruction can come, on average over images drawn from a
   Gaussian. It is the bound of van Trees (the Bayesian Cramer-Rao bound) where f is smooth, and that
   of Weiss and Weinstein everywhere. Updates of ReLU networks jump where a unit switches: their
-  Fisher information is infinite, and a formula that sees derivatives alone claims too much (for
-  ``convnet`` under noise 0.01 a mean squared error that is up to twenty times too large).
+  Fisher information is infinite, and a formula that sees derivatives alone claims too much (of
+  ``convnet``, updates differ ten times as much and more as they say: docs/results.md).
 
 Both are the audit's: they look at the defense's parameters and at the private image's label, which
 an adversary would have to find out.
