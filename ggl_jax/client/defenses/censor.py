@@ -7,7 +7,7 @@ from ggl_jax import trees
 from ggl_jax.client.defenses._views import add_draw, root_mean
 from ggl_jax.client.gradients import loss_of
 from ggl_jax.spec import Count, ranged
-from ggl_jax.types import Defense, Factored, Facts, View
+from ggl_jax.types import Defense, Facts, View
 
 #: The released code tries its draws with this step.
 _STEP = 1e-4
@@ -40,7 +40,7 @@ def censor(*, trials: Count = 20, exact: bool = True) -> Defense:
             gradient as it is; so does this form.
 
     Returns:
-        A Defense, with factored form if not exact. Record: ``trials``. Estimate: ``directions``,
+        A Defense without factored form. Record: ``trials``. Estimate: ``directions``,
         the observed update; if not exact, ``weights``, a pytree of scalars, from the observed
         lengths: the part of the gradient that the update holds on average over 20 trials; and
         ``sigma``, the root mean square of all entries, since nearly all of the update is random.
@@ -134,7 +134,6 @@ def censor_view(exact: bool) -> View:
         "censor",
         estimate,
         simulate,
-        lambda estimated: Factored(mask=estimated["weights"]),
         adds_noise=True,
         noise_std=lambda estimated: estimated["sigma"],
     )
