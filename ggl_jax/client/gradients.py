@@ -225,9 +225,8 @@ def client_update(
         return jax.tree.map(jnp.add, total, one(*part)), None
 
     zeros = jax.tree.map(jnp.zeros_like, variables["params"])
-    # Computed again in a derivative, so that memory does not grow with the clients.
-    add = jax.checkpoint(add, prevent_cse=False)
-    total, _ = jax.lax.scan(add, zeros, split_among(client.clients, (images, labels)))
+    parts = split_among(client.clients, (images, labels))
+    total = _folded(add, zeros, parts, client.clients * client.local_steps)
     return jax.tree.map(lambda leaf: leaf / client.clients, total)
 
 
@@ -304,19 +303,25 @@ def local_update(
     # The directions' sum is accumulated instead of taken from w_0 - w_E, whose difference would
     # lose most digits to the size of the weights.
     carried = jax.tree.map(jnp.zeros_like, start), own.init(start)
-    unrolled = local_steps <= _UNROLLED and jax.default_backend() == "cpu"
-    step = jax.checkpoint(step, prevent_cse=False)
-    if unrolled:
-        for t in range(local_steps):
-            carried, _ = step(carried, t)
-    else:
-        carried, _ = jax.lax.scan(step, carried, jnp.arange(local_steps))
-    return carried[0]
+    return _folded(step, carried, np.arange(local_steps), local_steps)[0]
 
 
-#: Steps that a CPU runs without a loop, in which XLA's convolutions take three times as long there
-#: (measured on ResNet-18). Each adds to the program.
+#: Gradients that a CPU computes without a loop, in which XLA's convolutions take three times as
+#: long there (measured on ResNet-18). Each adds to the program.
 _UNROLLED = 5
+
+
+def _folded(step: Callable, carried: PyTree, each: PyTree, gradients: int) -> PyTree:
+    """What is carried through ``step(carried, one) -> (carried, None)``, for each of ``each``.
+
+    Steps are computed again in a derivative, and make a loop unless they take few gradients.
+    """
+    step = jax.checkpoint(step, prevent_cse=False)
+    if gradients > _UNROLLED or jax.default_backend() != "cpu":
+        return jax.lax.scan(step, carried, each)[0]
+    for number in range(len(jax.tree.leaves(each)[0])):
+        carried, _ = step(carried, jax.tree.map(lambda x, number=number: x[number], each))
+    return carried
 
 
 def _check_local(local_steps, learning_rate, batch_size) -> None:
