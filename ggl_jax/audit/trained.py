@@ -19,13 +19,12 @@ from ggl_jax.audit.run import Progress
 from ggl_jax.audit.utility import (
     TRAINING_STREAM,
     TrainingSettings,
-    local_options,
     majority_accuracy,
     split,
 )
 from ggl_jax.client import defenses as client_defenses
 from ggl_jax.errors import GGLError
-from ggl_jax.spec import Client, Number, checked
+from ggl_jax.spec import Client, Count, Number, Positive, checked
 from ggl_jax.types import Defense, Model, PyTree
 
 CONFIG = "training.json"
@@ -35,6 +34,12 @@ CONFIG = "training.json"
 class CheckpointSettings(TrainingSettings):
     """How the federated model is trained, and when its weights are kept."""
 
+    local_steps: Count = 1
+    """Local steps behind each client's update, as for ggl-jax audit."""
+    local_learning_rate: Positive = 0.01
+    """Their step size."""
+    local_optimizer: str = "sgd"
+    """What makes them, as for ggl-jax audit."""
     checkpoints: tuple[Number, ...] = (0, 20, 200)
     """Rounds after which the weights are kept; the last of them ends the training, 0 is before it.
     """
@@ -48,7 +53,6 @@ def train_model(
     out: str | Path,
     defense: Defense | str = "none",
     settings: CheckpointSettings | None = None,
-    client: Client | None = None,
     variables: PyTree | None = None,
     in_eval: Model | None = None,
     about: Mapping[str, Any] | None = None,
@@ -68,7 +72,6 @@ def train_model(
         out: folder; checkpoints that an earlier call of the same arguments left there stay.
         defense: of every client.
         settings: of the training.
-        client: local steps behind each update; its batch size is not looked at.
         variables: the first weights; None for those of an audit with the settings' seed.
         in_eval: the same model in eval mode, to measure its accuracy, too, where ``model`` is in
             training mode.
@@ -86,20 +89,18 @@ def train_model(
         GGLError: unusable images or labels, too few of them, an unknown defense, a folder that
             holds something else, or a training that diverges (checkpoints before it are kept).
     """
-    settings, client = checked(settings or CheckpointSettings()), client or Client()
+    settings = checked(settings or CheckpointSettings())
     _check_order(settings.checkpoints)
+    local = {k: v for k, v in dataclasses.asdict(settings).items() if k.startswith("local_")}
+    client = Client(**local)
     images, labels = admit(model, images, labels, variables)
     train_at, test_at = split(len(images), settings)
     parsed = client_defenses.parse(defense) if isinstance(defense, str) else defense
     gate.defense(parsed, model)
     client_defenses.check_local_steps(parsed, client)
     told = {k: v for k, v in (about or {}).items() if k not in ("command", "environment")}
-    options = {
-        **dataclasses.asdict(settings),
-        **local_options(client),
-        **{"model": model.name, "defense": parsed.name},
-        **told,
-    }
+    named = {"model": model.name, "defense": parsed.name}
+    options = {**dataclasses.asdict(settings), **named, **told}
     content = files.digest(images, labels, jax.tree.leaves(variables))[:12]
     config = {**(about or {}), "options": options, "inputs": {"data": content}}
     folder = Path(out)
@@ -107,15 +108,10 @@ def train_model(
     if variables is None:
         variables = gate.initialise(model)(jax.random.fold_in(key, MODEL_STREAM))
     track = training.uses_batch_statistics(model, variables)
+    names = ("batch_size", "learning_rate", "momentum")
+    server = {name: getattr(settings, name) for name in names}
     made = training.federated(
-        model,
-        parsed,
-        num_clients=settings.clients,
-        batch_size=settings.batch_size,
-        learning_rate=settings.learning_rate,
-        momentum=settings.momentum,
-        client=client,
-        track=track,
+        model, parsed, num_clients=settings.clients, client=client, track=track, **server
     )
     last = settings.checkpoints[-1]
     # Between two checkpoints, for the progress.
@@ -140,11 +136,7 @@ def train_model(
         files.claim(folder, config, name=CONFIG)
         for state in states:
             done = int(state.round)
-            if int(state.diverged):
-                raise GGLError(
-                    f"learning_rate: the training diverged in round {int(state.diverged)}; lower "
-                    "it. Checkpoints before that are kept"
-                )
+            _check_finite(state)
             if progress is not None:
                 ahead = next(stop for stop in settings.checkpoints if stop >= done)
                 progress(f"training, up to round {ahead}", 0, 1, done / max(last, 1), None)
@@ -152,20 +144,19 @@ def train_model(
                 continue
             path = folder / f"round-{done}"
             if not path.exists():
-                checkpoint.save(
-                    path,
-                    state.variables,
-                    {
-                        "name": f"{model.name}-round-{done}",
-                        **card,
-                        "round": done,
-                        "accuracy": training.accuracy(model, state.variables, *test),
-                        "accuracy_in_eval": None
-                        if in_eval is None
-                        else training.accuracy(in_eval, state.variables, *test),
-                    },
-                )
+                own = {"name": f"{model.name}-{path.name}", **card, "round": done}
+                for name, one in {"accuracy": model, "accuracy_in_eval": in_eval}.items():
+                    own[name] = one and training.accuracy(one, state.variables, *test)
+                checkpoint.save(path, state.variables, own)
             yield path, checkpoint.load_card(path)
+
+
+def _check_finite(state: training.TrainingState) -> None:
+    if int(state.diverged):
+        raise GGLError(
+            f"learning_rate: the training diverged in round {int(state.diverged)}; lower it. "
+            "Checkpoints before that are kept"
+        )
 
 
 def _check_order(checkpoints: tuple[int, ...]) -> None:

@@ -180,7 +180,7 @@ def measure(
         gate.defense(defense, model)
         client_defenses.check_local_steps(defense, client)
     asked = {k: v for k, v in (about or {}).items() if k not in ("command", "environment")}
-    local = local_options(client)
+    local = {k: v for k, v in dataclasses.asdict(client).items() if k.startswith("local_")}
     config = {
         "options": {**dataclasses.asdict(settings), **local, "model": model.name, **asked},
         **{name: value for name, value in (about or {}).items() if name not in asked},
@@ -252,11 +252,6 @@ def read(folder: str | Path) -> Utility | None:
         if row["epsilon_note"] == _MISSING:
             row.update(_epsilons(row["bound"], row["sigma"], row["rounds"], row["delta"]))
     return Utility(config, rows)
-
-
-def local_options(client: Client) -> dict[str, Any]:
-    """A client's options that say how it trains, by name."""
-    return {k: v for k, v in dataclasses.asdict(client).items() if k.startswith("local_")}
 
 
 def _train(key, model, defense, variables, data, settings, client, report) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from typing import Any
 from ggl_jax.audit.trained import CheckpointSettings
 from ggl_jax.commands._shared import AuditBar, about, count_classes, load_model, say
 from ggl_jax.errors import GGLError
-from ggl_jax.spec import Client, Count, Positive, Setup, checked
+from ggl_jax.spec import Count, Setup, checked
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,15 +35,6 @@ class TrainModelCommand:
     defense: str = "none"
     """What every client does to its updates, as for ggl-jax audit."""
     training: CheckpointSettings = dataclasses.field(default_factory=CheckpointSettings)
-    local_steps: Count = 1
-    """Local steps behind each client's update, as for ggl-jax audit."""
-    local_learning_rate: Positive = 0.01
-    """Their step size."""
-    local_optimizer: str = "sgd"
-    """What makes them, as for ggl-jax audit."""
-
-
-_LOCAL = ("steps", "learning_rate", "optimizer")
 
 
 def run(command: TrainModelCommand, argv: list[str]) -> int:
@@ -60,7 +51,6 @@ def run(command: TrainModelCommand, argv: list[str]) -> int:
     classes = count_classes(dataset, dataset.labels, command.num_classes)
     shape = dataset.images.shape[1:]
     model, variables = load_model(setup, classes, shape)
-    local = {f"local_{n}": getattr(command, f"local_{n}") for n in _LOCAL}
     kept: list[Path] = []
     try:
         with AuditBar() as bar:
@@ -71,7 +61,6 @@ def run(command: TrainModelCommand, argv: list[str]) -> int:
                 out=command.out,
                 defense=command.defense,
                 settings=command.training,
-                client=Client(**local),
                 variables=variables,
                 in_eval=_in_eval(command.model, model),
                 about={**about(argv), **{name: getattr(command, name) for name in named[:3]}},
