@@ -134,7 +134,10 @@ class Search:
     """Distance between updates: squared_l2, mean_squared_l2 (over the tensors), cosine, scaled_l2
     (to the nearest multiple of the candidate's update), likelihood (squared_l2 over twice the
     estimated noise's variance, where there is noise), or posterior (likelihood where there is
-    noise, else cosine weighed so that the penalty gaussian of whitened pixels is the prior)."""
+    noise, else cosine; in whitened pixels it is weighed beside the regression's own error)."""
+    surrogate: Annotated[float, AtLeast(0.0)] = 0.0
+    """Width of the slope that ReLU's masks get in the search's derivative, relative to what enters
+    them; 0 for none, as automatic differentiation has it."""
     relative: bool = False
     """Divide distances by that of an update of zero, so that penalties weigh as much under each
     defense."""

@@ -131,6 +131,8 @@ class Factored(NamedTuple):
             (a scalar 1.0 where nothing is masked), or None for no mask.
         scale: ``scale(sq_norms) -> scales``, both pytrees with the update's structure and scalar
             leaves; ``sq_norms`` are the squared l2 norms of the masked leaves. None for no scaling.
+            As a ``jax.tree_util.Partial`` of a module's function it is data: searches under
+            defenses of the same kind share one compiled program.
     """
 
     mask: PyTree | None = None
@@ -260,10 +262,16 @@ class Guess(NamedTuple):
     Attributes:
         mean: [p] pixels in [0, 1].
         factor: [p r]; factor factor^T is the covariance.
+        weight: of minus the Gaussian's log density in the search's loss.
+        smooth: of the images' total variation there.
+        sharpness: what the cosine distance is multiplied by, under distance ``posterior``.
     """
 
     mean: jax.Array
     factor: jax.Array
+    weight: jax.Array | np.float32 = np.float32(1)
+    smooth: jax.Array | np.float32 = np.float32(0)
+    sharpness: jax.Array | np.float32 = np.float32(1)
 
 
 class Problem(NamedTuple):

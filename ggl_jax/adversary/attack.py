@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,10 +11,14 @@ from ggl_jax import gate, grammar
 from ggl_jax.adversary.losses import (
     batch_norm_distance,
     parse_regularizer,
+    posterior,
     resolve_distance,
+    total_variation,
     tree_statistics,
 )
+from ggl_jax.adversary.losses import gaussian as gaussian_penalty
 from ggl_jax.adversary.matching import matching_loss
+from ggl_jax.adversary.matching.surrogate import smoothed
 from ggl_jax.adversary.optimizers import OPTIMIZERS, BestState, best_so_far
 from ggl_jax.adversary.regression import rank_of
 from ggl_jax.adversary.sharding import over_population
@@ -26,10 +30,6 @@ from ggl_jax.priors.pixels import pixels
 from ggl_jax.spec import Client, Search, Speed, checked
 from ggl_jax.trees import head_parts
 from ggl_jax.types import Attack, Candidates, Model, Optimizer, Prior, View
-
-#: What stands for the likelihood where there is no noise: so many times the cosine distance. Chosen
-#: on public images that no prior was trained on (docs/results.md).
-SHARPNESS = 3e5
 
 
 class _Space(NamedTuple):
@@ -71,7 +71,9 @@ def _space(model: Model, prior: Prior, search: Search, batch_size: int) -> _Spac
 
     def images(problem, points):
         own = latents(points).reshape(-1, prior.latent_dim)
-        known = problem.guess._asdict() if search.space == "whitened" else problem.prior_params
+        known = problem.prior_params
+        if search.space == "whitened":
+            known = {"mean": problem.guess.mean, "factor": problem.guess.factor}
         decoded = decode(prior, known, own, classes(problem, points).reshape(-1))
         return decoded.reshape(len(points), batch_size, *decoded.shape[1:])
 
@@ -110,7 +112,17 @@ def _penalties(model: Model, search: Search, space: _Space) -> Callable:
             return over_population(jax.vmap(one))(images)
 
         weighted = parse_regularizer(search.regularizer, more={"batch_norm": batch_norm})
-        return lambda points, images: weighted(space.latents(points), images)
+
+        def regularize(points, images):
+            latents = space.latents(points)
+            total = weighted(latents, images)
+            if search.space == "whitened":
+                guess = problem.guess
+                total += guess.weight * gaussian_penalty(latents, images)
+                total += guess.smooth * total_variation(latents, images)
+            return total
+
+        return regularize
 
     # For its errors: before the first step, and without a problem at hand.
     parse_regularizer(search.regularizer, more={"batch_norm": batch_norm_distance})
@@ -121,11 +133,9 @@ def _distance(
     model: Model, search: Search, view: View | None, client: Client, speed: Speed
 ) -> Callable:
     """``distance(problem) -> distance_to(images, labels) -> [n]``, scaled as the search asks."""
-    posterior = search.distance == "posterior"
-    under_noise = view is not None and view.adds_noise
-    chosen = resolve_distance(
-        ("likelihood" if under_noise else "cosine") if posterior else search.distance
-    )
+    chosen = resolve_distance(search.distance)
+    if search.surrogate:
+        model = smoothed(model, search.surrogate)
 
     def energy(observed, variance):
         """The distance of an update of zero, the noise's share taken off; above 0."""
@@ -143,22 +153,24 @@ def _distance(
         variables, observed = problem.variables, problem.observed
         if view is not None and view.rewire is not None:
             variables = view.rewire(problem.estimated, variables, model.head)
+        variance = jnp.square(problem.noise)
+        own = chosen
+        if search.distance == "posterior":
+            sharpness = 1.0 if problem.guess is None else problem.guess.sharpness
+            own = posterior(variance, sharpness)
         distance_to = matching_loss(
             model,
             variables,
             observed,
             view=view,
             estimated=problem.estimated,
-            distance=chosen,
+            distance=own,
             client=client,
             speed=speed,
         )
-        if posterior and not under_noise:
-            return lambda images, labels: SHARPNESS * distance_to(images, labels)
-        likelihood = posterior or search.distance == "likelihood"
+        likelihood = search.distance == "likelihood"
         if not (likelihood or search.relative):
             return distance_to
-        variance = jnp.square(problem.noise)
         scale = 1.0 / energy(observed, variance) if search.relative else 1.0
         if likelihood:
             noisy = 0.5 / jnp.where(variance > 0, variance, 1.0)
@@ -312,29 +324,20 @@ def refinement_of(search: Search) -> Search:
     from points: those of :func:`ggl_jax.priors.pixels.pixels_of`. The penalty is sized for a
     relative distance, so no likelihood is taken, which scales it.
     """
-    # Without noise the posterior is the cosine's, which scales itself.
-    cosine = search.distance == "posterior"
-    own: dict[str, Any] = {
-        "optimizer": "adam:0.04,schedule=cosine,box=1",
-        "distance": "cosine",
-        "regularizer": "total_variation:0.005",
-    }
-    usual = {
-        "optimizer": "adam:0.04,schedule=ramp,signed=False,box=1",
-        "distance": "squared_l2" if search.distance == "likelihood" else search.distance,
-        "regularizer": "total_variation:0.03",
-    }
+    own = search.distance
     return dataclasses.replace(
         search,
         attack="refine",
         space="pixels",
         labels="inferred",
+        optimizer="adam:0.04,schedule=ramp,signed=False,box=1",
+        distance={"likelihood": "squared_l2", "posterior": "cosine"}.get(own, own),
+        regularizer="total_variation:0.03",
         steps=search.refine_steps,
         restarts=1,
         pool=0,
         bound="none",
-        relative=not cosine,
-        **(own if cosine else usual),
+        relative=True,
     )
 
 

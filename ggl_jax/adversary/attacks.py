@@ -30,8 +30,8 @@ _MAP = Search(
     space="whitened",
     bank=1000,
     distance="posterior",
-    regularizer="gaussian:1",
-    optimizer="adam:0.5,schedule=cosine,signed=False",
+    regularizer="none",
+    optimizer="adam:0.5,schedule=cosine,signed=False,patience=3",
     steps=60,
     refine="auto",
     refine_steps=60,
@@ -75,6 +75,9 @@ ATTACKS: dict[str, Search | Callable[..., Attack]] = {
     "regression": replace(_MAP, attack="regression", steps=1, refine="none"),
 }
 
+#: The attack of a preset that is asked for none; ggl of the others.
+STRONGEST = {"quick": "map", "standard": "map"}
+
 #: GGL's budgets by another optimiser than its own: of Adam and TuRBO (100 rounds of 10) the
 #: paper's; the others get the evaluations of Adam or CMA-ES.
 _STEPS = {"adam": 2500, "turbo": 100, "lbfgs": 2500, "lbfgs_wolfe": 2500, "hybrid": 500}
@@ -101,7 +104,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         "idlg": {"steps": 60},
         "ig": {"steps": 200},
         "gi": {"steps": 200},
-        "map": {"bank": 300, "steps": 40, "refine_steps": 30},
+        "map": {"bank": 300, "steps": 40, "refine_steps": 40},
         "regression": {"bank": 300},
     },
     "standard": {
@@ -138,7 +141,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
 
 def search_of(
     preset: str = "paper",
-    attack: str = "ggl",
+    attack: str | None = None,
     optimizer: str | None = None,
     **changes: Any,
 ) -> Search:
@@ -146,7 +149,8 @@ def search_of(
 
     Args:
         preset: quick, standard, paper (as published), or code (as the published code has it).
-        attack: a key of :data:`ATTACKS`.
+        attack: a key of :data:`ATTACKS`; None for the preset's own (map of quick and standard, else
+            ggl) or, beside an optimiser, for ggl.
         optimizer: a name with options, see :mod:`ggl_jax.grammar`; options that it does not name
             are the preset's, where that has the same optimiser. None for the preset's own.
         **changes: further options, see :class:`ggl_jax.spec.Search`.
@@ -156,9 +160,13 @@ def search_of(
 
     >>> search_of("quick", "ig").steps
     200
+    >>> search_of("quick").attack
+    'map'
     >>> search_of("quick", optimizer="adam:0.05").optimizer
     'adam:0.05,schedule=ramp,signed=False'
     """
+    if attack is None:
+        attack = "ggl" if optimizer is not None else STRONGEST.get(preset, "ggl")
     choices = (("preset", preset, list(PRESETS)), ("attack", attack, list(ATTACKS)))
     for what, one, allowed in choices:
         if one not in allowed:

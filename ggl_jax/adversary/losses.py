@@ -193,6 +193,35 @@ def scaled_l2() -> Distance:
     return Distance(from_statistics, scales, from_squares, "scaled_l2")
 
 
+def posterior(variance: jax.Array | float = 0.0, sharpness: jax.Array | float = 1.0) -> Distance:
+    """Minus the logarithm of the noise's density or, without noise, a multiple of the cosine.
+
+    Args:
+        variance: of the noise on each entry; 0 for none.
+        sharpness: the cosine distance's factor where there is no noise.
+    """
+    variance = jnp.asarray(variance)
+    noisy = variance > 0
+    halved = 0.5 / jnp.where(noisy, variance, 1.0)
+    squared, angle = squared_l2(), cosine()
+
+    def from_statistics(statistics):
+        return jnp.where(
+            noisy,
+            halved * squared.from_statistics(statistics),
+            sharpness * angle.from_statistics(statistics),
+        )
+
+    def scales(statistics):
+        assert angle.scales is not None
+        return jax.tree.map(lambda x: jnp.where(noisy, 1.0, x), angle.scales(statistics))
+
+    def from_squares(squares):
+        return jnp.where(noisy, halved, 0.5 * sharpness) * sum(jax.tree.leaves(squares))
+
+    return Distance(from_statistics, scales, from_squares, "posterior")
+
+
 def _inverse_norm(square):
     return jax.lax.rsqrt(jnp.maximum(square, _TINY))
 
@@ -204,6 +233,7 @@ DISTANCES: dict[str, Callable[[], Distance]] = {
     "likelihood": likelihood,
     "cosine": cosine,
     "scaled_l2": scaled_l2,
+    "posterior": posterior,
 }
 
 

@@ -17,10 +17,11 @@ from ggl_jax.adversary.labels import (
     smallest_labels,
     softmax_form,
 )
+from ggl_jax.adversary.matching.factored import FACTORED, as_data
 from ggl_jax.adversary.regression import bank_of, read
 from ggl_jax.adversary.resume import Checkpoints
 from ggl_jax.adversary.search import Stage, run_stages
-from ggl_jax.adversary.stages import combines, make_stages, result_images
+from ggl_jax.adversary.stages import combines, make_stages, refines, result_images
 from ggl_jax.client.local import gradients_summed
 from ggl_jax.spec import Client, Search, Speed, replace
 from ggl_jax.types import Attack, Model, Prior, Problem, Public, PyTree, Shared, View
@@ -44,7 +45,8 @@ class Reconstruction(NamedTuple):
             "refinement_steps").
         point: [p], the result in the space that the search's last stage searched.
         attack: of that stage.
-        problem: what it worked on.
+        problem: what the search worked on.
+        estimated: the defense's estimated parameters.
     """
 
     images: np.ndarray
@@ -59,11 +61,7 @@ class Reconstruction(NamedTuple):
     point: jax.Array
     attack: Attack
     problem: Problem
-
-    @property
-    def estimated(self) -> PyTree:
-        """The defense's estimated parameters."""
-        return self.problem.estimated
+    estimated: PyTree
 
 
 class Prepared(NamedTuple):
@@ -95,14 +93,15 @@ def prepare(
     client: Client,
     search: Search,
     speed: Speed = Speed(),  # noqa: B008 (it cannot change)
+    compared: View | None = None,
 ) -> Prepared:
     """The search that :func:`reconstruct` runs for ``speed.instances`` updates on each device.
 
     Raises:
         GGLError: an option out of its range, or options that do not go together.
     """
-    stages = make_stages(search, model, prior, view, client=client, speed=speed)
-    refined = stages[-1].attack.name == "refine"
+    stages = make_stages(search, model, prior, view, compared=compared, client=client, speed=speed)
+    refined = refines(search, view)
     return Prepared(
         stages,
         {
@@ -212,11 +211,20 @@ def reconstruct(
         report("regression")
         readings.append(read(bank, problem, view if search.adaptive else None, client))
         problems[number] = problem._replace(guess=readings[-1].guess)
+    # What was estimated is given to the search in a form that many defenses share, with a program.
+    params, compared = public.variables["params"], None
+    forms = [as_data(view, problem.estimated, params) for problem in problems]
+    estimates = [problem.estimated for problem in problems]
+    if search.adaptive and all(form is not None for form in forms):
+        compared = FACTORED
+    if compared is not None or not search.adaptive:
+        own = forms if search.adaptive else [()] * len(forms)
+        problems = [p._replace(estimated=x) for p, x in zip(problems, own, strict=True)]
     report("compiling the search")
     began = time.perf_counter()
     per_device = -(-len(problems) // (1 if mesh is None else mesh.size))
     speed = replace(speed, instances=per_device)
-    ready = prepare(public.model, public.prior, view, client, search, speed)
+    ready = prepare(public.model, public.prior, view, client, search, speed, compared)
     steps = sum(stage.steps for stage in ready.stages)
     outcome = run_stages(
         ready.stages,
@@ -242,6 +250,7 @@ def reconstruct(
             point=outcome.candidates.points[i, 0],
             attack=ready.stages[-1].attack,
             problem=problem,
+            estimated=estimates[i],
         )
         for i, problem in enumerate(problems)
     ]

@@ -241,11 +241,14 @@ class Stage(NamedTuple):
         steps: optimiser steps, at least 1.
         enter: ``enter(candidates) -> points[i r p]``, its starting points made of the
             :class:`Candidates` [i r ...] that the stage before found; None for the attack's own.
+        revise: ``revise(problem, candidates) -> problem`` of each instance, by what the stage
+            before found for it, [r ...]; None for the same problem.
     """
 
     attack: Attack
     steps: int
     enter: Callable | None = None
+    revise: Callable | None = None
 
 
 def run_stages(
@@ -278,6 +281,12 @@ def run_stages(
         points = None
         if stage.enter is not None and results:
             points = stage.enter(results[-1].candidates)
+        if stage.revise is not None and results:
+            found = jax.tree.map(np.asarray, results[-1].candidates)
+            problems = [
+                stage.revise(problem, jax.tree.map(lambda x, i=i: x[i], found))
+                for i, problem in enumerate(problems)
+            ]
 
         def advanced(steps, losses, before=done):
             if callback is not None:

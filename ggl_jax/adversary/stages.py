@@ -1,5 +1,7 @@
 """The stages that a search goes through, and what becomes of its restarts."""
 
+import functools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,13 +11,14 @@ import numpy as np
 
 from ggl_jax.adversary.attack import finalists_of, refinement_of, search_attack
 from ggl_jax.adversary.attacks import ATTACKS
+from ggl_jax.adversary.regression import rank_of
 from ggl_jax.adversary.search import SearchResult, Stage
 from ggl_jax.client.local import check_client, gradients_summed, shares_gradient
 from ggl_jax.errors import GGLError
 from ggl_jax.images import assign
 from ggl_jax.priors.pixels import pixels_of
 from ggl_jax.spec import Client, Search, Speed, checked, replace
-from ggl_jax.types import Candidates, Model, Prior, View
+from ggl_jax.types import Candidates, Model, Prior, Problem, View
 
 
 def combines(search: Search, view: View) -> bool:
@@ -28,12 +31,18 @@ def combines(search: Search, view: View) -> bool:
     return search.combine == "mean" or (search.combine == "auto" and view.adds_noise)
 
 
+def refines(search: Search, view: View) -> bool:
+    """Whether the search goes on in pixels: not under noise, which they would fit."""
+    return search.refine == "pixels" or (search.refine == "auto" and not view.adds_noise)
+
+
 def make_stages(
     search: Search,
     model: Model,
     prior: Prior,
     view: View,
     *,
+    compared: View | None = None,
     client: Client | None = None,
     speed: Speed | None = None,
 ) -> list[Stage]:
@@ -49,6 +58,7 @@ def make_stages(
         model: the federated model.
         prior: the generator.
         view: the server's side of the client's defense.
+        compared: another form of it, in which problems have its parameters.
         client: images and local steps behind an update.
         speed: how losses are computed; ``instances`` searches will run in one batch on a device.
 
@@ -81,23 +91,70 @@ def make_stages(
             f"finalists: got {search.finalists}, allowed: 0 to the number of restarts, "
             f"{search.restarts}"
         )
-    options: dict[str, Any] = {"view": view, "client": client}
+    options: dict[str, Any] = {"view": compared or view, "client": client}
     build = ATTACKS.get(search.attack)
     if build is None or isinstance(build, Search):
-        build = search_attack
-    stages = [Stage(build(model, prior, search, speed=speed, **options), search.steps)]
-    mean = combines(search, view)
+        build = _search_attack
     # Reduced precision is for the early search; near the optimum differences are small.
     exact = speed if speed.precision == "default" else replace(speed, precision="float32")
-    if search.finalists and not mean:
+    whitened = search.space == "whitened"
+    attack = build(model, prior, search, speed=exact if whitened else speed, **options)
+    stages = [Stage(attack, search.steps)]
+    if whitened:
+        # What was read, evaluated; then the most probable image, by the same program.
+        stages = [Stage(attack, 1)]
+        if search.steps > 1:
+            stages.append(Stage(attack, search.steps, _best_points(search.restarts), _sharpened))
+    if search.finalists and not combines(search, view):
         last = finalists_of(search)
-        attack = search_attack(model, prior, last, speed=exact, **options)
+        attack = _search_attack(model, prior, last, speed=exact, **options)
         stages.append(Stage(attack, last.steps, _best_points(search.finalists)))
-    if search.refine == "pixels" or (search.refine == "auto" and not view.adds_noise):
+    if refines(search, view):
+        size = math.prod(model.image_shape)
+        if whitened and client.batch_size == 1 and rank_of(prior, search.bank) == size:
+            # By the same program, too: the guess, and the weights beside it, are data.
+            if search.refine_steps != search.steps:
+                last = replace(search, steps=search.refine_steps)
+                attack = build(model, prior, last, speed=exact, **options)
+            return [*stages, Stage(attack, search.refine_steps, _origin, _freed)]
         last = refinement_of(search)
-        attack = search_attack(model, prior, last, speed=exact, **options)
+        attack = _search_attack(model, prior, last, speed=exact, **options)
+        mean = combines(search, view)
         stages.append(Stage(attack, last.steps, _mean_pixels if mean else _best_pixels))
     return stages
+
+
+# The same search of the same model is the same object, so that its compiled program is found again.
+_search_attack = functools.lru_cache(maxsize=64)(search_attack)
+
+#: How much nearer than the guess the private image is taken to be, in the whitened search: there
+#: the distance weighs as much as so many standard deviations of every pixel. Both numbers were
+#: chosen on public images that no prior was trained on (docs/results.md).
+SHARPNESS = 5.0
+#: Of the total variation beside the cosine distance in the whitened search's refinement, and the
+#: standard deviation of its pixels.
+SMOOTH, STRIDE = 0.005, 0.08
+
+
+def _sharpened(problem: Problem, candidates: Candidates) -> Problem:
+    """The distance weighed by that of the guess: what is left there is what is uncertain."""
+    assert problem.guess is not None
+    size = np.prod(candidates.images.shape[2:])
+    sharpness = SHARPNESS * size / jnp.maximum(candidates.distances[0], 1e-12)
+    return problem._replace(guess=problem.guess._replace(sharpness=sharpness))
+
+
+def _freed(problem: Problem, candidates: Candidates) -> Problem:
+    """Around the image that was found every pixel is as uncertain as any other."""
+    assert problem.guess is not None
+    image = jnp.clip(candidates.images[0], 0.0, 1.0).reshape(-1)
+    factor = STRIDE * jnp.eye(image.size, dtype=image.dtype)
+    weights = {"weight": jnp.float32(0), "smooth": SMOOTH * problem.guess.sharpness}
+    return problem._replace(guess=problem.guess._replace(mean=image, factor=factor, **weights))
+
+
+def _origin(candidates):
+    return jnp.zeros_like(candidates.points[:, :1])
 
 
 def _best_points(num: int):
@@ -147,7 +204,7 @@ def result_images(
         stages: from :func:`make_stages`.
         outcome: from :func:`ggl_jax.adversary.search.run_stages`.
     """
-    refined = stages[-1].attack.name == "refine"  # starts from the mean by itself
-    mean = combines(search, view) and not refined
+    # a refinement starts from the mean by itself
+    mean = combines(search, view) and not refines(search, view)
     images = mean_image(outcome.candidates) if mean else outcome.images
     return np.clip(np.asarray(images), 0.0, 1.0)

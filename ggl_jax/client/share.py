@@ -17,9 +17,23 @@ from ggl_jax.spec import Client, replace
 from ggl_jax.types import Context, Defense, Model, Public, Shared
 
 
-# Of the same objects, one call after the other, the compiled program is shared.
+# Of the same objects, one call after the other, the compiled program is shared: that of the update
+# by all defenses of it.
 @functools.lru_cache(maxsize=64)
-def _program(model: Model, defense: Defense, client: Client) -> Callable:
+def _update(model: Model, client: Client) -> Callable:
+    return jax.jit(functools.partial(client_update, client, model))
+
+
+@functools.lru_cache(maxsize=64)
+def _defended(model: Model, defense: Defense) -> Callable:
+    def defended(key, update, variables, images, labels):
+        return defense.apply(key, update, Context(model, variables, images, labels))
+
+    return jax.jit(defended)
+
+
+@functools.lru_cache(maxsize=64)
+def _mean_defended(model: Model, defense: Defense, client: Client) -> Callable:
     alone = replace(client, clients=1)
 
     def program(key, variables, images, labels):
@@ -28,8 +42,6 @@ def _program(model: Model, defense: Defense, client: Client) -> Callable:
             update = client_update(alone, model, variables, images, labels)
             return defense.apply(key, update, Context(model, variables, images, labels))
 
-        if client.clients == 1:
-            return one((key, images, labels))
         keys = jax.random.split(key, client.clients)
         each = jax.lax.map(one, (keys, *split_among(client.clients, (images, labels))))
         return jax.tree.map(lambda leaf: jnp.mean(leaf, axis=0), each)
@@ -83,8 +95,12 @@ def share(
             f"share_statistics: model {public.model.name} has no BatchNorm layers, so there are "
             "none to share; leave it out"
         )
-    program = _program(public.model, defense, client)
-    update, record = program(key, public.variables, images, labels)
+    private = public.variables, images, labels
+    if client.clients > 1:
+        update, record = _mean_defended(public.model, defense, client)(key, *private)
+    else:
+        update = _update(public.model, client)(*private)
+        update, record = _defended(public.model, defense)(key, update, *private)
     trees.check_finite(update, f"the update shared under {defense.name}")
     statistics = None
     if client.share_statistics:

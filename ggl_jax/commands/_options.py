@@ -27,7 +27,7 @@ class Choice:
         # An unknown preset is refused when all options are read.
         preset = self.preset if self.preset in PRESETS else "quick"
         assert preset is not None
-        return search_of(preset, self.attack or "ggl", self.optimizer)
+        return search_of(preset, self.attack, self.optimizer)
 
 
 def choice_of(argv: list[str]) -> Choice:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
+from jax.tree_util import Partial
 
 from ggl_jax import grammar
 from ggl_jax.client.defenses.ats import ats
@@ -251,14 +252,13 @@ def _compose(first: Factored, second: Factored) -> Factored | None:
         mask = jax.tree.map(jnp.multiply, first.mask, second.mask)
     if first.scale is None or second.scale is None:
         return Factored(mask, second.scale if first.scale is None else first.scale)
-    before, after = first.scale, second.scale
+    return Factored(mask, Partial(_scales_of_both, first.scale, second.scale))
 
-    def scale(squares):
-        own = before(squares)
-        seen = jax.tree.map(lambda s, n: jnp.square(s) * n, own, squares)
-        return jax.tree.map(jnp.multiply, own, after(seen))
 
-    return Factored(mask, scale)
+def _scales_of_both(before, after, squares):
+    own = before(squares)
+    seen = jax.tree.map(lambda s, n: jnp.square(s) * n, own, squares)
+    return jax.tree.map(jnp.multiply, own, after(seen))
 
 
 def check_local_steps(defense: Defense, client: Client) -> None:

@@ -3,10 +3,11 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.tree_util import Partial
 
 from ggl_jax import trees
 from ggl_jax.spec import Positive, ranged
-from ggl_jax.types import Defense, Factored, Facts, View
+from ggl_jax.types import Defense, Factored, Facts, PyTree, View
 
 
 @ranged
@@ -89,20 +90,24 @@ def clip_view(layerwise: bool) -> View:
         return _clip_to(bounds_of(estimated), update, layerwise)
 
     def factor(estimated):
-        return Factored(scale=lambda squares: _scales(bounds_of(estimated), squares, layerwise))
+        scales = layer_scales if layerwise else _global_scales
+        return Factored(scale=Partial(scales, bounds_of(estimated)))
 
     return View("clip", estimate, simulate, factor)
 
 
-def _scales(bounds, squares, layerwise):
-    if layerwise:
-        return jax.tree.map(_layer_scale, bounds, squares)
-    scale = _global_scale(bounds, trees.total(squares))
+def layer_scales(bounds: PyTree, squares: PyTree) -> PyTree:
+    """The factor of each tensor that brings its norm to at most its bound (infinity: 1)."""
+    return jax.tree.map(_layer_scale, bounds, squares)
+
+
+def _global_scales(bound, squares):
+    scale = _global_scale(bound, trees.total(squares))
     return jax.tree.map(lambda _: scale, squares)
 
 
 def _clip_to(bounds, update, layerwise):
-    scales = _scales(bounds, trees.sq_norms(update), layerwise)
+    scales = (layer_scales if layerwise else _global_scales)(bounds, trees.sq_norms(update))
     return jax.tree.map(lambda scale, g: scale.astype(g.dtype) * g, scales, update)
 
 
