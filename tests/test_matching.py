@@ -15,8 +15,10 @@ from hypothesis import strategies as st
 
 import ggl_jax as gx
 from ggl_jax.adversary import matching
+from ggl_jax.adversary.losses import posterior
 from ggl_jax.adversary.matching import convolve, layers, winograd
 from ggl_jax.adversary.matching.program import trace
+from ggl_jax.adversary.matching.surrogate import smoothed
 from ggl_jax.audit.paper import FORMS
 from ggl_jax.client.models import get_model
 from ggl_jax.spec import Client, Speed
@@ -590,3 +592,67 @@ def test_bad_arrays_are_named(tiny_model, tiny_variables):
     )
     with pytest.raises(gx.GGLError, match="toy"):
         loss(jnp.ones((2, 1, *SHAPE)), jnp.zeros((2, 1), jnp.int32))
+
+
+def test_masks_get_a_slope_and_keep_their_values():
+    """Finite differences of the loss with sigmoids for masks, moved to the masks' values."""
+    w, width = jnp.asarray([[0.7, -1.3], [0.4, 0.9]]), 0.5
+    last = jnp.asarray([[1.0, -2.0], [0.5, 1.0]])
+
+    def apply(variables, images):
+        hidden = nn.relu(images.reshape(len(images), -1) @ variables["params"]["w"])
+        return hidden @ variables["params"]["fc"]["kernel"], hidden
+
+    shared = {"params": {"w": w, "fc": {"kernel": last}}}
+    model = Model(lambda key: shared, apply, ("fc",), (1, 2, 1), 2, "two")
+    variables = model.init(None)
+    x, target = jnp.asarray([[0.9, 0.3]]), jnp.asarray([[0.3, -0.2], [0.1, 0.4]])
+
+    def loss_of(model, x):
+        def logits(w):
+            own = {"params": {**variables["params"], "w": w}}
+            return model.apply(own, x.reshape(1, 1, 2, 1))[0]
+
+        gradient = jax.grad(lambda w: jnp.sum(logits(w) @ jnp.asarray([1.0, -0.5])))(w)
+        return jnp.sum((gradient - target) ** 2)
+
+    soft = smoothed(model, width)
+    assert loss_of(soft, x) == loss_of(model, x)
+    cotangent = last @ jnp.asarray([1.0, -0.5])
+    scale = width * jnp.sqrt(jnp.mean((x @ w) ** 2))
+    masks = (x @ w > 0).astype(x.dtype)
+
+    def by_hand(x, around):
+        """The gradient x^T (mask * cotangent), the mask moved by the sigmoid's difference."""
+        s = jax.nn.sigmoid(x @ w / scale) - jax.nn.sigmoid(around @ w / scale)
+        return jnp.sum((x.T @ ((masks + s) * cotangent) - target) ** 2)
+
+    slope = jax.grad(lambda x: loss_of(soft, x))(x)
+    for i, unit in enumerate(np.eye(2, dtype=np.float32)):
+        step = 1e-2 * unit
+        expected = (by_hand(x + step, x) - by_hand(x - step, x)) / 2e-2
+        assert float(slope[0, i]) == pytest.approx(float(expected), rel=2e-3)
+    plain = jax.grad(lambda x: loss_of(model, x))(x)
+    assert float(jnp.max(jnp.abs(slope - plain))) > 0.1
+
+
+@pytest.mark.parametrize("variance", [0.0, 0.04])
+def test_the_posterior_is_the_likelihood_or_a_multiple_of_the_cosine(variance):
+    rng = np.random.default_rng(0)
+    trees = [
+        {
+            "a": jnp.asarray(rng.normal(size=5), jnp.float32),
+            "b": jnp.asarray(rng.normal(size=(2, 3)), jnp.float32),
+        }
+        for _ in range(2)
+    ]
+    flat = [np.concatenate([np.ravel(x) for x in jax.tree.leaves(t)]).astype(float) for t in trees]
+    cosine = 1 - flat[0] @ flat[1] / np.linalg.norm(flat[0]) / np.linalg.norm(flat[1])
+    expected = np.sum((flat[0] - flat[1]) ** 2) / 0.08 if variance else 7.0 * cosine
+    distance = posterior(variance, 7.0)
+    assert float(distance.between(*trees)) == pytest.approx(expected, rel=1e-5)
+    near = jax.tree.map(lambda x: 1.0005 * x + 1e-4, trees[0])  # by squares
+    near_flat = np.concatenate([np.ravel(x) for x in jax.tree.leaves(near)]).astype(float)
+    cosine = 1 - flat[0] @ near_flat / np.linalg.norm(flat[0]) / np.linalg.norm(near_flat)
+    expected = np.sum((flat[0] - near_flat) ** 2) / 0.08 if variance else 7.0 * cosine
+    assert float(distance.between(near, trees[0])) == pytest.approx(expected, rel=1e-2)

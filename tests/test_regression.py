@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 
 import ggl_jax as gx
-from ggl_jax.adversary import regression
+from ggl_jax.adversary import regression, stages
+from ggl_jax.adversary.matching.factored import FACTORED, as_data
 from ggl_jax.adversary.regression import Bank, regress
+from ggl_jax.adversary.search import _compiled
 from ggl_jax.types import Factored, Guess
 
 NUM, PIXELS, SIZES = 24, 6, (5, 40)
@@ -145,9 +147,8 @@ def test_the_factor_is_the_residuals_covariance():
 
 
 @pytest.fixture(scope="module")
-def public():
-    model, (prior, params) = gx.convnet(width=8, num_classes=3), gx.load_prior("dcgan32_faces")[:2]
-    return gx.Public(model, model.init(jax.random.key(0)), prior, params)
+def public(tiny_model, tiny_variables, tiny_prior, tiny_prior_params):
+    return gx.Public(tiny_model, tiny_variables, tiny_prior, tiny_prior_params)
 
 
 def shared_sample(public, defense):
@@ -159,16 +160,20 @@ def shared_sample(public, defense):
     return image, sent, defended
 
 
+def reconstructed(public, sent, view, attack, **options):
+    search = gx.search_of("quick", attack, bank=60, **options)
+    keys = jax.random.split(jax.random.key(0), 1)
+    (one,) = gx.reconstruct(keys, public, [sent], view=view, search=search)
+    return one
+
+
 @pytest.mark.parametrize("defense", ["none", "noise:0.001"])
 def test_map_gets_nearer_than_what_it_starts_from(public, defense):
     """The mean of the bank, then the regression, then the search: each nearer than the last."""
     image, sent, defended = shared_sample(public, defense)
     found = {}
     for attack in ("regression", "map"):
-        search = gx.search_of("quick", attack, bank=60, refine="none")
-        keys = jax.random.split(jax.random.key(0), 1)
-        (one,) = gx.reconstruct(keys, public, [sent], view=defended.view, search=search)
-        found[attack] = one
+        one = found[attack] = reconstructed(public, sent, defended.view, attack, refine="none")
         assert one.labels == [2]
     blind = np.mean((regression.bank_of(public, 2, 60).images.mean(0) - image.ravel()) ** 2)
     errors = {name: np.mean((one.images - image) ** 2) for name, one in found.items()}
@@ -193,9 +198,63 @@ def test_defended_updates_are_read_through_the_defense(public, defense):
     assert error < 0.8 * blind
 
 
+def test_defenses_alike_share_one_search(public):
+    """Their parameters are data: none, noise, clips and their chains compile once."""
+    programs = set()
+    for defense in ("none", "clip:0.5", "noise:0.001", "clip:0.5+noise:0.001", "clip:2+clip:0.5"):
+        _, sent, defended = shared_sample(public, defense)
+        one = reconstructed(public, sent, defended.view, "map", steps=2, refine_steps=2)
+        programs.add(one.attack)
+        assert len(one.history) == (3 if defended.view.adds_noise else 5), defense
+    (attack,) = programs
+    steps = _compiled(attack, False)[1]._cache_size()
+    # The first three are one; a chain of two clips has a form of its own.
+    assert steps == 2, steps
+    _, sent, soteria = shared_sample(public, "soteria:0.2")
+    assert reconstructed(public, sent, soteria.view, "map", steps=2).attack not in programs
+
+
+@pytest.mark.parametrize("defense", ["none", "clip:0.5", "sparsify:0.5", "clip:0.5+clip:0.2"])
+def test_a_factored_form_as_data_is_the_defense(public, defense):
+    _, sent, defended = shared_sample(public, defense)
+    view = defended.view.comparing(True)
+    params = public.variables["params"]
+    estimated = view.estimate(sent.update, public.model.head)
+    form = as_data(view, estimated, params)
+    other = jax.tree.map(lambda w: w + 0.1, params)
+    found, expected = FACTORED.simulate(form, other), view.simulate(estimated, other)
+    assert_same(found, expected)
+    _, arrays = jax.tree.flatten(form)
+    assert arrays == jax.tree.flatten(jax.tree.map(jnp.zeros_like, form))[1]
+
+
+def test_a_scale_that_is_a_function_is_no_data(public):
+    params = public.variables["params"]
+    view = gx.parse("clip:1").view
+    plain = view._replace(factor=lambda _: Factored(scale=lambda squares: squares))
+    assert as_data(plain, {}, params) is None
+    assert as_data(gx.parse("soteria:0.2").view, {"mask": jnp.ones(3)}, params) is None
+
+
+def assert_same(found, expected):
+    for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-7)
+
+
+def test_the_distance_is_weighed_by_that_of_the_guess(public):
+    """Without noise a pixel's error at the guess weighs as much as SHARPNESS deviations."""
+    _, sent, defended = shared_sample(public, "none")
+    one = reconstructed(public, sent, defended.view, "map", steps=2, refine="none")
+    guess = one.problem.guess
+    assert guess.weight == 1
+    assert guess.smooth == 0
+    at_guess = one.history[0]
+    assert guess.sharpness * at_guess == pytest.approx(stages.SHARPNESS * 192, rel=1e-4)
+
+
 def test_what_cannot_be_read_starts_from_the_samples(public):
     """Several images, several steps: the guess is the samples' mean and covariance."""
-    images = np.full((2, 32, 32, 3), 0.4, np.float32)
+    images = np.full((2, 8, 8, 3), 0.4, np.float32)
     for client in (gx.Client(batch_size=2), gx.Client(local_steps=2)):
         sent, _ = gx.share(
             jax.random.key(1),
@@ -231,7 +290,7 @@ def test_the_search_lowers_for_accelerators(public):
         public.prior_params,
         jnp.asarray([1]),
         (),
-        guess=Guess(jnp.zeros(3072), jnp.zeros((3072, 3072))),
+        guess=Guess(jnp.zeros(192), jnp.zeros((192, 192))),
     )
     key = jax.random.key(0)
     state = jax.eval_shape(attack.init, key, problem)

@@ -175,7 +175,7 @@ def run_search(
     if steps < 1:
         raise GGLError(f"steps: got {steps}, allowed: whole numbers of at least 1")
     layout = Layout(mesh, len(problems))
-    problems = layout.pad(problems)
+    problems = layout.pad([jax.tree.map(jnp.asarray, problem) for problem in problems])
     batched = len(problems) > 1
     init, advance, candidates = _compiled(attack, batched)
     problem = stack_problems(problems) if batched else problems[0]

@@ -34,7 +34,9 @@ class LandscapeCommand:
     lpips: Literal["vgg", "alex", "squeeze"] = "vgg"
     """Network behind LPIPS; without its weights (ggl-jax weights), 1 - SSIM is shown."""
     setup: Setup = dataclasses.field(default_factory=Setup)
-    search: Search = dataclasses.field(default_factory=lambda: search_of("quick", "ggl", refine="none"))
+    search: Search = dataclasses.field(
+        default_factory=lambda: search_of("quick", "ggl", refine="none")
+    )
     speed: Speed = dataclasses.field(default_factory=Speed)
     out: Path = Path("ggl-landscape")
     """Folder for landscape.png and landscape.json."""

@@ -42,7 +42,11 @@ def as_data(view: View, estimated: PyTree, params: PyTree) -> Factored | None:
         mask = jax.tree.map(lambda _: 1.0, params)
     if scale is None:
         scale = Partial(layer_scales, jax.tree.map(lambda _: jnp.inf, params))
-    arrays = jax.tree.map(lambda x: None if callable(x) else jnp.asarray(x), (mask, scale))
+    def array(x):
+        # Not of a weak type, or programs would differ.
+        return None if callable(x) else jnp.asarray(x, jnp.result_type(x, jnp.float32))
+
+    arrays = jax.tree.map(array, (mask, scale))
     if jax.tree.structure(arrays) != jax.tree.structure((mask, scale)):
         return None
     return Factored(*arrays)
