@@ -3,11 +3,17 @@
 import dataclasses
 import doctest
 import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import ggl_jax as gx
 from ggl_jax import grammar, spec
 from ggl_jax.adversary.optimizers import OPTIMIZERS
 from ggl_jax.errors import GGLError
@@ -152,3 +158,65 @@ def test_whole_numbers_are_checked_by_name(value):
     with pytest.raises(GGLError, match="rounds: got"):
         grammar.at_least(1, rounds=value)
     grammar.at_least(1, rounds=1)
+
+
+def test_an_option_is_one_field(tmp_path):
+    """One field more in a copy of the package: command line, grid, Python, config, identity."""
+    home = Path(gx.__file__).parent
+    shutil.copytree(home, tmp_path / "ggl_jax", ignore=shutil.ignore_patterns("__pycache__"))
+    spec = tmp_path / "ggl_jax" / "spec.py"
+    field = '    wobble: Number = 0\n    """How much it wobbles."""\n'
+    marker = "    restarts: Count = 1\n"
+    text = spec.read_text(encoding="utf-8")
+    assert text.count(marker) == 1
+    spec.write_text(text.replace(marker, field + marker), encoding="utf-8")
+    (tmp_path / "try.py").write_text(
+        """
+import contextlib, io, json, sys
+import jax
+import numpy as np
+import ggl_jax as gx
+from ggl_jax.audit import sweep
+from ggl_jax.audit.cells import Inputs
+from ggl_jax.cli import run
+
+assert gx.search_of("quick", wobble=3).wobble == gx.Search(wobble=3).wobble == 3
+out = io.StringIO()
+with contextlib.redirect_stdout(out), contextlib.suppress(SystemExit):
+    run(["audit", "--help"])
+shown = " ".join(out.getvalue().split())
+model, prior = gx.convnet(image_shape=(8, 8, 3), width=2), gx.pixels((8, 8, 3))
+
+images = np.full((1, 8, 8, 3), 0.5, np.float32)
+inputs = Inputs(images, [1], model, prior, prior.init(jax.random.key(0)))
+cells = sweep.plan(inputs, {"wobble": [0, 3]}, search="quick").cells
+error = ""
+try:
+    gx.Search(), gx.search_of("quick", wobble=-1)
+except gx.GGLError as e:
+    error = str(e)
+json.dump({
+    "help": "--wobble" in shown and "How much it wobbles." in shown,
+    "ids": [cell.id for cell in cells],
+    "axes": [cell.axes["wobble"] for cell in cells],
+    "config": gx.spec.flat(cells[1].search)["wobble"],
+    "error": error,
+}, sys.stdout)
+""",
+        encoding="utf-8",
+    )
+    done = subprocess.run(
+        [sys.executable, "try.py"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(tmp_path), "COLUMNS": "100"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["help"]
+    assert found["axes"] == [0, 3]
+    assert len(set(found["ids"])) == 2
+    assert found["config"] == 3
+    assert found["error"] == "wobble: got -1, allowed: whole numbers of at least 0"

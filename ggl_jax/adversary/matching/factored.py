@@ -42,6 +42,7 @@ def as_data(view: View, estimated: PyTree, params: PyTree) -> Factored | None:
         mask = jax.tree.map(lambda _: 1.0, params)
     if scale is None:
         scale = Partial(layer_scales, jax.tree.map(lambda _: jnp.inf, params))
+
     def array(x):
         # Not of a weak type, or programs would differ.
         return None if callable(x) else jnp.asarray(x, jnp.result_type(x, jnp.float32))
