@@ -243,12 +243,15 @@ class Stage(NamedTuple):
             :class:`Candidates` [i r ...] that the stage before found; None for the attack's own.
         revise: ``revise(problem, candidates) -> problem`` of each instance, by what the stage
             before found for it, [r ...]; None for the same problem.
+        accept: share of the loss at its start under which an instance's loss has to come, or what
+            the stage before found is kept; None to take what is found.
     """
 
     attack: Attack
     steps: int
     enter: Callable | None = None
     revise: Callable | None = None
+    accept: float | None = None
 
 
 def run_stages(
@@ -304,6 +307,17 @@ def run_stages(
                 callback=advanced,
             )
         )
+        if stage.accept is not None and len(results) > 1:
+            last = results[-1]
+            # Noise has a share of the loss that no candidate can take away.
+            noisy = np.asarray([float(problem.noise) > 0 for problem in problems])
+            taken = noisy | np.asarray(last.losses < stage.accept * last.history[:, 0])
+
+            def choose(new, old, taken=taken):
+                return jnp.where(taken.reshape(-1, *[1] * (new.ndim - 1)), new, old)
+
+            kept = jax.tree.map(choose, last.candidates, results[-2].candidates)
+            results[-1] = last._replace(candidates=kept)
         done += stage.steps
     status = results[0].status
     for result in results[1:]:

@@ -104,7 +104,8 @@ def make_stages(
         # What was read, evaluated; then the most probable image, by the same program.
         stages = [Stage(attack, 1)]
         if search.steps > 1:
-            stages.append(Stage(attack, search.steps, _best_points(search.restarts), _sharpened))
+            enter = _best_points(search.restarts)
+            stages.append(Stage(attack, search.steps, enter, _sharpened, accept=ACCEPT))
     if search.finalists and not combines(search, view):
         last = finalists_of(search)
         attack = _search_attack(model, prior, last, speed=exact, **options)
@@ -116,7 +117,7 @@ def make_stages(
             if search.refine_steps != search.steps:
                 last = replace(search, steps=search.refine_steps)
                 attack = build(model, prior, last, speed=exact, **options)
-            return [*stages, Stage(attack, search.refine_steps, _origin, _freed)]
+            return [*stages, Stage(attack, search.refine_steps, _origin, _freed, accept=1.0)]
         last = refinement_of(search)
         attack = _search_attack(model, prior, last, speed=exact, **options)
         mean = combines(search, view)
@@ -131,6 +132,9 @@ _search_attack = functools.lru_cache(maxsize=64)(search_attack)
 #: the distance weighs as much as so many standard deviations of every pixel. Both numbers were
 #: chosen on public images that no prior was trained on (docs/results.md).
 SHARPNESS = 5.0
+#: Share of its first loss below which that search has to come: where masks jump at every step (a
+#: narrow network whose layers are all clipped), a loss that hardly falls leads away from the image.
+ACCEPT = 2 / 3
 #: Of the total variation beside the cosine distance in the whitened search's refinement, and the
 #: standard deviation of its pixels.
 SMOOTH, STRIDE = 0.005, 0.08

@@ -228,11 +228,16 @@ class AuditBar:
                 self.task, description=text, completed=number + fraction, total=total, shown=shown
             )
             return
-        seconds, line = time.perf_counter() - self.began, text
+        seconds, done = time.perf_counter() - self.began, (number + fraction) / total
+        parts = [text]
         if text == self.last:
             if seconds - self.printed < _QUIET_SECONDS:
                 return
-            share = f"{(number + fraction) / total:.0%} of all"
-            line = ", ".join(part for part in (text, share, shown) if part)
-        console.print(f"{seconds:7.1f} s  {line}", markup=False)
+            parts += [f"{done:.0%} of all", shown] if shown else [f"{done:.0%} of all"]
+        if done > 0 and seconds > 1:
+            left = seconds / done - seconds
+            parts.append(
+                f"about {left:.0f} s left" if left < 90 else f"about {left / 60:.0f} min left"
+            )
+        console.print(f"{seconds:7.1f} s  {', '.join(parts)}", markup=False)
         self.last, self.printed = text, seconds
