@@ -113,7 +113,9 @@ def test_audit_writes_everything(audit, tmp_path, capsys):
 def test_default_search_goes_through_its_stages(prior_folder, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "cache"))
     out = tmp_path / "out"
-    options = "--model lenet --steps 2 --pool 6 --restarts 3 --finalists 2 --final-steps 2"
+    options = (
+        "--attack ggl --model lenet --steps 2 --pool 6 --restarts 3 --finalists 2 --final-steps 2"
+    )
     options += " --refine-steps 3 --num-controls 8 --ceiling-steps 5 --defenses none noise:0.1"
     arguments = ["audit", "--prior", str(prior_folder), "--out", str(out), *options.split()]
     assert run(arguments) == 0
@@ -133,7 +135,8 @@ def test_presets_know_attacks_and_optimizers(capsys):
     def search(*argv):
         return defaults(list(argv)).search
 
-    quick = search()
+    assert search().attack == search("--preset", "standard").attack == "map"
+    quick = search("--attack", "ggl")
     assert quick.optimizer == "adam:schedule=ramp,signed=False"
     assert (quick.pool, quick.refine) == (100, "auto")
     assert search("--preset", "paper") == ATTACKS["ggl"]
@@ -435,9 +438,12 @@ def test_progress_without_a_terminal(monkeypatch):
         monkeypatch.setattr(_shared, "_QUIET_SECONDS", 0.0)
         bar("none: search", 0, 4, 0.4, 7.5)
         bar("clip:4: search", 1, 4, 0.0, None)
+        bar.began -= 100.0
+        bar("clip:4: search", 1, 4, 0.0, 6.0)
     lines = [line.split("s  ")[1] for line in shown.export_text().splitlines()]
     assert lines == [
         "[1/4] none: search",
         "[1/4] none: search, 10% of all, loss 7.5",
         "[2/4] clip:4: search",
+        "[2/4] clip:4: search, 25% of all, loss 6, about 5 min left",
     ]

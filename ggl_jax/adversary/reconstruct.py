@@ -252,5 +252,5 @@ def reconstruct(
             problem=problem,
             estimated=estimates[i],
         )
-        for i, problem in enumerate(problems)
+        for i, problem in enumerate(outcome.problems)
     ]

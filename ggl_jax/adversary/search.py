@@ -31,12 +31,14 @@ class SearchResult(NamedTuple):
         evaluations: gradient evaluations spent on each instance.
         history: [i steps], lowest loss so far after each step.
         status: [i], OK, NONFINITE (some step had no candidate of finite loss) or STALLED.
+        problems: what was worked on, [i] of them.
     """
 
     candidates: Candidates
     evaluations: int
     history: jax.Array
     status: jax.Array
+    problems: Sequence[Problem] = ()
 
     @property
     def images(self) -> jax.Array:
@@ -175,7 +177,7 @@ def run_search(
     if steps < 1:
         raise GGLError(f"steps: got {steps}, allowed: whole numbers of at least 1")
     layout = Layout(mesh, len(problems))
-    problems = layout.pad([jax.tree.map(jnp.asarray, problem) for problem in problems])
+    worked_on, problems = problems, layout.pad([jax.tree.map(jnp.asarray, p) for p in problems])
     batched = len(problems) > 1
     init, advance, candidates = _compiled(attack, batched)
     problem = stack_problems(problems) if batched else problems[0]
@@ -230,6 +232,7 @@ def run_search(
         + done * attack.evaluations_per_step,
         history=all_losses,
         status=jnp.where(failed != OK, failed, jnp.where(flat, STALLED, OK)),
+        problems=worked_on,
     )
 
 
