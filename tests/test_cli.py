@@ -438,12 +438,12 @@ def test_progress_without_a_terminal(monkeypatch):
         monkeypatch.setattr(_shared, "_QUIET_SECONDS", 0.0)
         bar("none: search", 0, 4, 0.4, 7.5)
         bar("clip:4: search", 1, 4, 0.0, None)
-        bar.began -= 100.0
-        bar("clip:4: search", 1, 4, 0.0, 6.0)
+        bar.began -= 20.0  # the second took as long
+        bar("noise:1: search", 2, 4, 0.0, None)
     lines = [line.split("s  ")[1] for line in shown.export_text().splitlines()]
     assert lines == [
         "[1/4] none: search",
         "[1/4] none: search, 10% of all, loss 7.5",
-        "[2/4] clip:4: search",
-        "[2/4] clip:4: search, 25% of all, loss 6, about 5 min left",
+        "[2/4] clip:4: search, about 0 s left",
+        "[3/4] noise:1: search, about 40 s left",
     ]

@@ -206,7 +206,7 @@ def reconstruct(
             public,
             int(problem.labels[0]),
             search.bank,
-            lambda share: report(f"gradients of the bank, {share:.0%}"),
+            lambda share: report("gradients of the bank", 0.5 * share),
         )
         report("regression")
         readings.append(read(bank, problem, view if search.adaptive else None, client))

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
-from scipy.linalg import helmert
+from scipy.linalg import helmert, qr
 
 from ggl_jax.adversary.matching import fused, layers
 from ggl_jax.adversary.matching.program import trace
@@ -35,6 +35,8 @@ from ggl_jax.types import Factored, Guess, Model, Prior, Problem, Public, PyTree
 BANK_BYTES = 2**31
 #: Candidates of the ridge, relative to the kernel's mean eigenvalue.
 _RIDGES = np.logspace(-6, 0.5, 14)
+#: Random sums of pixels by which ridges are compared, where there are more pixels than these.
+_SKETCH = 256
 #: Standard deviation of a pixel that no sample speaks of.
 _FLOOR = 0.01
 #: Entries of an image up to which its covariance is kept whole, not only the samples' span.
@@ -97,7 +99,7 @@ def make_bank(
             all_of[chosen] = some
         if progress is not None:
             progress(min(1.0, (first + at_once) / num))
-    kernels = [_kernel(g) for g in gradients]
+    kernels = [_product(g, g) for g in gradients]
     return Bank(images.reshape(num, -1), tuple(kept), gradients, kernels, norms)
 
 
@@ -130,10 +132,23 @@ def _gradients(model: Model, kept: tuple[int, ...]) -> Callable:
     return of
 
 
+#: Columns of gradients that are multiplied at once: two shapes for tensors of all sizes.
+_WIDTHS = (2**9, 2**15)
+
+
+def _product(left: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """left [n p] times right^T [p m], in float32, without a program for each p."""
+    total = np.zeros((len(left), len(right)), np.float32)
+    width = next((w for w in _WIDTHS if left.shape[1] <= w), _WIDTHS[-1])
+    for start in range(0, left.shape[1], width):
+        parts = (x[:, start : start + width] for x in (left, right))
+        total += _multiplied(*(np.pad(x, ((0, 0), (0, width - x.shape[1]))) for x in parts))
+    return total
+
+
 @jax.jit
-def _kernel(gradients):
-    wide = gradients.astype(jnp.float32)
-    return wide @ wide.T
+def _multiplied(left, right):
+    return left.astype(jnp.float32) @ right.astype(jnp.float32).T
 
 
 def regress(
@@ -167,12 +182,12 @@ def regress(
             mask = np.broadcast_to(mask, shapes[leaf]).ravel().astype(np.float32)
             where = np.flatnonzero(mask)
             g = np.asarray(g[:, where], np.float32) * mask[where]
-            kernel, y = g @ g.T, y[where]
+            kernel, y = _product(g, g), y[where]
         elif mask is not None:
             g, kernel = g * mask.astype(g.dtype), kernel * float(mask) ** 2
         kernels.append(np.asarray(kernel))
         norms[:, leaf] = np.diagonal(kernel)
-        inner.append(np.asarray(_times(g, y)))
+        inner.append(_product(g, y[None])[:, 0])
     scales = np.ones_like(norms)
     if factored.scale is not None:
         found = jax.vmap(factored.scale)(treedef.unflatten(list(jnp.asarray(norms.T))))
@@ -182,7 +197,11 @@ def regress(
         kernels[index] = kernels[index] * (s[:, None] * s)
         inner[index] = inner[index] * s
     mean = bank.images.mean(0)
-    differences = bank.images - mean
+    differences = sketch = bank.images - mean
+    if differences.shape[1] > _SKETCH:
+        # Ridges are compared by random sums of pixels, whose mean squared error is the pixels'.
+        signs = np.random.default_rng(0).choice([-1.0, 1.0], (differences.shape[1], _SKETCH))
+        sketch = differences @ signs.astype(np.float32) / math.sqrt(differences.shape[1])
     energies = np.array([max(np.trace(_centred(k)), 1e-30) for k in kernels])
     present = energies > 1e-12 * energies.sum()
     # Without the constant direction, which is the mean's own and would count as left out nowhere.
@@ -196,25 +215,26 @@ def regress(
         values, vectors = np.linalg.eigh(basis.T @ kernel.astype(np.float64) @ basis)
         vectors = basis @ vectors
         noisy = noise**2 * (vectors.T @ noisy @ vectors)
-        turned = vectors.T @ differences
-        for ridge in _RIDGES * max(values.sum() / num, 1e-30):
+        squares = vectors**2
+
+        def fit(ridge, targets, values=values, vectors=vectors, noisy=noisy, squares=squares):
+            """Dual coefficients and leave-one-out residuals [n t], and the mean squared error."""
             inverse = 1.0 / (values.clip(0) + ridge)
-            dual = vectors @ (inverse[:, None] * turned)
-            residuals = dual / ((vectors**2) @ inverse)[:, None]
-            own = inverse[:, None] * turned
+            own = inverse[:, None] * (vectors.T @ targets)
+            dual = vectors @ own
+            residuals = dual / (squares @ inverse)[:, None]
             added = np.sum(own * (noisy @ own)) if noise > 0 else 0.0
-            error = (np.sum(residuals**2) / num + added) / bank.images.shape[1]
+            return dual, residuals, (np.sum(residuals**2) / num + added) / targets.shape[1]
+
+        for ridge in _RIDGES * max(values.sum() / num, 1e-30):
+            error = fit(ridge, sketch)[2]
             if best is None or error < best[0]:
-                best = error, mean + k_y @ dual, residuals
+                best = error, functools.partial(fit, ridge), k_y
     assert best is not None
-    error, estimate, residuals = best
+    dual, residuals, error = best[1](differences)
+    estimate = mean + best[2] @ dual
     scale = math.sqrt(error / np.mean(residuals**2))
     return estimate.astype(np.float32), (scale * residuals).astype(np.float32), float(error)
-
-
-@jax.jit
-def _times(gradients, y):
-    return gradients.astype(jnp.float32) @ y
 
 
 def _centred(kernel: np.ndarray) -> np.ndarray:
@@ -227,8 +247,14 @@ def guess_of(mean: np.ndarray, residuals: np.ndarray) -> Guess:
     num, size = residuals.shape
     if size > _WHOLE:
         return Guess(jnp.asarray(mean), jnp.asarray(residuals.T / math.sqrt(num)))
-    values, vectors = np.linalg.eigh(residuals.T @ residuals / num)
-    factor = vectors * np.sqrt(values.clip(0) + _FLOOR**2)
+    # The covariance's eigenvectors: those of the samples' span, then any basis of what is left.
+    basis, triangle = qr(residuals.T / math.sqrt(num), mode="full")
+    rank = min(num, size)
+    turn, values, _ = np.linalg.svd(triangle[:rank], full_matrices=True)
+    basis[:, :rank] = basis[:, :rank] @ turn
+    variances = np.zeros(size, np.float32)
+    variances[: len(values)] = values**2
+    factor = basis * np.sqrt(variances + _FLOOR**2)
     return Guess(jnp.asarray(mean), jnp.asarray(factor, jnp.float32))
 
 

@@ -200,6 +200,7 @@ class AuditBar:
     def __init__(self):
         self.live = console.is_terminal
         self.last, self.printed = "", 0.0
+        self.starts: dict[int, float] = {}
         self.bar = Progress(
             TextColumn("{task.description}", markup=False),
             BarColumn(),
@@ -234,8 +235,12 @@ class AuditBar:
             if seconds - self.printed < _QUIET_SECONDS:
                 return
             parts += [f"{done:.0%} of all", shown] if shown else [f"{done:.0%} of all"]
-        if done > 0 and seconds > 1:
-            left = seconds / done - seconds
+        self.starts.setdefault(number, seconds)
+        first, *others = sorted(self.starts)
+        if others:
+            # The first one compiles what the others share, and counts only until there is another.
+            first = others[0] if number > others[0] else first
+            left = (total - number) * (self.starts[number] - self.starts[first]) / (number - first)
             parts.append(
                 f"about {left:.0f} s left" if left < 90 else f"about {left / 60:.0f} min left"
             )

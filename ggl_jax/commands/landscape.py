@@ -43,8 +43,10 @@ class LandscapeCommand:
 
 
 def defaults(argv: list[str]) -> LandscapeCommand:
-    """The options before the user's own: the search is that of the audit's quick preset."""
-    return LandscapeCommand(search=dataclasses.replace(choice_of(argv).search, refine="none"))
+    """The options before the user's own: the search in latents of the audit's quick preset."""
+    choice = choice_of(argv)
+    choice = dataclasses.replace(choice, attack=choice.attack or "ggl")
+    return LandscapeCommand(search=dataclasses.replace(choice.search, refine="none"))
 
 
 def run(command: LandscapeCommand, argv: list[str]) -> int:
