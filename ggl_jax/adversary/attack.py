@@ -228,9 +228,9 @@ def search_attack(
     search, client, speed = checked(search), client or Client(), speed or Speed()
     if search.space == "pixels":
         prior = pixels(model.image_shape)
-    elif search.space == "whitened":
-        prior = gaussian(model.image_shape, rank_of(prior, search.bank))
     _check(model, prior, search)
+    if search.space == "whitened":  # the bank is the prior's own
+        prior = gaussian(model.image_shape, rank_of(prior, search.bank))
     own = optimizer or grammar.build(
         OPTIMIZERS, search.optimizer, what="optimizer", steps=search.steps
     )
