@@ -31,7 +31,7 @@ _MAP = Search(
     bank=1000,
     distance="posterior",
     regularizer="none",
-    optimizer="adam:0.5,schedule=cosine,signed=False,patience=5",
+    optimizer="adam:0.3,schedule=cosine,signed=False",
     steps=60,
     refine="auto",
     refine_steps=60,

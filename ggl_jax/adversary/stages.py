@@ -131,13 +131,13 @@ _search_attack = functools.lru_cache(maxsize=64)(search_attack)
 #: How much nearer than the guess the private image is taken to be, in the whitened search: there
 #: the distance weighs as much as so many standard deviations of every pixel. Both numbers were
 #: chosen on public images that no prior was trained on (docs/results.md).
-SHARPNESS = 5.0
+SHARPNESS = 3.0
 #: Share of its first loss below which that search has to come: where masks jump at every step (a
 #: narrow network whose layers are all clipped), a loss that hardly falls leads away from the image.
-ACCEPT = 2 / 3
+ACCEPT = 0.8
 #: Of the total variation beside the cosine distance in the whitened search's refinement, and the
 #: standard deviation of its pixels.
-SMOOTH, STRIDE = 0.005, 0.08
+SMOOTH, STRIDE = 0.005, 0.13
 
 
 def _sharpened(problem: Problem, candidates: Candidates) -> Problem:

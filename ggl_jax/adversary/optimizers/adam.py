@@ -1,13 +1,13 @@
 """Adam in latent (or pixel) space, with both of the published schedules."""
 
-from typing import Any, Literal, NamedTuple
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from ggl_jax.adversary.optimizers.base import make_info
-from ggl_jax.spec import Count, Number, Positive, ranged
+from ggl_jax.spec import Count, Positive, ranged
 from ggl_jax.types import Optimizer
 
 
@@ -34,34 +34,6 @@ def _cosine(learning_rate, steps):
     return optax.cosine_decay_schedule(learning_rate, steps, alpha=0.02)
 
 
-class _Best(NamedTuple):
-    """Each restart's point of lowest loss [r z], the slope there, and steps since, [r]."""
-
-    latents: jax.Array
-    losses: jax.Array
-    slope: jax.Array
-    tries: jax.Array
-
-
-class _State(NamedTuple):
-    """Points [r z], their moments (each with a count of its own), and the share of the rate [r]."""
-
-    latents: jax.Array
-    moments: Any
-    step: jax.Array
-    best: _Best
-    share: jax.Array
-
-
-def _where(rows, yes, no):
-    """Of two trees of [r ...], the one's rows or the other's."""
-
-    def choose(x, y):
-        return jnp.where(rows.reshape(-1, *[1] * (x.ndim - 1)), x, y)
-
-    return jax.tree.map(choose, yes, no)
-
-
 SCHEDULES = {"step": _step_decay, "ramp": _ramp, "cosine": _cosine}
 
 
@@ -72,7 +44,6 @@ def adam(
     schedule: Literal["step", "ramp", "cosine"] = "step",
     signed: bool = True,
     box: Positive | None = None,
-    patience: Number = 0,
     steps: Count = 2500,
 ) -> Optimizer:
     """Adam on the latents, every restart of the batch on its own.
@@ -87,8 +58,6 @@ def adam(
             first step down to 2 %).
         signed: feed Adam the sign of the gradient, as the published 32x32 code does.
         box: keep every entry within [-box, box], > 0; None for no bounds.
-        patience: after so many steps without a lower loss a restart goes back to its best point,
-            forgets its moments and halves its step size; 0 for never.
         steps: length of the run, which the schedule needs; at least 1. The paper uses 2,500.
 
     Returns:
@@ -100,19 +69,15 @@ def adam(
     Reference:
         Kingma and Ba (2015); signed gradients: Geiping et al. (2020), "Inverting Gradients".
     """
-    rate_at = SCHEDULES[schedule](learning_rate, steps)
-    transform = optax.scale_by_adam()
-    init_each, update_each = jax.vmap(transform.init), jax.vmap(transform.update)
+    transform = optax.adam(SCHEDULES[schedule](learning_rate, steps))
 
     def init(key, latents):
         del key
-        flat = jnp.zeros_like(latents[:, 0])
-        best = _Best(latents, flat + jnp.inf, jnp.zeros_like(latents), flat)
-        return _State(latents, init_each(latents), jnp.int32(0), best, flat + 1.0)
+        return latents, transform.init(latents)
 
     def step(key, state, loss_fn):
         del key
-        latents, moments = state.latents, state.moments
+        latents, moments = state
 
         def total(z):
             losses = loss_fn(z)
@@ -120,24 +85,15 @@ def adam(
             return jnp.sum(losses), losses
 
         gradient, losses = jax.grad(total, has_aux=True)(latents)
-        info, best, share = make_info(latents, losses), state.best, state.share
-        if patience:
-            better = losses < best.losses
-            own = _Best(latents, losses, gradient, jnp.zeros_like(losses))
-            best = _where(better, own, best._replace(tries=best.tries + 1))
-            back = best.tries >= patience
-            latents, gradient = _where(back, (best.latents, best.slope), (latents, gradient))
-            moments = _where(back, init_each(latents), moments)
-            share = jnp.where(back, 0.5 * share, share)
-            best = best._replace(tries=jnp.where(back, 0.0, best.tries))
         finite = jnp.all(jnp.isfinite(gradient), axis=1, keepdims=True)
         gradient = jnp.where(finite, gradient, 0.0)
-        updates, moments = update_each(jnp.sign(gradient) if signed else gradient, moments)
-        rate = rate_at(state.step) * share[:, None]
-        moved = latents - jnp.where(finite, rate * updates, 0.0)
+        updates, moments = transform.update(
+            jnp.sign(gradient) if signed else gradient, moments, latents
+        )
+        moved = optax.apply_updates(latents, jnp.where(finite, updates, 0.0))
         if box is not None:
             moved = jnp.clip(moved, -box, box)
-        return _State(moved, moments, state.step + 1, best, share), info
+        return (moved, moments), make_info(latents, losses)
 
     return Optimizer(
         init=init, step=step, evaluations_per_step=lambda num_restarts: num_restarts, name="adam"
