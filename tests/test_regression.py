@@ -276,6 +276,23 @@ def test_what_cannot_be_read_starts_from_the_samples(public):
         np.testing.assert_allclose(one.images[0].ravel(), bank.mean(0), atol=1e-4)
 
 
+def test_what_noise_drowns_is_not_read(public):
+    """Where the regression expects a larger error than that of the samples' mean, that is taken."""
+    bank = regression.bank_of(public, 2, 60)
+    _, sent, _ = shared_sample(public, "none")
+    for noise in (0.0, 1e4):
+        drawn = jax.tree.map(lambda g, s=noise: g + s, sent.update)
+        problem = gx.Problem(drawn, *public[1::2], jnp.asarray([2]), {}, np.float32(noise))
+        found = regression.read(bank, problem, None, gx.Client())
+        blind = bank.images.mean(0)
+        spread = np.sqrt(np.mean((bank.images - blind) ** 2))
+        if noise:
+            np.testing.assert_allclose(found.guess.mean, blind, atol=1e-6)
+            assert found.rmse == pytest.approx(spread, rel=1e-5)
+        else:
+            assert found.rmse < 0.8 * spread
+
+
 def test_a_search_of_whitened_pixels_needs_a_bank(public):
     with pytest.raises(gx.GGLError, match="bank: got 1"):
         gx.search_attack(public.model, public.prior, gx.search_of("quick", "map", bank=1))

@@ -283,11 +283,13 @@ def read(bank: Bank, problem: Problem, view: View | None, client: Client) -> Rea
         found = (form(problem.estimated) for form in forms)
         factored = next((one for one in found if one is not None), None)
     rewired = view is not None and view.rewire is not None
-    if factored is None or rewired or client.batch_size > 1 or not shares_gradient(client):
-        mean = bank.images.mean(0)
-        residuals = bank.images - mean
-        return Reading(guess_of(mean, residuals), float(np.sqrt(np.mean(residuals**2))))
-    mean, residuals, error = regress(bank, problem.observed, factored, float(problem.noise))
+    mean = bank.images.mean(0)
+    residuals = bank.images - mean
+    error = float(np.mean(residuals**2))
+    if factored is not None and not (rewired or client.batch_size > 1) and shares_gradient(client):
+        found = regress(bank, problem.observed, factored, float(problem.noise))
+        # A regression that expects to do worse than the samples' mean has nothing to say.
+        mean, residuals, error = found if found[2] < error else (mean, residuals, error)
     return Reading(guess_of(mean, residuals), math.sqrt(error))
 
 
