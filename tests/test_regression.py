@@ -242,7 +242,7 @@ def assert_same(found, expected):
 
 
 def test_the_distance_is_weighed_by_that_of_the_guess(public):
-    """Without noise a pixel's error at the guess weighs as much as SHARPNESS deviations."""
+    """The distance of the guess counts SHARPNESS for each pixel."""
     _, sent, defended = shared_sample(public, "none")
     one = reconstructed(public, sent, defended.view, "map", steps=2, refine="none")
     guess = one.problem.guess

@@ -128,9 +128,9 @@ def make_stages(
 # The same search of the same model is the same object, so that its compiled program is found again.
 _search_attack = functools.lru_cache(maxsize=64)(search_attack)
 
-#: How much nearer than the guess the private image is taken to be, in the whitened search: there
-#: the distance weighs as much as so many standard deviations of every pixel. Both numbers were
-#: chosen on public images that no prior was trained on (docs/results.md).
+#: What the guess's own distance counts for each pixel in the whitened search, where a deviation of
+#: one standard error counts a half. This and the numbers below were chosen on public images that no
+#: prior was trained on (docs/results.md).
 SHARPNESS = 3.0
 #: Share of its first loss below which that search has to come: where masks jump at every step (a
 #: narrow network whose layers are all clipped), a loss that hardly falls leads away from the image.
