@@ -123,6 +123,52 @@ def expectations(key: jax.Array, public: Public) -> dict[str, jax.Array]:
     return _expectations(public.model, public.variables, public.prior, public.prior_params, key)
 
 
+def _problem(
+    public: Public,
+    one: Shared,
+    view: View,
+    client: Client,
+    search: Search,
+    expected: Mapping[str, jax.Array] | None,
+) -> Problem:
+    """What a client shared, with the labels and the defense's parameters that it tells."""
+    estimation.check_finite(one.update)
+    check_told(public.model, one.update, searched=search.labels == "searched")
+    update, head = softmax_form(public.model, one.update)
+    if search.labels == "smallest":
+        labels = smallest_labels(update, head, client.batch_size)
+    else:
+        labels = infer_labels(
+            update,
+            head,
+            batch_size=client.batch_size,
+            num_steps=gradients_summed(client) or 1,
+            # Only the labels of several images need them; one image's is read off directly.
+            **(expected or {} if client.batch_size > 1 else {}),
+        )
+    estimated = estimation.estimate(view, one.update, public.model.head)
+    noise = estimation.noise_level(view, estimated)
+    known = public.variables, public.prior_params
+    return Problem(one.update, *known, labels, estimated, noise, one.statistics)
+
+
+def _as_compared(
+    public: Public, problems: Sequence[Problem], view: View, search: Search
+) -> tuple[View | None, list[Problem]]:
+    """The view by which candidates are compared, and problems with its parameters.
+
+    Many defenses share one, and with it a compiled program; None is the defense's own.
+    """
+    if not search.adaptive:
+        return None, [problem._replace(estimated=()) for problem in problems]
+    params = public.variables["params"]
+    forms = [as_data(view, problem.estimated, params) for problem in problems]
+    if any(form is None for form in forms):
+        return None, list(problems)
+    found = zip(problems, forms, strict=True)
+    return FACTORED, [problem._replace(estimated=form) for problem, form in found]
+
+
 def reconstruct(
     keys: jax.Array,
     public: Public,
@@ -172,34 +218,7 @@ def reconstruct(
     report("label and defense estimation")
     if client.batch_size > 1 and expected is None:
         expected = expectations(jax.random.fold_in(keys[0], 1), public)
-    problems = []
-    for one in shared:
-        estimation.check_finite(one.update)
-        check_told(public.model, one.update, searched=search.labels == "searched")
-        update, head = softmax_form(public.model, one.update)
-        if search.labels == "smallest":
-            labels = smallest_labels(update, head, client.batch_size)
-        else:
-            labels = infer_labels(
-                update,
-                head,
-                batch_size=client.batch_size,
-                num_steps=gradients_summed(client) or 1,
-                # Only the labels of several images need them; one image's is read off directly.
-                **(expected or {} if client.batch_size > 1 else {}),
-            )
-        estimated = estimation.estimate(view, one.update, public.model.head)
-        problems.append(
-            Problem(
-                one.update,
-                public.variables,
-                public.prior_params,
-                labels,
-                estimated,
-                estimation.noise_level(view, estimated),
-                one.statistics,
-            )
-        )
+    problems = [_problem(public, one, view, client, search, expected) for one in shared]
     readings = []
     for number, problem in enumerate(problems if search.bank else []):
         bank = bank_of(
@@ -211,15 +230,8 @@ def reconstruct(
         report("regression")
         readings.append(read(bank, problem, view if search.adaptive else None, client))
         problems[number] = problem._replace(guess=readings[-1].guess)
-    # What was estimated is given to the search in a form that many defenses share, with a program.
-    params, compared = public.variables["params"], None
-    forms = [as_data(view, problem.estimated, params) for problem in problems]
     estimates = [problem.estimated for problem in problems]
-    if search.adaptive and all(form is not None for form in forms):
-        compared = FACTORED
-    if compared is not None or not search.adaptive:
-        own = forms if search.adaptive else [()] * len(forms)
-        problems = [p._replace(estimated=x) for p, x in zip(problems, own, strict=True)]
+    compared, problems = _as_compared(public, problems, view, search)
     report("compiling the search")
     began = time.perf_counter()
     per_device = -(-len(problems) // (1 if mesh is None else mesh.size))

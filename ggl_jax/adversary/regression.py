@@ -287,9 +287,9 @@ def read(bank: Bank, problem: Problem, view: View | None, client: Client) -> Rea
     residuals = bank.images - mean
     error = float(np.mean(residuals**2))
     if factored is not None and not (rewired or client.batch_size > 1) and shares_gradient(client):
-        found = regress(bank, problem.observed, factored, float(problem.noise))
+        own = regress(bank, problem.observed, factored, float(problem.noise))
         # A regression that expects to do worse than the samples' mean has nothing to say.
-        mean, residuals, error = found if found[2] < error else (mean, residuals, error)
+        mean, residuals, error = own if own[2] < error else (mean, residuals, error)
     return Reading(guess_of(mean, residuals), math.sqrt(error))
 
 
