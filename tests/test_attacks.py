@@ -301,6 +301,7 @@ class NormNet(nn.Module):
         return nn.Dense(3)(nn.relu(x).reshape(x.shape[0], -1))
 
 
+@pytest.mark.slow
 def test_batch_norm_statistics(tiny_images, tiny_prior):
     model = gx.from_flax(NormNet(), image_shape=(8, 8, 3))
     variables = model.init(jax.random.key(0))

@@ -79,6 +79,7 @@ def test_no_noise_is_found_where_there_is_none(resnet_update, sigma_of):
     assert sigma_of(jax.tree.map(jnp.zeros_like, resnet_update))[0] == 0
 
 
+@pytest.mark.slow
 def test_sigma_after_sparsification(run_defense):
     errors, _ = run_defense("sparsify:0.9+noise:0.1")
     assert errors["sigma_error"] < 0.1

@@ -73,7 +73,7 @@ def setting(classes, fidelity, rate=0.9):
 
 
 @pytest.mark.parametrize("fidelity", FIDELITIES)
-@pytest.mark.parametrize("classes", [2, 10])
+@pytest.mark.parametrize("classes", [2, pytest.param(10, marks=pytest.mark.slow)])
 @settings(max_examples=4, deadline=None)
 @given(seed=st.integers(0, 2**31 - 1), candidate=st.integers(0, 3))
 def test_rounding_does_not_decide(classes, fidelity, seed, candidate):
