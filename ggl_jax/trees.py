@@ -72,6 +72,11 @@ def total(tree: PyTree) -> jax.Array:
     return jnp.sum(jnp.stack(jax.tree.leaves(tree)))
 
 
+def sq_distance(a: PyTree, b: PyTree) -> jax.Array:
+    """Squared l2 distance of two pytrees of equal structure, a scalar."""
+    return total(sq_norms(jax.tree.map(jnp.subtract, a, b)))
+
+
 def map_flat(function: Callable, tree: PyTree, *scalars: PyTree) -> PyTree:
     """Map ``function(flat_leaf[n], *scalars)`` over the leaves; the result has their shapes."""
     return jax.tree.map(

@@ -246,7 +246,7 @@ def reconstruct(
         checkpoints=checkpoints,
         callback=lambda done, losses: report("search", done / steps, float(jnp.mean(losses))),
     )
-    images = result_images(search, view, ready.stages, outcome)
+    images = result_images(search, view, outcome)
     seconds = (time.perf_counter() - began) / len(problems)
     return [
         Reconstruction(

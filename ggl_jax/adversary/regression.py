@@ -141,8 +141,10 @@ def _product(left: np.ndarray, right: np.ndarray) -> np.ndarray:
     total = np.zeros((len(left), len(right)), np.float32)
     width = next((w for w in _WIDTHS if left.shape[1] <= w), _WIDTHS[-1])
     for start in range(0, left.shape[1], width):
-        parts = (x[:, start : start + width] for x in (left, right))
-        total += _multiplied(*(np.pad(x, ((0, 0), (0, width - x.shape[1]))) for x in parts))
+        parts = [x[:, start : start + width] for x in (left, right)]
+        if missing := width - parts[0].shape[1]:
+            parts = [np.pad(x, ((0, 0), (0, missing))) for x in parts]
+        total += _multiplied(*parts)
     return total
 
 
@@ -217,22 +219,27 @@ def regress(
         noisy = noise**2 * (vectors.T @ noisy @ vectors)
         squares = vectors**2
 
-        def fit(ridge, targets, values=values, vectors=vectors, noisy=noisy, squares=squares):
-            """Dual coefficients and leave-one-out residuals [n t], and the mean squared error."""
+        def fit(ridge, turned, values=values, vectors=vectors, noisy=noisy, squares=squares):
+            """Dual coefficients and leave-one-out residuals [n t], and the mean squared error.
+
+            ``turned``: the targets [n t] in the kernel's eigenvectors.
+            """
             inverse = 1.0 / (values.clip(0) + ridge)
-            own = inverse[:, None] * (vectors.T @ targets)
+            own = inverse[:, None] * turned
             dual = vectors @ own
             residuals = dual / (squares @ inverse)[:, None]
             added = np.sum(own * (noisy @ own)) if noise > 0 else 0.0
-            return dual, residuals, (np.sum(residuals**2) / num + added) / targets.shape[1]
+            return dual, residuals, (np.sum(residuals**2) / num + added) / turned.shape[1]
 
+        turned = vectors.T @ sketch
         for ridge in _RIDGES * max(values.sum() / num, 1e-30):
-            error = fit(ridge, sketch)[2]
+            error = fit(ridge, turned)[2]
             if best is None or error < best[0]:
-                best = error, functools.partial(fit, ridge), k_y
+                best = error, functools.partial(fit, ridge), vectors, k_y
     assert best is not None
-    dual, residuals, error = best[1](differences)
-    estimate = mean + best[2] @ dual
+    _, fitted, vectors, k_y = best
+    dual, residuals, error = fitted(vectors.T @ differences)
+    estimate = mean + k_y @ dual
     scale = math.sqrt(error / np.mean(residuals**2))
     return estimate.astype(np.float32), (scale * residuals).astype(np.float32), float(error)
 

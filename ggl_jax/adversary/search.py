@@ -246,15 +246,16 @@ class Stage(NamedTuple):
             :class:`Candidates` [i r ...] that the stage before found; None for the attack's own.
         revise: ``revise(problem, candidates) -> problem`` of each instance, by what the stage
             before found for it, [r ...]; None for the same problem.
-        accept: share of the loss at its start under which an instance's loss has to come, or what
-            the stage before found is kept; None to take what is found.
+        accept: ``accept(problem, first, lowest) -> bool``, whether what is found for an instance
+            counts, by the losses at its start and its end; else what the stage before found is
+            kept. None to take it.
     """
 
     attack: Attack
     steps: int
     enter: Callable | None = None
     revise: Callable | None = None
-    accept: float | None = None
+    accept: Callable | None = None
 
 
 def run_stages(
@@ -312,9 +313,8 @@ def run_stages(
         )
         if stage.accept is not None and len(results) > 1:
             last = results[-1]
-            # Noise has a share of the loss that no candidate can take away.
-            noisy = np.asarray([float(problem.noise) > 0 for problem in problems])
-            taken = noisy | np.asarray(last.losses < stage.accept * last.history[:, 0])
+            losses = zip(problems, last.history[:, 0], last.losses, strict=True)
+            taken = np.asarray([bool(stage.accept(*one)) for one in losses])
 
             def choose(new, old, taken=taken):
                 return jnp.where(taken.reshape(-1, *[1] * (new.ndim - 1)), new, old)

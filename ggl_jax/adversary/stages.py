@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -105,7 +105,7 @@ def make_stages(
         stages = [Stage(attack, 1)]
         if search.steps > 1:
             enter = _best_points(search.restarts)
-            stages.append(Stage(attack, search.steps, enter, _sharpened, accept=ACCEPT))
+            stages.append(Stage(attack, search.steps, enter, _sharpened, _below(ACCEPT)))
     if search.finalists and not combines(search, view):
         last = finalists_of(search)
         attack = _search_attack(model, prior, last, speed=exact, **options)
@@ -117,7 +117,7 @@ def make_stages(
             if search.refine_steps != search.steps:
                 last = replace(search, steps=search.refine_steps)
                 attack = build(model, prior, last, speed=exact, **options)
-            return [*stages, Stage(attack, search.refine_steps, _origin, _freed, accept=1.0)]
+            return [*stages, Stage(attack, search.refine_steps, _origin, _freed, _below(1.0))]
         last = refinement_of(search)
         attack = _search_attack(model, prior, last, speed=exact, **options)
         mean = combines(search, view)
@@ -155,6 +155,14 @@ def _freed(problem: Problem, candidates: Candidates) -> Problem:
     factor = STRIDE * jnp.eye(image.size, dtype=image.dtype)
     weights = {"weight": jnp.float32(0), "smooth": SMOOTH * problem.guess.sharpness}
     return problem._replace(guess=problem.guess._replace(mean=image, factor=factor, **weights))
+
+
+def _below(share: float) -> Callable:
+    """Accept a search whose loss falls below a share of its first.
+
+    Noise has a share of the loss that no candidate can take away, so there it always counts.
+    """
+    return lambda problem, first, lowest: problem.noise > 0 or lowest < share * first
 
 
 def _origin(candidates):
@@ -197,15 +205,12 @@ def _in_one_order(images: np.ndarray, labels: np.ndarray) -> np.ndarray:
     return ordered
 
 
-def result_images(
-    search: Search, view: View, stages: Sequence[Stage], outcome: SearchResult
-) -> np.ndarray:
+def result_images(search: Search, view: View, outcome: SearchResult) -> np.ndarray:
     """What the adversary ends up with, [i b h w c] in [0, 1]: the best restart, or their mean.
 
     Args:
         search: its options.
         view: the server's side of the client's defense.
-        stages: from :func:`make_stages`.
         outcome: from :func:`ggl_jax.adversary.search.run_stages`.
     """
     # a refinement starts from the mean by itself

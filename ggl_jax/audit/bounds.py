@@ -27,7 +27,7 @@ from scipy import special
 
 from ggl_jax import trees
 from ggl_jax.audit import privacy
-from ggl_jax.client.defenses import stages_of
+from ggl_jax.client.defenses import chain, stages_of
 from ggl_jax.client.gradients import client_update
 from ggl_jax.errors import GGLError
 from ggl_jax.files import digest
@@ -258,26 +258,16 @@ def noisy(defense: Defense) -> Noisy:
     simulates with estimates differs). Noise that follows noise adds to it in variance; what follows
     may look at the noisy update alone.
     """
-    before: list[Defense] = []
-    sigma, last = 0.0, False
-    for stage in stages_of(defense):
-        facts = stage.facts
-        if not sigma:
-            if facts.gaussian:
-                sigma, last = float(facts.gaussian), True
-            elif facts.replaces_update:
-                return Noisy((), 0.0, f"not computed for {stage.name}, whose update is costly")
-            else:
-                before.append(stage)
-        elif facts.gaussian is not None and last:
-            sigma = math.hypot(sigma, facts.gaussian)
-        elif not facts.processes:
-            return Noisy((), 0.0, f"{stage.name} after the noise may look at the image again")
-        else:
-            last = False
-    if not sigma:
-        return Noisy((), 0.0, "no Gaussian noise")
-    return Noisy(tuple(before), sigma, "")
+    stages = tuple(stages_of(defense))
+    for number, stage in enumerate(stages):
+        if stage.facts.gaussian:
+            sigma, again = privacy.noise_from(stages[number:])
+            if again:
+                return Noisy((), 0.0, f"{again} after the noise may look at the image again")
+            return Noisy(stages[:number], sigma, "")
+        if stage.facts.replaces_update:
+            return Noisy((), 0.0, f"not computed for {stage.name}, whose update is costly")
+    return Noisy((), 0.0, "no Gaussian noise")
 
 
 class _Programs(NamedTuple):
@@ -297,13 +287,7 @@ def _programs(model: Model, client: Client, before: tuple[Defense, ...]) -> _Pro
     def update(variables, key, label, x):
         images, labels = x.reshape(1, *model.image_shape), jnp.reshape(label, (1,))
         found = client_update(client, model, variables, images, labels)
-        context = Context(model, variables, images, labels)
-        for number, stage in enumerate(before):
-            found, _ = stage.apply(jax.random.fold_in(key, number), found, context)
-        return found
-
-    def squared(a, b):
-        return trees.total(trees.sq_norms(jax.tree.map(jnp.subtract, a, b)))
+        return chain(*before).apply(key, found, Context(model, variables, images, labels))[0]
 
     def product(variables, key, label, x, direction):
         _, forward = jax.linearize(lambda one: update(variables, key, label, one), x)
@@ -312,13 +296,13 @@ def _programs(model: Model, client: Client, before: tuple[Defense, ...]) -> _Pro
     def secant(variables, key, label, x, step):
         # One key for both ends: who knows the draws of a random stage can do no worse.
         ends = (update(variables, key, label, x + sign * step / 2) for sign in (1, -1))
-        return squared(*ends)
+        return trees.sq_distance(*ends)
 
     def total(variables, key, label, x, found):
         return jax.tree.map(jnp.add, found, update(variables, key, label, x))
 
     def distance(variables, key, label, x, centre):
-        return jnp.sqrt(squared(update(variables, key, label, x), centre))
+        return jnp.sqrt(trees.sq_distance(update(variables, key, label, x), centre))
 
     return _Programs(*map(jax.jit, (product, secant, total, distance)))
 

@@ -1,7 +1,6 @@
 """The audit's own part of a cell: what the adversary found beside the truth and the controls."""
 
-import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -15,10 +14,10 @@ from ggl_jax.adversary.reconstruct import Reconstruction
 from ggl_jax.audit import metrics
 from ggl_jax.audit.controls import Controls
 from ggl_jax.client import defenses as client_defenses
-from ggl_jax.client.gradients import client_update
+from ggl_jax.client.share import update_program
 from ggl_jax.images import assign
 from ggl_jax.spec import Client
-from ggl_jax.types import OK, STATUS_MESSAGES, Model, Public, View
+from ggl_jax.types import OK, STATUS_MESSAGES, Public, View
 
 
 def jsonable(value: Any) -> Any:
@@ -124,12 +123,6 @@ def judge(
     return rows
 
 
-# Of the same objects, one call after the other, the compiled program is shared.
-@functools.lru_cache(maxsize=8)
-def _own_update(model: Model, client: Client) -> Callable:
-    return jax.jit(functools.partial(client_update, client, model))
-
-
 def mismatch(found: Reconstruction, *, public: Public, view: View, client: Client) -> float:
     """How far a result's own update lies from the observed one, in one way for every attack.
 
@@ -153,10 +146,9 @@ def mismatch(found: Reconstruction, *, public: Public, view: View, client: Clien
     variables = public.variables
     if view.rewire is not None:
         variables = view.rewire(estimated, variables, public.model.head)
-    own = _own_update(public.model, client)(variables, found.images, found.labels)
+    own = update_program(public.model, client)(variables, found.images, found.labels)
     own = view.simulate(estimated, own)
-    apart = trees.total(trees.sq_norms(jax.tree.map(jnp.subtract, own, observed)))
-    return float(apart / trees.total(trees.sq_norms(observed)))
+    return float(trees.sq_distance(own, observed) / trees.total(trees.sq_norms(observed)))
 
 
 def _curve(history: np.ndarray, points: int = 48) -> list[list[float]]:

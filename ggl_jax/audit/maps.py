@@ -20,7 +20,7 @@ from ggl_jax.audit.tables import (
     strongest,
     table,
 )
-from ggl_jax.spec import Client, Setup
+from ggl_jax.spec import Client, Setup, combinations
 
 #: Axes of rows and columns, and their values where a row has none.
 ROWS: dict[str, Any] = {"weights": Setup().weights, "model": Setup().model}
@@ -54,7 +54,9 @@ def maps(results: Sequence[dict[str, Any]]) -> list[Map]:
     by_rows, by_columns = (_varying([p[side] for p in placed]) for side in (0, 1))
     if not (by_rows or by_columns):
         return []
-    rows, columns = _places(by_rows), _places(by_columns)
+    rows, columns = (
+        [tuple(place.values()) for place in combinations(by)] for by in (by_rows, by_columns)
+    )
     found: dict[str, dict[tuple[int, int], list[dict[str, Any]]]] = {}
     for of_row, of_column, row in placed:
         place = (
@@ -87,14 +89,6 @@ def _varying(values: Sequence[dict[str, Any]]) -> dict[str, list[Any]]:
             number = all(isinstance(value, int | float) for value in seen)
             found[name] = sorted(seen) if number else seen
     return found
-
-
-def _places(varying: Mapping[str, list[Any]]) -> list[tuple]:
-    """Every combination, the last axis fastest."""
-    places: list[tuple] = [()]
-    for values in varying.values():
-        places = [(*place, value) for place in places for value in values]
-    return places
 
 
 def _labels(varying: Mapping[str, list[Any]], places: Iterable[tuple]) -> tuple[str, ...]:

@@ -6,6 +6,7 @@ all of these updates; the audit's leakage is what one attack did learn from one 
 """
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from ggl_jax.client.defenses import stages_of
@@ -55,33 +56,48 @@ def mechanism(defense: Defense, num_tensors: int) -> Mechanism:
         from the private image; a stage of your own between the clip and the noise or after it, of
         which its :class:`ggl_jax.types.Facts` say nothing.
     """
-    bound, sigma, last = math.inf, 0.0, Facts()
-    unknown, noise_seen = "", False
-    for stage in stages_of(defense):
+    bound, unknown, noise_seen = math.inf, "", False
+    stages = tuple(stages_of(defense))
+    for number, stage in enumerate(stages):
         facts = stage.facts
         noise_seen |= bool(facts.gaussian)
-        if sigma > 0:
-            if facts.gaussian is not None and last.gaussian is not None:
-                sigma = math.hypot(sigma, facts.gaussian)
-            elif not facts.processes:
-                why = f"{stage.name} after the noise may look at the private image again"
+        if facts.gaussian and math.isfinite(bound):
+            sigma, again = noise_from(stages[number:])
+            if again:
+                why = f"{again} after the noise may look at the private image again"
                 return Mechanism(math.inf, sigma, why)
-        elif facts.gaussian is not None:
-            sigma = float(facts.gaussian) if math.isfinite(bound) else 0.0
-        elif facts.l2_bound is not None:
+            return Mechanism(bound, sigma, "")
+        if facts.gaussian is not None:
+            continue
+        if facts.l2_bound is not None:
             bound = min(bound, float(facts.l2_bound(num_tensors)))
         elif not facts.shrinks:
             bound = math.inf
             if not facts.replaces_update:
                 unknown = f"{stage.name} is neither a clip nor Gaussian noise that is known"
-        last = facts
-    if sigma > 0:
-        return Mechanism(bound, sigma, "")
     if unknown:
         return Mechanism(bound, 0.0, unknown)
     if noise_seen and math.isinf(bound):
         return Mechanism(bound, 0.0, "noise without a clip before it")
     return Mechanism(bound, 0.0, "no Gaussian noise after a clip" if noise_seen else "no noise")
+
+
+def noise_from(stages: Sequence[Defense]) -> tuple[float, str]:
+    """The Gaussian noise of stages of which the first adds some.
+
+    Returns:
+        Its standard deviation (noise that follows noise directly adds to it in variance), and the
+        name of a stage after it that may look at the private image again; empty for none.
+    """
+    sigma, last = 0.0, Facts(gaussian=0.0)
+    for stage in stages:
+        facts = stage.facts
+        if facts.gaussian is not None and last.gaussian is not None:
+            sigma = math.hypot(sigma, facts.gaussian)
+        elif not facts.processes:
+            return sigma, stage.name
+        last = facts
+    return sigma, ""
 
 
 def epsilon(

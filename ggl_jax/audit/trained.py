@@ -19,6 +19,7 @@ from ggl_jax.audit.run import Progress
 from ggl_jax.audit.utility import (
     TRAINING_STREAM,
     TrainingSettings,
+    asked_for,
     majority_accuracy,
     split,
 )
@@ -98,7 +99,7 @@ def train_model(
     parsed = client_defenses.parse(defense) if isinstance(defense, str) else defense
     gate.defense(parsed, model)
     client_defenses.check_local_steps(parsed, client)
-    told = {k: v for k, v in (about or {}).items() if k not in ("command", "environment")}
+    told = asked_for(about)
     named = {"model": model.name, "defense": parsed.name}
     options = {**dataclasses.asdict(settings), **named, **told}
     content = files.digest(images, labels, jax.tree.leaves(variables))[:12]

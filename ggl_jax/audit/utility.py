@@ -116,6 +116,11 @@ def split(num_images: int, settings: TrainingSettings) -> tuple[np.ndarray, np.n
     return np.sort(train, axis=1), np.sort(test)
 
 
+def asked_for(about: Mapping[str, Any] | None) -> dict[str, Any]:
+    """What was asked for, without the command and the environment: these may differ later."""
+    return {k: v for k, v in (about or {}).items() if k not in ("command", "environment")}
+
+
 def majority_accuracy(train_labels: np.ndarray, test_labels: np.ndarray) -> float:
     """Accuracy on the test images of always naming the training images' commonest class.
 
@@ -179,7 +184,7 @@ def measure(
     for defense in named.values():
         gate.defense(defense, model)
         client_defenses.check_local_steps(defense, client)
-    asked = {k: v for k, v in (about or {}).items() if k not in ("command", "environment")}
+    asked = asked_for(about)
     local = {k: v for k, v in dataclasses.asdict(client).items() if k.startswith("local_")}
     config = {
         "options": {**dataclasses.asdict(settings), **local, "model": model.name, **asked},

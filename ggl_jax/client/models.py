@@ -339,7 +339,7 @@ def _check_count(argument: str, value: Any, least: int) -> None:
 
 
 def _norm_kind(norm: str, batch_norm: str) -> tuple[str, dict[str, Any]]:
-    """The kind of normalisation in :data:`networks.NORMS`, and what a module of it needs."""
+    """The kind of normalisation of :mod:`networks`' modules, and what a module of it needs."""
     _check_option("norm", norm, ("batch", "group", "layer"))
     _check_option("batch_norm", batch_norm, ("eval", "train"))
     if norm == "batch":

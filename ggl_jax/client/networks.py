@@ -83,7 +83,11 @@ def _conv3x3(features: int, stride: int, kernel_init: Callable, name: str) -> nn
 
 
 def _norm(kind: str, channels: int, name: str) -> nn.Module:
-    """The normalisation of so many channels, of a kind in :data:`NORMS`; torch's arithmetic.
+    """The normalisation of so many channels, in torch's arithmetic.
+
+    Kinds: BatchNorm, by running statistics (``"eval"``) or by the batch's own (``"train"``);
+    ``"group"``, GroupNorm; ``"layer"``, over positions and channels, which is GroupNorm of one
+    group (Wu & He 2018, figure 2).
 
     The variance is torch's two-pass one; the one-pass form loses digits where the mean is large.
     """
@@ -99,10 +103,6 @@ def _norm(kind: str, channels: int, name: str) -> nn.Module:
         name=name,
     )
 
-
-#: BatchNorm by running or by the batch's own statistics; GroupNorm; and layer normalisation over
-#: positions and channels, which is GroupNorm of one group (Wu & He 2018, figure 2).
-NORMS = ("eval", "train", "group", "layer")
 
 #: Groups of GroupNorm; fewer where they do not divide the channels.
 _GROUPS = 8

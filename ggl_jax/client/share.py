@@ -20,7 +20,8 @@ from ggl_jax.types import Context, Defense, Model, Public, Shared
 # Of the same objects, one call after the other, the compiled program is shared: that of the update
 # by all defenses of it.
 @functools.lru_cache(maxsize=64)
-def _update(model: Model, client: Client) -> Callable:
+def update_program(model: Model, client: Client) -> Callable:
+    """Compiled: ``update(variables, images[b h w c], labels[b])``, before any defense."""
     return jax.jit(functools.partial(client_update, client, model))
 
 
@@ -99,7 +100,7 @@ def share(
     if client.clients > 1:
         update, record = _mean_defended(public.model, defense, client)(key, *private)
     else:
-        update = _update(public.model, client)(*private)
+        update = update_program(public.model, client)(*private)
         update, record = _defended(public.model, defense)(key, update, *private)
     trees.check_finite(update, f"the update shared under {defense.name}")
     statistics = None

@@ -134,6 +134,20 @@ def load_inputs(
     return Loaded(dataset._replace(labels=labels), prior, prior_params, card, model, variables)
 
 
+def load_labelled(data: str, size: int, label: int | None = None) -> Any:
+    """A :class:`ggl_jax.audit.data.Dataset` of ``size`` x ``size`` pixels, with labels.
+
+    Raises:
+        GGLError: what cannot be loaded, or has no labels.
+    """
+    from ggl_jax.audit import data as audit_data
+
+    dataset = audit_data.load(data, image_size=size, labels=label)
+    if dataset.labels is None:
+        raise GGLError(f"data: {data} has no labels; add a labels.csv (file,label)")
+    return dataset
+
+
 def load_model(setup: Setup, num_classes: int, image_shape: tuple[int, int, int]) -> Any:
     """The federated model and its weights, None for random ones; those that are read tell classes.
 

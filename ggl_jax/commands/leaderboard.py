@@ -10,7 +10,7 @@ from ggl_jax.client.defenses import DEFENSES, STRENGTHS
 from ggl_jax.commands import sweep
 from ggl_jax.commands import utility as utility_command
 from ggl_jax.commands._options import Choice, Preset
-from ggl_jax.commands._shared import about, console, say
+from ggl_jax.commands._shared import about, console, load_labelled, say
 from ggl_jax.errors import GGLError
 from ggl_jax.spec import Count, Judge, Setup, Speed, checked, flat
 
@@ -94,7 +94,7 @@ def run(command: LeaderboardCommand, argv: list[str]) -> int:
     training = utility.UtilitySettings(rounds=command.rounds, seed=command.setup.seed)
     if not command.skip_utility:  # for its errors, before hours of work
         data, size = command.utility_data or command.setup.data, grid.inputs.model.image_shape[0]
-        utility.split(len(utility_command.load(data, size, command.setup.label).images), training)
+        utility.split(len(load_labelled(data, size, command.setup.label).images), training)
     code = sweep.carry_out(grid, command.out, command.running)
     if command.running.dry_run or code == 130:
         return code

@@ -5,8 +5,14 @@ from pathlib import Path
 from typing import Any
 
 from ggl_jax.audit.trained import CheckpointSettings
-from ggl_jax.commands._shared import AuditBar, about, count_classes, load_model, say
-from ggl_jax.errors import GGLError
+from ggl_jax.commands._shared import (
+    AuditBar,
+    about,
+    count_classes,
+    load_labelled,
+    load_model,
+    say,
+)
 from ggl_jax.spec import Count, Setup, checked
 
 
@@ -39,13 +45,10 @@ class TrainModelCommand:
 
 def run(command: TrainModelCommand, argv: list[str]) -> int:
     """``ggl-jax train-model``."""
-    from ggl_jax.audit import data as audit_data
     from ggl_jax.audit import trained
 
     command = checked(command)
-    dataset = audit_data.load(command.data, image_size=command.image_size)
-    if dataset.labels is None:
-        raise GGLError(f"data: {command.data} has no labels; add a labels.csv (file,label)")
+    dataset = load_labelled(command.data, command.image_size)
     named = ("data", "model", "weights", "num_classes")
     setup = Setup(**{name: getattr(command, name) for name in named})
     classes = count_classes(dataset, dataset.labels, command.num_classes)

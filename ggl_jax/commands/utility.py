@@ -5,7 +5,6 @@ from pathlib import Path
 
 import tyro
 
-from ggl_jax.audit import data as audit_data
 from ggl_jax.audit import folder as folders
 from ggl_jax.audit import utility
 from ggl_jax.commands import audit as audit_command
@@ -14,6 +13,7 @@ from ggl_jax.commands._shared import (
     about,
     console,
     count_classes,
+    load_labelled,
     load_model,
     say,
     stopped,
@@ -71,18 +71,6 @@ def _of_run(folder: Path) -> tuple[audit_command.AuditCommand, list[str]]:
     return replace(base, **options["fixed"]), defenses
 
 
-def load(data: str, size: int, label: int | None) -> audit_data.Dataset:
-    """Images with labels.
-
-    Raises:
-        GGLError: what cannot be loaded, or has no labels.
-    """
-    dataset = audit_data.load(data, image_size=size, labels=label)
-    if dataset.labels is None:
-        raise GGLError(f"data: {data} has no labels; add a labels.csv (file,label)")
-    return dataset
-
-
 def run(command: UtilityCommand, argv: list[str]) -> int:
     """``ggl-jax utility``."""
     from ggl_jax.audit import leaderboard, report  # here and not above: it loads matplotlib
@@ -108,7 +96,7 @@ def run(command: UtilityCommand, argv: list[str]) -> int:
         weights=command.weights or setup.weights,
     )
     data = setup.data
-    dataset = load(data, size, setup.label)
+    dataset = load_labelled(data, size, setup.label)
     shape = dataset.images.shape[1:]
     model, variables = load_model(setup, count_classes(dataset, dataset.labels, *known), shape)
     out = command.out or command.folder

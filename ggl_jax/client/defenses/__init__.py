@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax.tree_util import Partial
 
 from ggl_jax import grammar
+from ggl_jax.client.defenses._views import nothing_estimated, unchanged
 from ggl_jax.client.defenses.ats import ats
 from ggl_jax.client.defenses.censor import censor
 from ggl_jax.client.defenses.clip import clip
@@ -106,14 +107,6 @@ def from_function(
 
     def apply(key, update, context):
         return fn(key, update, context) if wants_context else fn(key, update), {}
-
-    def nothing_estimated(update, head, noise=0.0):
-        del update, head, noise
-        return {}
-
-    def unchanged(estimated, update):
-        del estimated
-        return update
 
     view = View(
         name.partition(":")[0],

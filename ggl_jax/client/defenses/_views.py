@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ggl_jax.types import Factored, PyTree, View
+from ggl_jax.types import Factored, Path, PyTree, View
 
 
 def with_slope_of(like: jax.Array, value: jax.Array) -> jax.Array:
@@ -23,17 +23,24 @@ def nonzero(update: PyTree, noise: jax.Array | float) -> PyTree:
     return jax.tree.map(lambda y: (y != 0) | noisy, update)
 
 
+def nothing_estimated(update: PyTree, head: Path, noise: jax.Array | float = 0.0) -> dict:
+    """The estimate of a defense of whose parameters nothing is needed."""
+    del update, head, noise
+    return {}
+
+
+def unchanged(estimated: PyTree, update: PyTree) -> PyTree:
+    """The simulation of a defense under which candidates are compared as they are."""
+    del estimated
+    return update
+
+
 def in_expectation(name: str, estimate, noise_std) -> View:
     """Of a defense whose result is the update on average: candidates are compared as they are."""
-
-    def simulate(estimated, update):
-        del estimated
-        return update
-
     return View(
         name,
         estimate,
-        simulate,
+        unchanged,
         lambda estimated: Factored(),
         adds_noise=True,
         noise_std=noise_std,

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from ggl_jax.client.bottleneck import NAME, size_of, with_noise
+from ggl_jax.client.defenses._views import unchanged
 from ggl_jax.client.gradients import gradient
 from ggl_jax.errors import GGLError
 from ggl_jax.spec import ranged
@@ -70,15 +71,11 @@ def precode_view() -> View:
         single = fits & (square > 0) & (jnp.asarray(noise) <= 0)
         return {"features": features, "slopes": slopes, "single": single.astype(jnp.float32)}
 
-    def simulate(estimated, update):
-        del estimated
-        return update
-
     def rewire(estimated, variables, head):
         del head
         return with_noise(variables, noise_of(estimated, variables))
 
-    return View("precode", estimate, simulate, lambda estimated: Factored(), rewire)
+    return View("precode", estimate, unchanged, lambda estimated: Factored(), rewire)
 
 
 def noise_of(estimated: dict, variables: PyTree) -> jax.Array:
