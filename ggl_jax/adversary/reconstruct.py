@@ -18,7 +18,7 @@ from ggl_jax.adversary.labels import (
     softmax_form,
 )
 from ggl_jax.adversary.matching.factored import FACTORED, as_data
-from ggl_jax.adversary.regression import bank_of, read
+from ggl_jax.adversary.regression import read
 from ggl_jax.adversary.resume import Checkpoints
 from ggl_jax.adversary.search import Stage, run_stages
 from ggl_jax.adversary.stages import combines, make_stages, refines, result_images
@@ -221,14 +221,16 @@ def reconstruct(
     problems = [_problem(public, one, view, client, search, expected) for one in shared]
     readings = []
     for number, problem in enumerate(problems if search.bank else []):
-        bank = bank_of(
-            public,
-            int(problem.labels[0]),
-            search.bank,
-            lambda share: report("gradients of the bank", 0.5 * share),
+        readings.append(
+            read(
+                public,
+                problem,
+                view if search.adaptive else None,
+                client,
+                search.bank,
+                lambda share: report("gradients of the bank", 0.5 * share),
+            )
         )
-        report("regression")
-        readings.append(read(bank, problem, view if search.adaptive else None, client))
         problems[number] = problem._replace(guess=readings[-1].guess)
     estimates = [problem.estimated for problem in problems]
     compared, problems = _as_compared(public, problems, view, search)

@@ -277,26 +277,53 @@ class Reading(NamedTuple):
     rmse: float
 
 
-def read(bank: Bank, problem: Problem, view: View | None, client: Client) -> Reading:
+def read(
+    public: Public,
+    problem: Problem,
+    view: View | None,
+    client: Client,
+    num: int,
+    progress: Callable[[float], None] | None = None,
+) -> Reading:
     """Read an update by regression, with the defense's estimated parameters (None: undefended).
 
+    Where the defense changed the variables (Soteria on the representation), the bank is the
+    update's own: gradients at the variables that its mask, seen in the update, leaves.
+
     Not read, so that the guess is the samples' mean and covariance, are updates of several images
-    or local steps, and of defenses without a mask-and-scale form at the shared variables (Soteria
-    on the representation: the gradients of its samples would be other ones for each update).
+    or local steps, of defenses without a mask-and-scale form, and of changed variables under noise,
+    where the mask is not seen.
+
+    Args:
+        public: what the server has.
+        problem: the update, its labels, and what was estimated of the defense.
+        view: the server's side of the defense.
+        client: images and local steps behind the update.
+        num: samples of the bank, at least 2.
+        progress: called with the share of the bank that is done.
     """
+    label, noise = int(problem.labels[0]), float(problem.noise)
     factored: Factored | None = Factored()
+    rewire = None if view is None else view.rewire
     if view is not None:
         forms = [one.factor for one in (view, view.comparing(True)) if one.factor is not None]
         found = (form(problem.estimated) for form in forms)
         factored = next((one for one in found if one is not None), None)
-    rewired = view is not None and view.rewire is not None
+    if client.batch_size > 1 or not shares_gradient(client) or (rewire and noise > 0):
+        factored = None
+    if rewire is not None and factored is not None:
+        variables = rewire(problem.estimated, public.variables, public.model.head)
+        own = public._replace(variables=variables)
+        bank = make_bank(own, label, num, jax.random.key(num), progress)
+    else:
+        bank = bank_of(public, label, num, progress)
     mean = bank.images.mean(0)
     residuals = bank.images - mean
     error = float(np.mean(residuals**2))
-    if factored is not None and not (rewired or client.batch_size > 1) and shares_gradient(client):
-        own = regress(bank, problem.observed, factored, float(problem.noise))
+    if factored is not None:
+        regressed = regress(bank, problem.observed, factored, noise)
         # A regression that expects to do worse than the samples' mean has nothing to say.
-        mean, residuals, error = own if own[2] < error else (mean, residuals, error)
+        mean, residuals, error = regressed if regressed[2] < error else (mean, residuals, error)
     return Reading(guess_of(mean, residuals), math.sqrt(error))
 
 
