@@ -67,6 +67,9 @@ def make_bank(
     num: int,
     key: jax.Array,
     progress: Callable[[float], None] | None = None,
+    *,
+    simulate: Callable | None = None,
+    estimated: PyTree = None,
 ) -> Bank:
     """Draw ``num`` samples of the prior and compute their gradients at a label.
 
@@ -76,6 +79,9 @@ def make_bank(
         num: samples, at least 2.
         key: typed key of the samples.
         progress: called with the share that is done.
+        simulate: what each gradient goes through, as :attr:`ggl_jax.types.View.simulate`; None
+            for nothing.
+        estimated: its first argument.
     """
     model, variables, prior, prior_params = public
     images = np.asarray(samples(prior, prior_params, key, num, labels=label)).clip(0.0, 1.0)
@@ -87,14 +93,14 @@ def make_bank(
             kept.append(leaf)
             left -= sizes[leaf]
     kept.sort()
-    of = _gradients(model, tuple(kept))
+    of = _gradients(model, tuple(kept), simulate)
     gradients = [np.empty((num, sizes[leaf]), ml_dtypes.bfloat16) for leaf in kept]
     norms = np.empty((num, len(sizes)), np.float32)
     at_once = 1 if jax.default_backend() == "cpu" else 32
     labels = np.full((at_once, 1), label, np.int32)
     for first in range(0, num, at_once):
         chosen = np.arange(first, first + at_once).clip(max=num - 1)
-        found, norms[chosen] = of(variables, images[chosen], labels)
+        found, norms[chosen] = of(variables, images[chosen], labels, estimated)
         for all_of, some in zip(gradients, found, strict=True):
             all_of[chosen] = some
         if progress is not None:
@@ -104,9 +110,9 @@ def make_bank(
 
 
 @functools.lru_cache(maxsize=8)
-def _gradients(model: Model, kept: tuple[int, ...]) -> Callable:
+def _gradients(model: Model, kept: tuple[int, ...], simulate: Callable | None) -> Callable:
     @jax.jit
-    def of(variables, images, labels):
+    def of(variables, images, labels, estimated):
         """Kept gradients [n size] and all squared norms [n t] of images [n h w c]."""
         images = images[:, None]
         program = trace(model, variables, jax.ShapeDtypeStruct(images.shape[1:], images.dtype))
@@ -114,20 +120,26 @@ def _gradients(model: Model, kept: tuple[int, ...]) -> Callable:
             program, variables, fused.prepare_convolutions(program, variables), images, labels
         )
         layer_of = {site.leaf: site.layer for site in program.sites}
-        gradients, norms = [], []
+        gradients: list = [None] * len(arrays)
+        norms: list = [None] * len(arrays)
         for leaf, own in enumerate(arrays):
             layer = layer_of.get(leaf)
-            if layer is not None and leaf not in kept:
-                norms.append(layers.sq_norm(layer, *own))
-                continue
-            g = own[0]
-            if layer is not None:
-                g = layers.kernel_as_stored(layer, layers.form(layer, *own))
-            g = g.reshape(len(g), -1)
-            norms.append(jnp.sum(g**2, axis=1))
-            if leaf in kept:
-                gradients.append(g.astype(jnp.bfloat16))
-        return gradients, jnp.stack(norms, axis=1)
+            if layer is None:
+                gradients[leaf] = own[0]
+            elif simulate is not None or leaf in kept:
+                formed = layers.form(layer, *own)
+                gradients[leaf] = layers.kernel_as_stored(layer, formed)
+            else:
+                norms[leaf] = layers.sq_norm(layer, *own)
+        if simulate is not None:
+            treedef: Any = jax.tree.structure(variables["params"])
+            through = jax.vmap(functools.partial(simulate, estimated))
+            gradients = jax.tree.leaves(through(treedef.unflatten(gradients)))
+        for leaf, g in enumerate(gradients):
+            if g is not None:
+                norms[leaf] = jnp.sum(g**2, axis=range(1, g.ndim))
+        found = [gradients[leaf].reshape(len(images), -1).astype(jnp.bfloat16) for leaf in kept]
+        return found, jnp.stack(norms, axis=1)
 
     return of
 
@@ -287,12 +299,12 @@ def read(
 ) -> Reading:
     """Read an update by regression, with the defense's estimated parameters (None: undefended).
 
-    Where the defense changed the variables (Soteria on the representation), the bank is the
-    update's own: gradients at the variables that its mask, seen in the update, leaves.
+    A bank serves all defenses that are a mask and a scale of each tensor. Any other needs its own
+    of each update: gradients that went through its simulation or, where it changed the variables
+    (Soteria on the representation), gradients at those that the mask leaves.
 
     Not read, so that the guess is the samples' mean and covariance, are updates of several images
-    or local steps, of defenses without a mask-and-scale form, and of changed variables under noise,
-    where the mask is not seen.
+    or local steps, and of changed variables under noise, where the mask is not seen.
 
     Args:
         public: what the server has.
@@ -309,19 +321,23 @@ def read(
         forms = [one.factor for one in (view, view.comparing(True)) if one.factor is not None]
         found = (form(problem.estimated) for form in forms)
         factored = next((one for one in found if one is not None), None)
-    if client.batch_size > 1 or not shares_gradient(client) or (rewire and noise > 0):
-        factored = None
-    if rewire is not None and factored is not None:
-        variables = rewire(problem.estimated, public.variables, public.model.head)
-        own = public._replace(variables=variables)
-        bank = make_bank(own, label, num, jax.random.key(num), progress)
+    single = client.batch_size == 1 and shares_gradient(client)
+    readable = single and not (rewire is not None and noise > 0)
+    through: dict[str, Any] = {}
+    if factored is None and view is not None:
+        through = {"simulate": view.simulate, "estimated": problem.estimated}
+    if readable and (rewire is not None or through):
+        if rewire is not None:
+            variables = rewire(problem.estimated, public.variables, public.model.head)
+            public = public._replace(variables=variables)
+        bank = make_bank(public, label, num, jax.random.key(num), progress, **through)
     else:
         bank = bank_of(public, label, num, progress)
     mean = bank.images.mean(0)
     residuals = bank.images - mean
     error = float(np.mean(residuals**2))
-    if factored is not None:
-        regressed = regress(bank, problem.observed, factored, noise)
+    if readable:
+        regressed = regress(bank, problem.observed, factored or Factored(), noise)
         # A regression that expects to do worse than the samples' mean has nothing to say.
         mean, residuals, error = regressed if regressed[2] < error else (mean, residuals, error)
     return Reading(guess_of(mean, residuals), math.sqrt(error))
