@@ -118,14 +118,19 @@ def safe_sqrt(x: jax.Array) -> jax.Array:
     return jnp.where(positive, jnp.sqrt(jnp.where(positive, x, 1)), 0)
 
 
-def check_finite(tree: PyTree, what: str = "the observed update") -> None:
+def check_finite(
+    tree: PyTree,
+    what: str = "the observed update",
+    remedy: str = "only finite gradients can be audited, check the client's loss, defense and "
+    "images",
+) -> None:
     """Raise :class:`GGLError` naming the first tensor that holds NaN or infinity. Host side."""
     for name, leaf in zip(names(tree), jax.tree.leaves(tree), strict=True):
         bad = int(np.size(leaf)) - int(jnp.sum(jnp.isfinite(leaf)))
         if bad:
             raise GGLError(
                 f"{what}: {name} holds {bad} NaN or infinite values out of {np.size(leaf)}; "
-                f"only finite gradients can be audited, check the client's loss, defense and images"
+                f"{remedy}"
             )
 
 

@@ -12,9 +12,11 @@ from flax import linen as nn
 from flax import nnx
 
 import ggl_jax as gx
-from ggl_jax import gate
 from ggl_jax.adversary.optimizers.base import make_info
 from ggl_jax.audit import metrics
+from ggl_jax.gate.defenses import check_defense
+from ggl_jax.gate.metrics import check_metric
+from ggl_jax.gate.searches import check_attack, check_optimizer
 from ggl_jax.types import Candidates
 
 
@@ -84,7 +86,7 @@ def each(change):
 
 
 def defended(fn, **options):
-    return lambda: gate.defense(gx.from_function(fn, name="mine", **options), MODEL)
+    return lambda: check_defense(gx.from_function(fn, name="mine", **options), MODEL)
 
 
 def prior_with(**changes):
@@ -96,7 +98,7 @@ def made(change):
 
 
 def metric(value):
-    return lambda: gate.metric(lambda x, y, model, v: value(x), "mine", MODEL, variables())
+    return lambda: check_metric(lambda x, y, model, v: value(x), "mine", MODEL, variables())
 
 
 def step_gives(change):
@@ -106,7 +108,7 @@ def step_gives(change):
         return change(state, make_info(state, loss_fn(state)))
 
     one = gx.Optimizer(lambda key, z: z, step, lambda r: r, "mine")
-    return lambda: gate.optimizer(one, "mine")
+    return lambda: check_optimizer(one, "mine")
 
 
 def attack_with(**changes):
@@ -128,7 +130,7 @@ def attack_with(**changes):
         name="mine",
     )._replace(**{k: v for k, v in changes.items() if k not in found})
     view = gx.parse("none").view
-    return lambda: gate.attack(attack, "mine", MODEL, PRIOR_PARAMS, view, 1)
+    return lambda: check_attack(attack, "mine", MODEL, PRIOR_PARAMS, view, 1)
 
 
 def nnx_module():
@@ -185,8 +187,8 @@ FAULTS = {
         lambda: inputs(model=apply_with(lambda y, f: (y, y))), "head=('Dense_0',)"
     ),
     ("model", "too few classes"): (lambda: inputs(model=MODEL._replace(num_classes=2)), "3 logits"),
-    ("model", "one class"): (lambda: inputs(model=MODEL._replace(num_classes=1)), "1 logit"),
-    ("model", "a list as head"): (lambda: inputs(model=MODEL._replace(head=["a"])), "head=['a']"),
+    ("model", "one class"): (lambda: inputs(model=MODEL._replace(num_classes=1)), "num_classes"),
+    ("model", "a list as head"): (lambda: inputs(model=MODEL._replace(head=["a"])), "head is list"),
     ("model", "an unknown head"): (lambda: inputs(model=MODEL._replace(head=("a",))), "a/kernel"),
     ("model", "a list as shape"): (
         lambda: inputs(model=MODEL._replace(image_shape=[8, 8, 3])), "image_shape"
@@ -266,8 +268,8 @@ FAULTS = {
         prior_with(sample_latent=lambda key, n: jnp.arange(4.0 * n).reshape(n, 4)), "jax.random"
     ),
     # defenses
-    ("defense", "a function"): (lambda: gate.defense(plain, MODEL), "gx.from_function"),
-    ("defense", "a number"): (lambda: gate.defense(3, MODEL), "defenses: got int"),
+    ("defense", "a function"): (lambda: check_defense(plain, MODEL), "gx.from_function"),
+    ("defense", "a number"): (lambda: check_defense(3, MODEL), "defenses: got int"),
     ("defense", "NumPy"): (defended(each(lambda g: np.clip(np.asarray(g), -1, 1))), "NumPy"),
     ("defense", "branches in Python"): (defended(each(lambda g: g if g.sum() > 0 else -g)), "bran"),
     ("defense", "NumPy's randomness"): (
@@ -303,23 +305,23 @@ FAULTS = {
         defended(lambda key, u: u, noise_std=lambda e: jnp.ones(3)), "noise_std"
     ),
     ("optax", "accumulates"): (
-        lambda: gate.defense(gx.from_optax(optax.MultiSteps(optax.sgd(0.1), 4)), MODEL), "zero"
+        lambda: check_defense(gx.from_optax(optax.MultiSteps(optax.sgd(0.1), 4)), MODEL), "zero"
     ),
     ("optax", "a warm-up from zero"): (
-        lambda: gate.defense(
+        lambda: check_defense(
             gx.from_optax(optax.scale_by_schedule(optax.linear_schedule(0.0, 1.0, 9))), MODEL
         ),
         "zero",
     ),
     ("optax", "wants each image's gradient"): (
-        lambda: gate.defense(
+        lambda: check_defense(
             gx.from_optax(optax.contrib.differentially_private_aggregate(1.0, 1.0, 0)), MODEL
         ),
         "batch dimension",
     ),
     ("optax", "no transformation"): (lambda: gx.from_optax(3), "from_optax: got int"),
     # optimisers, attacks, metrics
-    ("optimizer", "no optimiser"): (lambda: gate.optimizer(3, "mine"), "ggl_jax.Optimizer"),
+    ("optimizer", "no optimiser"): (lambda: check_optimizer(3, "mine"), "ggl_jax.Optimizer"),
     ("optimizer", "no pair"): (step_gives(lambda state, info: info), "step"),
     ("optimizer", "no info"): (step_gives(lambda state, info: (state, state)), "ggl_jax.Info"),
     ("optimizer", "another state"): (step_gives(lambda s, info: (s[:1], info)), "the state after"),
@@ -333,7 +335,7 @@ FAULTS = {
         step_gives(lambda s, info: (s, info._replace(latents=jnp.ones((3, 3))))), "restarts"
     ),
     ("attack", "no attack"): (
-        lambda: gate.attack(3, "mine", MODEL, PRIOR_PARAMS, gx.parse("none").view, 1), "gave int"
+        lambda: check_attack(3, "mine", MODEL, PRIOR_PARAMS, gx.parse("none").view, 1), "gave int"
     ),
     ("attack", "an estimate that is no array"): (attack_with(images="image"), "no array"),
     ("attack", "images without a batch"): (attack_with(images=jnp.zeros((2, 8, 8, 3))), "images"),
@@ -398,7 +400,7 @@ def test_what_fits_passes():
     attack_with()()
     step_gives(lambda state, info: (state, info))()
     metric(lambda x: jnp.mean(x))()
-    gate.defense(gx.from_optax(optax.clip_by_global_norm(1.0)), MODEL)
+    check_defense(gx.from_optax(optax.clip_by_global_norm(1.0)), MODEL)
 
 
 @pytest.mark.parametrize(

@@ -584,7 +584,7 @@ def test_init_is_a_function_of_the_key():
     ("call", "words"),
     [
         (lambda: models.get_model("vgg"), "model: got 'vgg'.*resnet18, lenet, convnet"),
-        (lambda: models.resnet18(1), "num_classes=1.*at least 2"),
+        (lambda: models.resnet18(1), "num_classes: got 1.*at least 2"),
         (lambda: models.resnet18(2, (32, 32)), r"image_shape=\(32, 32\)"),
         (lambda: models.resnet18(2, (32, 0, 3)), r"image_shape=\(32, 0, 3\)"),
         (lambda: models.resnet18(stem="tiny"), "stem='tiny'.*cifar, imagenet"),

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ggl_jax import gate, grammar
+from ggl_jax import grammar
 from ggl_jax.adversary.losses import (
     batch_norm_distance,
     parse_regularizer,
@@ -24,6 +24,7 @@ from ggl_jax.adversary.regression import rank_of
 from ggl_jax.adversary.sharding import over_population
 from ggl_jax.client.gradients import is_binary
 from ggl_jax.errors import GGLError
+from ggl_jax.gate.models import variable_shapes
 from ggl_jax.priors.decoding import decode
 from ggl_jax.priors.gaussian import gaussian
 from ggl_jax.priors.pixels import pixels
@@ -289,7 +290,7 @@ def search_attack(
 
 
 def _check(model: Model, prior: Prior, search: Search) -> None:
-    kernel, _ = head_parts(gate.variable_shapes(model)["params"], model.head)
+    kernel, _ = head_parts(variable_shapes(model)["params"], model.head)
     inferred = search.labels != "searched"
     if inferred and not (model.loss is None or is_binary(model, kernel.shape[1])):
         name = getattr(model.loss, "__name__", "the model's own")

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from ggl_jax import gate, grammar
+from ggl_jax import grammar
 from ggl_jax.adversary.optimizers import OPTIMIZERS
 from ggl_jax.adversary.reconstruct import Prepared, prepare
 from ggl_jax.audit import identity, metrics
@@ -18,6 +18,12 @@ from ggl_jax.client import defenses as client_defenses
 from ggl_jax.client.defenses.transformations import as_defense
 from ggl_jax.errors import GGLError
 from ggl_jax.files import digest
+from ggl_jax.gate.arguments import as_images, as_labels, as_options, as_suspects, check_data
+from ggl_jax.gate.defenses import check_defense
+from ggl_jax.gate.metrics import check_metric
+from ggl_jax.gate.models import check_model, check_values, check_variables
+from ggl_jax.gate.priors import check_prior
+from ggl_jax.gate.searches import check_attack, check_optimizer
 from ggl_jax.grammar import at_least
 from ggl_jax.priors import load_prior
 from ggl_jax.spec import Client, Search, Speed, checked
@@ -88,14 +94,14 @@ class Inputs:
             prior, params, _ = load_prior(self.prior)
             put("prior", prior)
             put("prior_params", params)
-        put("speed", checked(gate.options("speed", self.speed, Speed)))
+        put("speed", checked(as_options("speed", self.speed, Speed)))
         smallest_side(self.lpips)  # for its error
         at_least(1, num_controls=self.num_controls, ceiling_steps=self.ceiling_steps)
         at_least(0, bound_samples=self.bound_samples)
         images, labels = admit(self.model, self.images, self.labels, self.variables)
         put("images", images)
         put("labels", labels)
-        gate.prior(self.prior, self.prior_params, self.model)
+        check_prior(self.prior, self.prior_params, self.model)
         num = range(len(self.images))
         put("names", [f"image-{i}" for i in num] if self.names is None else list(self.names))
         ids = list(num if self.instance_ids is None else self.instance_ids)
@@ -103,7 +109,7 @@ class Inputs:
         put("instance_ids", [int(one) for one in ids])
         _check_names(self)
         if self.others is not None:
-            put("others", gate.suspects(self.others, self.model))
+            put("others", as_suspects(self.others, self.model))
 
     @functools.cached_property
     def perceptual(self) -> metrics.Perceptual:
@@ -128,7 +134,7 @@ class Inputs:
         variables = self.variables
         if variables is None:
             key = jax.random.fold_in(jax.random.key(seed), MODEL_STREAM)
-            variables = gate.initialise(self.model)(key)
+            variables = jax.jit(self.model.init)(key)
         return Public(self.model, variables, self.prior, self.prior_params)
 
 
@@ -144,14 +150,14 @@ def admit(
     Raises:
         GGLError: what does not fit, see :mod:`ggl_jax.gate`.
     """
-    gate.model(model)
-    found, classes = gate.images(images), gate.labels(labels)
-    gate.data(model, found, classes)
+    check_model(model)
+    found, classes = as_images("images", images), as_labels(labels)
+    check_data(model, found, classes)
     if variables is not None:
-        gate.variables(model, variables)
-    gate.model_values(model, variables)
+        check_variables(model, variables)
+    check_values(model, variables)
     for name, function in metrics.own_metrics().items():
-        gate.metric(function, name, model, variables)
+        check_metric(function, name, model, variables)
     return found, classes
 
 
@@ -227,10 +233,10 @@ class Cells:
                 self._parsed[given] = client_defenses.parse(given)
             defense, found = self._parsed[given], ""
         else:
-            gate.defense(given, self.inputs.model)
+            check_defense(given, self.inputs.model)
             defense, found = given, str(id(given))
         if identity.names_own(given):
-            gate.defense(defense, self.inputs.model)
+            check_defense(defense, self.inputs.model)
         if self.told_apart and (defense is given or identity.names_own(given)):
             found = identity.defense_digest(defense, self.inputs.model)
         if self.defenses.setdefault(defense.name, found) != found:
@@ -251,11 +257,11 @@ class Cells:
         if own:
             steps = search.steps
             made = grammar.build(OPTIMIZERS, search.optimizer, what="optimizer", steps=steps)
-            gate.optimizer(made, search.optimizer)
+            check_optimizer(made, search.optimizer)
         found = prepare(inputs.model, inputs.prior, view, client, search)
         if own:
             params, size = inputs.prior_params, client.batch_size
-            gate.attack(found.stages[0].attack, search.attack, inputs.model, params, view, size)
+            check_attack(found.stages[0].attack, search.attack, inputs.model, params, view, size)
         return found
 
     def make(

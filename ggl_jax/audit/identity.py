@@ -8,7 +8,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ggl_jax import gate
 from ggl_jax.adversary.attacks import ATTACKS
 from ggl_jax.adversary.losses import DISTANCES, REGULARIZERS
 from ggl_jax.adversary.optimizers import OPTIMIZERS
@@ -17,6 +16,8 @@ from ggl_jax.client.defenses import DEFENSES
 from ggl_jax.client.gradients import local_update
 from ggl_jax.errors import GGLError
 from ggl_jax.files import digest
+from ggl_jax.gate.searches import problem_shapes
+from ggl_jax.gate.trying import program, reason
 from ggl_jax.types import Context, Defense, Model, Prior, PyTree, View
 
 _REGISTRIES: tuple[Any, ...] = (ATTACKS, DEFENSES, DISTANCES, OPTIMIZERS, REGULARIZERS)
@@ -38,10 +39,10 @@ def traced(what: str, function: Callable, *arguments: Any) -> tuple[str, Any]:
         GGLError: it cannot be traced, or calls back into Python, where nothing can be told.
     """
     try:
-        text, constants, found = gate.program(function, *arguments)
+        text, constants, found = program(function, *arguments)
     except Exception as error:
         raise GGLError(
-            f"{what}: cannot be traced ({gate.reason(error)}), so a folder of results could not "
+            f"{what}: cannot be traced ({reason(error)}), so a folder of results could not "
             "tell it from another one; write it in JAX, or leave out the folder"
         ) from error
     if re.search(r"\b(pure|io)_callback\[", text):
@@ -136,6 +137,6 @@ def search_digest(
 ) -> str:
     """A digest of a step of a search, with the attack, optimiser and penalties that are in it."""
     attack, key = search.stages[0].attack, jax.random.key(0)
-    problem = gate.problem_shapes(model, prior_params, view, batch_size)
+    problem = problem_shapes(model, prior_params, view, batch_size)
     state = jax.eval_shape(attack.init, key, problem)
     return traced(f"attack {attack.name}", attack.step, key, problem, state)[0]

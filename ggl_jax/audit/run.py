@@ -21,7 +21,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ggl_jax import gate
 from ggl_jax.adversary.reconstruct import expectations, reconstruct
 from ggl_jax.adversary.resume import Checkpoints
 from ggl_jax.adversary.search import release_programs
@@ -34,6 +33,7 @@ from ggl_jax.audit.threat import threat_model
 from ggl_jax.client.share import share
 from ggl_jax.errors import GGLError, StorageError
 from ggl_jax.files import digest
+from ggl_jax.gate.arguments import as_options
 from ggl_jax.grammar import at_least
 from ggl_jax.spec import Client, Search, checked
 from ggl_jax.types import Model
@@ -452,8 +452,8 @@ def audit(
         AuditInterrupted: Ctrl-C; it holds what was finished.
     """
     given = Inputs(images, labels, model, **inputs)
-    search = checked(gate.options("search", search, Search))
-    client = checked(gate.options("client", client, Client))
+    search = checked(as_options("search", search, Search))
+    client = checked(as_options("client", client, Client))
     at_least(0, seed=seed)
     maker = Cells(given, told_apart=out is not None)
     if isinstance(defenses, str) or not isinstance(defenses, Iterable):

@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 
-from ggl_jax import checkpoint, files, gate
+from ggl_jax import checkpoint, files
 from ggl_jax.audit import folder as folders
 from ggl_jax.audit import training
 from ggl_jax.audit.cells import MODEL_STREAM, admit
@@ -25,6 +25,7 @@ from ggl_jax.audit.utility import (
 )
 from ggl_jax.client import defenses as client_defenses
 from ggl_jax.errors import GGLError
+from ggl_jax.gate.defenses import check_defense
 from ggl_jax.spec import Client, Count, Number, Positive, checked
 from ggl_jax.types import Defense, Model, PyTree
 
@@ -97,7 +98,7 @@ def train_model(
     images, labels = admit(model, images, labels, variables)
     train_at, test_at = split(len(images), settings)
     parsed = client_defenses.parse(defense) if isinstance(defense, str) else defense
-    gate.defense(parsed, model)
+    check_defense(parsed, model)
     client_defenses.check_local_steps(parsed, client)
     told = asked_for(about)
     named = {"model": model.name, "defense": parsed.name}
@@ -107,7 +108,7 @@ def train_model(
     folder = Path(out)
     key = jax.random.key(settings.seed)
     if variables is None:
-        variables = gate.initialise(model)(jax.random.fold_in(key, MODEL_STREAM))
+        variables = jax.jit(model.init)(jax.random.fold_in(key, MODEL_STREAM))
     track = training.uses_batch_statistics(model, variables)
     names = ("batch_size", "learning_rate", "momentum")
     server = {name: getattr(settings, name) for name in names}

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from ggl_jax import files, gate
+from ggl_jax import files
 from ggl_jax.audit import folder as folders
 from ggl_jax.audit import privacy, training
 from ggl_jax.audit.cells import MODEL_STREAM, admit
@@ -24,6 +24,7 @@ from ggl_jax.audit.run import Progress
 from ggl_jax.client import defenses as client_defenses
 from ggl_jax.client.defenses.transformations import as_defense
 from ggl_jax.errors import GGLError
+from ggl_jax.gate.defenses import check_defense
 from ggl_jax.spec import Client, Count, Number, Positive, Share, checked
 from ggl_jax.types import Defense, Model, PyTree
 
@@ -182,7 +183,7 @@ def measure(
         defense = client_defenses.parse(one) if isinstance(one, str) else one
         named.setdefault(defense.name, defense)
     for defense in named.values():
-        gate.defense(defense, model)
+        check_defense(defense, model)
         client_defenses.check_local_steps(defense, client)
     asked = asked_for(about)
     local = {k: v for k, v in dataclasses.asdict(client).items() if k.startswith("local_")}

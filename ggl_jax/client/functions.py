@@ -6,10 +6,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ggl_jax import gate, trees
+from ggl_jax import trees
 from ggl_jax.client.gradients import loss_named
 from ggl_jax.client.models import check_images, count_classes
 from ggl_jax.errors import GGLError
+from ggl_jax.gate.arguments import as_image_shape
+from ggl_jax.gate.trying import shapes
 from ggl_jax.images import to_signed
 from ggl_jax.jaxprs import evaluate, walk
 from ggl_jax.types import Model, Path, PyTree
@@ -201,7 +203,7 @@ def from_function_model(
     (('head',), 10)
     """
     what = "from_function_model"
-    shape = gate.image_shape("image_shape", image_shape)
+    shape = as_image_shape("image_shape", image_shape)
     loss = loss_named(loss)
     if not callable(apply):
         raise GGLError(f"{what}: apply is {type(apply).__name__}, allowed: apply(params, images)")
@@ -225,8 +227,8 @@ def from_function_model(
         return apply(own, images) if state is None else apply(own, state, images)
 
     two = jax.ShapeDtypeStruct((2, *shape), jnp.float32)
-    two = gate.shapes(f"{what}: preprocess", preprocess, two)
-    found = gate.shapes(f"{what}: {name}", called, leaves, state, two)
+    two = shapes(f"{what}: preprocess", preprocess, two)
+    found = shapes(f"{what}: {name}", called, leaves, state, two)
     explicit = isinstance(found, tuple | list)
     outputs = found[0] if explicit else found
     if getattr(outputs, "ndim", 0) != 2 or outputs.shape[0] != 2 or (explicit and len(found) != 2):
@@ -306,7 +308,7 @@ def _last_layer(
         origins.extend([value.origin, products])
         return value.array
 
-    gate.shapes(f"{what}: {name}", traced, leaves, two)
+    shapes(f"{what}: {name}", traced, leaves, two)
     origin, products = origins
     if head is not None:
         kernel = _find_kernel(head, paths, leaves)

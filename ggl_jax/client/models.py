@@ -17,11 +17,14 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from ggl_jax import gate, grammar
+from ggl_jax import grammar
 from ggl_jax.client.bottleneck import precode
 from ggl_jax.client.gradients import loss_named
 from ggl_jax.client.networks import MLP, ConvNet, LeNet, ResNet18, ViT
 from ggl_jax.errors import GGLError
+from ggl_jax.gate.arguments import as_image_shape, check_classes
+from ggl_jax.gate.models import one_logit
+from ggl_jax.gate.trying import shapes
 from ggl_jax.images import to_signed
 from ggl_jax.types import Model, Path, PyTree
 
@@ -201,7 +204,7 @@ def from_flax(
     >>> model.head, model.num_classes
     (('Dense_0',), 10)
     """
-    image_shape = gate.image_shape("image_shape", image_shape)
+    image_shape = as_image_shape("image_shape", image_shape)
     if not isinstance(module, nn.Module):
         raise GGLError(
             f"from_flax: module is {type(module).__name__}, not a flax.linen.Module instance; "
@@ -214,12 +217,12 @@ def from_flax(
 
     init = _init_fn(module, preprocess, image_shape, init_kwargs)
     what = f"from_flax: {title}"
-    variables = gate.shapes(f"{what}.init", init, jax.random.key(0))
+    variables = shapes(f"{what}.init", init, jax.random.key(0))
     # Two images, so that a batch axis cannot be mistaken for any other of size one.
     dummy_images = jax.ShapeDtypeStruct((2, *image_shape), jnp.float32)
-    dummy = gate.shapes("from_flax: preprocess", preprocess, dummy_images)
+    dummy = shapes("from_flax: preprocess", preprocess, dummy_images)
     run_alone = functools.partial(_run, module, _nothing, kwargs)
-    gate.shapes(f"{what}.apply", run_alone, variables, dummy)
+    shapes(f"{what}.apply", run_alone, variables, dummy)
     path = _find_head(module, kwargs, variables, dummy) if head is None else tuple(head)
     is_head = functools.partial(_has_path, path)
 
@@ -276,7 +279,7 @@ def count_classes(
 ) -> int:
     """The number of classes of a model with so many outputs, if it is not given otherwise."""
     if loss is None and num_logits == 1:
-        raise GGLError(gate.one_logit(f"{what}: {title}"))
+        raise GGLError(one_logit(f"{what}: {title}"))
     if loss is None and given not in (None, num_logits):
         raise GGLError(
             f"{what}: num_classes={given}, but {title} returns {num_logits} logits; leave "
@@ -388,8 +391,8 @@ def resnet18(
     ``resnet18`` and, for the CIFAR stem, the widely used ``ResNet18`` for 32x32 images. Wu & He
     2018, "Group Normalization".
     """
-    image_shape = gate.image_shape("image_shape", image_shape)
-    gate.count_of_classes("num_classes", num_classes)
+    image_shape = as_image_shape("image_shape", image_shape)
+    check_classes("num_classes", num_classes)
     if stem is None:
         stem = "cifar" if max(image_shape[:2]) <= 64 else "imagenet"
     _check_option("stem", stem, ("cifar", "imagenet"))
@@ -414,7 +417,7 @@ def lenet(num_classes: int = 2, image_shape: Sequence[int] = (32, 32, 3)) -> Mod
     Raises:
         GGLError: an argument is outside its range.
     """
-    gate.count_of_classes("num_classes", num_classes)
+    check_classes("num_classes", num_classes)
     return from_flax(LeNet(num_classes), image_shape, num_classes, ("fc",), name="lenet")
 
 
@@ -441,10 +444,10 @@ def convnet(
     Raises:
         GGLError: an argument is outside its range.
     """
-    image_shape = gate.image_shape("image_shape", image_shape)
+    image_shape = as_image_shape("image_shape", image_shape)
     if min(image_shape[:2]) < 4:
         raise GGLError(f"image_shape={image_shape!r}: convnet needs at least 4 pixels a side")
-    gate.count_of_classes("num_classes", num_classes)
+    check_classes("num_classes", num_classes)
     _check_count("width", width, 1)
     kind, apply_kwargs = _norm_kind(norm, batch_norm)
     module = ConvNet(num_classes, width, kind)
@@ -474,7 +477,7 @@ def mlp(
     Raises:
         GGLError: an argument is outside its range.
     """
-    gate.count_of_classes("num_classes", num_classes)
+    check_classes("num_classes", num_classes)
     _check_count("width", width, 1)
     _check_count("depth", depth, 1)
     return from_flax(MLP(num_classes, width, depth), image_shape, num_classes, ("fc",), name="mlp")
@@ -506,8 +509,8 @@ def vit(
     Raises:
         GGLError: an argument is outside its range.
     """
-    image_shape = gate.image_shape("image_shape", image_shape)
-    gate.count_of_classes("num_classes", num_classes)
+    image_shape = as_image_shape("image_shape", image_shape)
+    check_classes("num_classes", num_classes)
     for name, value in {"patch": patch, "width": width, "depth": depth, "heads": heads}.items():
         _check_count(name, value, 1)
     if image_shape[0] % patch or image_shape[1] % patch:

@@ -8,11 +8,12 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from ggl_jax import gate, trees
+from ggl_jax import trees
 from ggl_jax.client.defenses import check_local_steps
 from ggl_jax.client.gradients import client_update, split_among
 from ggl_jax.client.local import check_client
 from ggl_jax.errors import GGLError
+from ggl_jax.gate.models import check_model
 from ggl_jax.spec import Client, replace
 from ggl_jax.types import Context, Defense, Model, Public, Shared
 
@@ -86,7 +87,7 @@ def share(
             not divide, several local steps under a defense of single gradients, or NaN or infinity
             in the update.
     """
-    gate.model(public.model)
+    check_model(public.model)
     client = client or Client()
     check_local_steps(defense, client)
     images, labels = jnp.asarray(images, jnp.float32), jnp.asarray(labels, jnp.int32)

@@ -9,10 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ggl_jax import checkpoint, foreign, gate, grammar, trees
+from ggl_jax import checkpoint, foreign, grammar, trees
 from ggl_jax.client import networks
 from ggl_jax.client.models import MODELS, get_model
 from ggl_jax.errors import GGLError, about
+from ggl_jax.gate.models import variable_shapes
 from ggl_jax.types import Factored, Model, Path, PyTree, View
 
 #: Torch's buffers: they have no gradient, but belong to a state dict.
@@ -161,7 +162,7 @@ def variables_of(source: Source, model: Model) -> PyTree:
 
 
 def _variables(tensors: Mapping[str, Any], model: Model, what: str) -> PyTree:
-    shapes = gate.variable_shapes(model)
+    shapes = variable_shapes(model)
     with about("weights"):
         found = _named(tensors, shapes, f"model {what}", True)
     leaves = [jnp.asarray(found[name.removeprefix("params/")]) for name in trees.names(shapes)]
