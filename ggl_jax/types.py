@@ -10,7 +10,7 @@ Shapes in the docstrings: ``b`` images in a batch, ``n`` candidates, ``z`` laten
 ``h w c`` height, width, channels, ``d`` features, ``k`` classes.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -90,12 +90,16 @@ class Public(NamedTuple):
         variables: its variables, at which updates are computed.
         prior: the generator.
         prior_params: its parameters.
+        expected: what the model makes of the prior's samples, of
+            :func:`ggl_jax.adversary.reconstruct.expectations`; by it the labels of a batch are told
+            apart. None where it is not worked out yet.
     """
 
     model: Model
     variables: PyTree
     prior: Prior
     prior_params: PyTree
+    expected: Mapping[str, jax.Array] | None = None
 
 
 class Shared(NamedTuple):

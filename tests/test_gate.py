@@ -15,8 +15,7 @@ import ggl_jax as gx
 from ggl_jax.adversary.optimizers.base import make_info
 from ggl_jax.audit import metrics
 from ggl_jax.gate.defenses import check_defense
-from ggl_jax.gate.metrics import check_metric
-from ggl_jax.gate.searches import check_attack, check_optimizer
+from ggl_jax.gate.parts import check_attack, check_metric, check_optimizer
 from ggl_jax.types import Candidates
 
 

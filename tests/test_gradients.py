@@ -335,11 +335,11 @@ def test_learning_rate_may_be_traced(model, variables, images):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"local_steps": 0}, "local_steps=0"),
-        ({"local_steps": 1.0}, "local_steps=1.0"),
+        ({"local_steps": 0}, "local_steps: got 0"),
+        ({"local_steps": 1.0}, "local_steps: got 1.0"),
         ({"learning_rate": 0.0}, "learning_rate=0.0"),
         ({"learning_rate": float("nan")}, "learning_rate=nan"),
-        ({"batch_size": 0}, "batch_size=0"),
+        ({"batch_size": 0}, "batch_size: got 0"),
         ({"batch_size": 3}, "batch_size=3 does not divide the batch of 4"),
     ],
 )

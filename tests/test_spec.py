@@ -1,7 +1,6 @@
 """The tree of options, and the grammar of parts: canonical spelling, types, ranges, errors."""
 
 import dataclasses
-import doctest
 import json
 import os
 import shutil
@@ -27,11 +26,6 @@ class Whole:
     client: spec.Client = dataclasses.field(default_factory=spec.Client)
     search: spec.Search = dataclasses.field(default_factory=spec.Search)
     speed: spec.Speed = dataclasses.field(default_factory=spec.Speed)
-
-
-@pytest.mark.parametrize("module", [spec, grammar], ids=lambda module: module.__name__)
-def test_examples_in_docstrings(module):
-    assert doctest.testmod(module).failed == 0
 
 
 def test_options_are_found_in_their_part_and_go_through_json():

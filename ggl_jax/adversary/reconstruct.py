@@ -123,14 +123,7 @@ def expectations(key: jax.Array, public: Public) -> dict[str, jax.Array]:
     return _expectations(public.model, public.variables, public.prior, public.prior_params, key)
 
 
-def _problem(
-    public: Public,
-    one: Shared,
-    view: View,
-    client: Client,
-    search: Search,
-    expected: Mapping[str, jax.Array] | None,
-) -> Problem:
+def _problem(public: Public, one: Shared, view: View, client: Client, search: Search) -> Problem:
     """What a client shared, with the labels and the defense's parameters that it tells."""
     estimation.check_finite(one.update)
     check_told(public.model, one.update, searched=search.labels == "searched")
@@ -144,7 +137,7 @@ def _problem(
             batch_size=client.batch_size,
             num_steps=gradients_summed(client) or 1,
             # Only the labels of several images need them; one image's is read off directly.
-            **(expected or {} if client.batch_size > 1 else {}),
+            **(public.expected or {} if client.batch_size > 1 else {}),
         )
     estimated = estimation.estimate(view, one.update, public.model.head)
     noise = estimation.noise_level(view, estimated)
@@ -178,7 +171,6 @@ def reconstruct(
     client: Client | None = None,
     search: Search | None = None,
     speed: Speed | None = None,
-    expected: Mapping[str, jax.Array] | None = None,
     mesh: jax.sharding.Mesh | None = None,
     checkpoints: Checkpoints | None = None,
     progress: Callable[[str, float, float | None], None] | None = None,
@@ -190,13 +182,13 @@ def reconstruct(
 
     Args:
         keys: [i] typed keys, one for each update.
-        public: what the server has.
+        public: what the server has; what it expects is drawn by the first key, where it is None
+            and several images are behind an update.
         shared: ``i`` updates of clients that did the same.
         view: of the kind of defense that the server takes the clients to use.
         client: how many images and local steps are behind an update.
         search: how to search; None for GGL as published.
         speed: how losses are computed.
-        expected: of :func:`expectations`, for batches of images; None draws them by the first key.
         mesh: as for :func:`ggl_jax.run_search`, like ``checkpoints``.
         progress: ``progress(phase, fraction, loss)``, called as it goes on; the loss is the mean
             over the updates of the lowest so far, None outside the search.
@@ -216,9 +208,9 @@ def reconstruct(
             progress(phase, fraction, loss)
 
     report("label and defense estimation")
-    if client.batch_size > 1 and expected is None:
-        expected = expectations(jax.random.fold_in(keys[0], 1), public)
-    problems = [_problem(public, one, view, client, search, expected) for one in shared]
+    if client.batch_size > 1 and public.expected is None:
+        public = public._replace(expected=expectations(jax.random.fold_in(keys[0], 1), public))
+    problems = [_problem(public, one, view, client, search) for one in shared]
     readings = []
     for number, problem in enumerate(problems if search.bank else []):
         readings.append(

@@ -83,7 +83,7 @@ def make_bank(
             for nothing.
         estimated: its first argument.
     """
-    model, variables, prior, prior_params = public
+    model, variables, prior, prior_params, _ = public
     images = np.asarray(samples(prior, prior_params, key, num, labels=label)).clip(0.0, 1.0)
     sizes = [math.prod(x.shape) for x in jax.tree.leaves(variables["params"])]
     kept: list[int] = []

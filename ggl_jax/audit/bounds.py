@@ -31,6 +31,7 @@ from ggl_jax.client.defenses import chain, stages_of
 from ggl_jax.client.gradients import client_update
 from ggl_jax.errors import GGLError
 from ggl_jax.files import digest
+from ggl_jax.grammar import at_least
 from ggl_jax.priors.samples import samples
 from ggl_jax.spec import Client
 from ggl_jax.types import Context, Defense, Model, Public, PyTree
@@ -83,8 +84,7 @@ def identification(num: int, mu: float) -> float:
     >>> identification(2, 0.0), round(identification(100, 2.0), 3)
     (0.5, 0.372)
     """
-    if num < 1:
-        raise GGLError(f"num={num!r}: give an integer of at least 1")
+    at_least(1, num=num)
     if not mu >= 0:
         raise GGLError(f"mu={mu!r}: give a number of at least 0")
     return float(special.ndtr(special.ndtri(1 / num) + mu))

@@ -20,10 +20,9 @@ from ggl_jax.errors import GGLError
 from ggl_jax.files import digest
 from ggl_jax.gate.arguments import as_images, as_labels, as_options, as_suspects, check_data
 from ggl_jax.gate.defenses import check_defense
-from ggl_jax.gate.metrics import check_metric
 from ggl_jax.gate.models import check_model, check_values, check_variables
+from ggl_jax.gate.parts import check_attack, check_metric, check_optimizer
 from ggl_jax.gate.priors import check_prior
-from ggl_jax.gate.searches import check_attack, check_optimizer
 from ggl_jax.grammar import at_least
 from ggl_jax.priors import load_prior
 from ggl_jax.spec import Client, Search, Speed, checked
@@ -60,6 +59,7 @@ class Inputs:
         bound_samples: pairs of images behind the bound of squared error
             (:mod:`ggl_jax.audit.bounds`); 0 for none.
         speed: how losses are computed; no result depends on it but for rounding.
+        mesh: of devices to share the searches out to, see :func:`ggl_jax.run_search`; None for one.
         fit: whether rows get a ``mismatch``, by which one may choose among attacks without the
             truth (:func:`ggl_jax.audit.judge.mismatch`).
         about: entries for the folder's ``config.json``: under "options" what was asked for (by
@@ -83,6 +83,7 @@ class Inputs:
     lpips: str = "vgg"
     bound_samples: int = 0
     speed: Speed = Speed()  # noqa: RUF009 (it cannot change)
+    mesh: jax.sharding.Mesh | None = None
     fit: bool = False
     about: Mapping[str, Any] | None = None
 

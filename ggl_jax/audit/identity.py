@@ -16,7 +16,7 @@ from ggl_jax.client.defenses import DEFENSES
 from ggl_jax.client.gradients import local_update
 from ggl_jax.errors import GGLError
 from ggl_jax.files import digest
-from ggl_jax.gate.searches import problem_shapes
+from ggl_jax.gate.parts import problem_shapes
 from ggl_jax.gate.trying import program, reason
 from ggl_jax.types import Context, Defense, Model, Prior, PyTree, View
 

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from ggl_jax.client.defenses import stages_of
 from ggl_jax.errors import GGLError
+from ggl_jax.grammar import at_least
 from ggl_jax.types import Defense, Facts
 
 #: Two neighbouring inputs differ in a client's contribution: "add_remove": the update is there, or
@@ -128,8 +129,7 @@ def epsilon(
     for name, value in (("bound", bound), ("sigma", sigma)):
         if not 0 < value < math.inf:
             raise GGLError(f"{name}={value!r}: give a positive number")
-    if rounds < 1:
-        raise GGLError(f"rounds={rounds!r}: give an integer of at least 1")
+    at_least(1, rounds=rounds)
     check_delta(delta)
     if adjacency not in ADJACENCIES:
         raise GGLError(f"adjacency={adjacency!r}: give one of {', '.join(ADJACENCIES)}")

@@ -45,7 +45,7 @@ STREAM_DEFENSE, STREAM_SEARCH, STREAM_CONTROLS = 0, 1, 2
 Progress = Callable[[str, int, int, float, float | None], None]
 
 
-def instances_of(inputs: Inputs, mesh: jax.sharding.Mesh | None = None) -> int:
+def instances_of(inputs: Inputs) -> int:
     """Searches in one program: as the inputs' speed says, or else as many as make sense.
 
     That is one where a single population fills the machine or its memory: on a CPU, and for images
@@ -55,7 +55,7 @@ def instances_of(inputs: Inputs, mesh: jax.sharding.Mesh | None = None) -> int:
         return inputs.speed.instances
     large = math.prod(inputs.model.image_shape[:2]) > 64 * 64
     each = 1 if large or jax.default_backend() == "cpu" else 8
-    return each * (1 if mesh is None else mesh.size)
+    return each * (1 if inputs.mesh is None else inputs.mesh.size)
 
 
 def batches(cells: Sequence[Cell], size: int) -> Iterator[list[Cell]]:
@@ -101,14 +101,15 @@ def run(
     config: Mapping[str, Any] | None,
     extend: bool | None = None,
     retry_failed: bool = False,
-    mesh: jax.sharding.Mesh | None = None,
     progress: Progress | None = None,
 ) -> RunResult:
     """Run the cells that are not finished yet, and keep each as soon as it is.
 
     Args:
         cells: made by :class:`Cells`; neighbours of one program run in one batch.
-        inputs: what they share.
+        inputs: what they share. With several processes (``jax.distributed``) each calls this with
+            the same cells, a mesh of all their devices and a folder that they share, and writes its
+            share of them.
         out: folder. What an earlier run finished there is kept and not repeated, however that run
             ended.
         config: of :func:`config_of`, to be checked against the folder's; None for a scratch folder
@@ -116,9 +117,6 @@ def run(
         extend: go on although the folder holds another configuration; its finished cells stay.
             None: errors do not offer it.
         retry_failed: try the cells again that failed in an earlier run.
-        mesh: of devices to share a batch's searches out to; see :func:`ggl_jax.run_search`. With
-            several processes (``jax.distributed``) each calls this with the same cells and a folder
-            that they share, and writes its share of them.
         progress: called as it goes on.
 
     Returns:
@@ -146,10 +144,10 @@ def run(
         todo = [cell.id for cell in cells if cell.id not in settled]
         _agree(todo)
         interrupted = False
-        work = _Work(inputs, folder, cells, todo, scratch, mesh, progress)
+        work = _Work(inputs, folder, cells, todo, scratch, progress)
         try:
             # Batches of all cells, so that a search that goes on finds the batch that it had.
-            for batch in batches(cells, instances_of(inputs, mesh)):
+            for batch in batches(cells, instances_of(inputs)):
                 work.run([cell for cell in batch if cell.id in work.todo])
         except KeyboardInterrupt:
             interrupted = True
@@ -185,8 +183,8 @@ def config_of(cells: Sequence[Cell], inputs: Inputs, options: Mapping[str, Any])
 class _Work:
     """Runs batches of cells and keeps what they give."""
 
-    def __init__(self, inputs, folder, cells, todo, scratch, mesh, progress):
-        self.inputs, self.folder, self.mesh, self.progress = inputs, folder, mesh, progress
+    def __init__(self, inputs, folder, cells, todo, scratch, progress):
+        self.inputs, self.folder, self.progress = inputs, folder, progress
         self.todo, self.scratch, self.done = dict.fromkeys(todo), scratch, 0
         values: dict[str, set] = {}
         for cell in cells:
@@ -248,11 +246,12 @@ class _Work:
         key = jax.random.key(first.seed)
         if self.world != (inputs, first.seed):
             self.world = inputs, first.seed
-            self.public, self.expected = inputs.public(first.seed), None
+            self.public = inputs.public(first.seed)
             own = jax.random.fold_in(key, BOUND_STREAM)
             self.bounds = Bounds(self.public, own, inputs.bound_samples)
-        if first.client.batch_size > 1 and self.expected is None:
-            self.expected = expectations(jax.random.fold_in(key, PUBLIC_STREAM), self.public)
+        if first.client.batch_size > 1 and self.public.expected is None:
+            expected = expectations(jax.random.fold_in(key, PUBLIC_STREAM), self.public)
+            self.public = self.public._replace(expected=expected)
         keys = [jax.random.fold_in(key, inputs.instance_ids[cell.images[0]]) for cell in cells]
         private = [
             (jnp.asarray(inputs.images[list(c.images)]), inputs.labels[list(c.images)])
@@ -277,8 +276,7 @@ class _Work:
             client=first.client,
             search=first.search,
             speed=inputs.speed,
-            expected=self.expected,
-            mesh=self.mesh,
+            mesh=inputs.mesh,
             checkpoints=self.checkpoints(cells),
             progress=report,
         )
@@ -415,7 +413,6 @@ def audit(
     seed: int = 0,
     out: str | Path | None = None,
     retry_failed: bool = False,
-    mesh: jax.sharding.Mesh | None = None,
     progress: Progress | None = None,
     **inputs: Any,
 ) -> AuditResult:
@@ -439,10 +436,9 @@ def audit(
             that an earlier run of the same audit finished there are kept and not repeated. None
             keeps nothing.
         retry_failed: try the cells again that failed in an earlier run there.
-        mesh: of devices to share the searches out to; see :func:`ggl_jax.run_search`.
         progress: called as the audit goes on.
         **inputs: further arguments of :class:`Inputs`: the prior and its parameters, the model's
-            variables, names, controls, and so on.
+            variables, names, controls, a mesh of devices, and so on.
 
     Returns:
         An :class:`AuditResult`. A cell that fails is among its failures, and the others go on.
@@ -465,7 +461,7 @@ def audit(
     twice = [name for name in names if names.count(name) > 1]
     if twice:
         raise GGLError(f"defenses: {twice[0]!r} is there twice; name each once")
-    at_once = instances_of(given, mesh)
+    at_once = instances_of(given)
     for defense in parsed:  # for its errors: options that do not fit are the call's, not a cell's
         maker.ready(search, client, defense)
     parts = image_batches(len(given.images), client.batch_size)
@@ -477,14 +473,15 @@ def audit(
         for defense in parsed
         for batch in parts[first : first + each]
     ]
-    rest: dict[str, Any] = {"mesh": mesh, "progress": progress}
     if out is None:
         with tempfile.TemporaryDirectory(prefix="ggl-jax-") as scratch:
-            return _result(run(cells, given, scratch, config=None, **rest), given, kept=False)
+            return _result(
+                run(cells, given, scratch, config=None, progress=progress), given, kept=False
+            )
     plain = {"search": dataclasses.asdict(search), "client": dataclasses.asdict(client)}
-    rest["retry_failed"] = retry_failed
     config = config_of(cells, given, {"defenses": names, "seed": seed, **plain})
-    return _result(run(cells, given, out, config=config, **rest), given)
+    found = run(cells, given, out, config=config, retry_failed=retry_failed, progress=progress)
+    return _result(found, given)
 
 
 def result_of(records: folders.Records, inputs: Inputs, **axes: Any) -> AuditResult:

@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 
 from ggl_jax.adversary.attacks import search_of
@@ -237,7 +236,6 @@ def sweep(
     out: str | Path,
     extend: bool = False,
     retry_failed: bool = False,
-    mesh: jax.sharding.Mesh | None = None,
     progress: Progress | None = None,
     **options: Any,
 ) -> RunResult:
@@ -249,8 +247,7 @@ def sweep(
         model: the federated model.
         axes: name -> list of values, see :func:`plan`.
         out: folder for the results; the same call goes on where one that was killed there ended.
-        extend: see :func:`ggl_jax.audit.run.run`, like ``retry_failed``, ``mesh`` and
-            ``progress``.
+        extend: see :func:`ggl_jax.audit.run.run`, like ``retry_failed`` and ``progress``.
         **options: of :func:`plan` (``search``, ``fixed``, ``client``, ``exclude``), and further
             arguments of :class:`ggl_jax.audit.cells.Inputs`.
 
@@ -270,6 +267,5 @@ def sweep(
         config=grid.config,
         extend=extend,
         retry_failed=retry_failed,
-        mesh=mesh,
         progress=progress,
     )

@@ -12,6 +12,7 @@ import numpy as np
 
 from ggl_jax.client.local import local_optimizer
 from ggl_jax.errors import GGLError
+from ggl_jax.grammar import at_least
 from ggl_jax.spec import Client
 from ggl_jax.types import Model, PyTree
 
@@ -325,11 +326,6 @@ def _folded(step: Callable, carried: PyTree, each: PyTree, gradients: int) -> Py
 
 
 def _check_local(local_steps, learning_rate, batch_size) -> None:
-    counts = {"local_steps": local_steps}
-    if batch_size is not None:
-        counts["batch_size"] = batch_size
-    for name, value in counts.items():
-        if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < 1:
-            raise GGLError(f"{name}={value!r}: give an integer of at least 1")
+    at_least(1, local_steps=local_steps, batch_size=1 if batch_size is None else batch_size)
     if not _is_traced(learning_rate) and not 0 < learning_rate < float("inf"):
         raise GGLError(f"learning_rate={learning_rate!r}: give a positive number")

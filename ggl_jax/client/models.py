@@ -14,7 +14,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import linen as nn
 
 from ggl_jax import grammar
@@ -23,8 +22,9 @@ from ggl_jax.client.gradients import loss_named
 from ggl_jax.client.networks import MLP, ConvNet, LeNet, ResNet18, ViT
 from ggl_jax.errors import GGLError
 from ggl_jax.gate.arguments import as_image_shape, check_classes
-from ggl_jax.gate.models import one_logit
+from ggl_jax.gate.models import check_features, check_logits, one_logit
 from ggl_jax.gate.trying import shapes
+from ggl_jax.grammar import at_least
 from ggl_jax.images import to_signed
 from ggl_jax.types import Model, Path, PyTree
 
@@ -240,19 +240,10 @@ def from_flax(
             f"called once per forward pass; parameters at the top are "
             f"{sorted(variables['params'])}"
         )
-    if logits.ndim != 2 or logits.shape[0] != 2:
-        raise GGLError(
-            f"from_flax: {title} maps images [2 {_dims(image_shape)}] to an output of shape "
-            f"{tuple(logits.shape)}; it must return logits [2 num_classes]"
-        )
+    check_logits(what, logits)
     num_logits = logits.shape[1]
     num_classes = count_classes("from_flax", title, num_logits, num_classes, loss)
-    if features.ndim != 2 or tuple(kernel.shape) != (features.shape[-1], num_logits):
-        raise GGLError(
-            f"from_flax: the layer head={path!r} of {title} has a kernel {tuple(kernel.shape)} "
-            f"and an input {tuple(features.shape)}; the last layer must map [b d] to "
-            f"[b {num_logits}] with a kernel [d {num_logits}]"
-        )
+    check_features(what, features, kernel, num_logits, path)
 
     def apply(variables: PyTree, images: jax.Array) -> tuple[jax.Array, jax.Array]:
         check_images(images, image_shape, title)
@@ -334,11 +325,6 @@ def _dims(shape: Sequence[int]) -> str:
 def _check_option(argument: str, value: Any, allowed: Sequence[str]) -> None:
     if value not in allowed:
         raise GGLError(f"{argument}={value!r}: choose one of {', '.join(allowed)}")
-
-
-def _check_count(argument: str, value: Any, least: int) -> None:
-    if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < least:
-        raise GGLError(f"{argument}={value!r}: give an integer of at least {least}")
 
 
 def _norm_kind(norm: str, batch_norm: str) -> tuple[str, dict[str, Any]]:
@@ -448,7 +434,7 @@ def convnet(
     if min(image_shape[:2]) < 4:
         raise GGLError(f"image_shape={image_shape!r}: convnet needs at least 4 pixels a side")
     check_classes("num_classes", num_classes)
-    _check_count("width", width, 1)
+    at_least(1, width=width)
     kind, apply_kwargs = _norm_kind(norm, batch_norm)
     module = ConvNet(num_classes, width, kind)
     return from_flax(
@@ -478,8 +464,7 @@ def mlp(
         GGLError: an argument is outside its range.
     """
     check_classes("num_classes", num_classes)
-    _check_count("width", width, 1)
-    _check_count("depth", depth, 1)
+    at_least(1, width=width, depth=depth)
     return from_flax(MLP(num_classes, width, depth), image_shape, num_classes, ("fc",), name="mlp")
 
 
@@ -511,8 +496,7 @@ def vit(
     """
     image_shape = as_image_shape("image_shape", image_shape)
     check_classes("num_classes", num_classes)
-    for name, value in {"patch": patch, "width": width, "depth": depth, "heads": heads}.items():
-        _check_count(name, value, 1)
+    at_least(1, patch=patch, width=width, depth=depth, heads=heads)
     if image_shape[0] % patch or image_shape[1] % patch:
         raise GGLError(
             f"patch={patch!r}: does not divide images of {_dims(image_shape[:2])} pixels; choose a "

@@ -121,6 +121,8 @@ def run(command: AttackCommand, argv: list[str]) -> int:
     view = updates.shared_part(defense.view, variables["params"], list(part), model.head)
     public = Public(model, variables, prior, prior_params)
     keys = [jax.random.fold_in(jax.random.key(command.seed), stream) for stream in range(3)]
+    if client.batch_size > 1:
+        public = public._replace(expected=expectations(keys[1], public))
     part, scale, notes = _scaled(command, keys[2], public, part)
     if scale["profiled"] and search.distance == "squared_l2":
         search = replace(search, distance="scaled_l2")
@@ -152,7 +154,6 @@ def run(command: AttackCommand, argv: list[str]) -> int:
             client=client,
             search=search,
             speed=command.speed,
-            expected=expectations(keys[1], public) if client.batch_size > 1 else None,
             mesh=_devices.mesh(command.shard),
             progress=lambda phase, fraction, loss: bar(phase, 0, 1, fraction, loss),
         )

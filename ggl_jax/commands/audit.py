@@ -138,6 +138,7 @@ def run(command: AuditCommand, argv: list[str]) -> int:
     more = {
         "others": suspects(command.setup, command.judge, loaded),
         "about": {**about(argv), "options": options},
+        "mesh": _devices.mesh(command.shard),
     }
     interrupted = False
     with AuditBar() as bar:
@@ -150,7 +151,6 @@ def run(command: AuditCommand, argv: list[str]) -> int:
                 seed=command.setup.seed,
                 out=out,
                 retry_failed=command.retry_failed,
-                mesh=_devices.mesh(command.shard),
                 progress=bar,
             )
         except AuditInterrupted as stop:

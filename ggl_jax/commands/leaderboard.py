@@ -7,7 +7,7 @@ from typing import Any
 from ggl_jax import files
 from ggl_jax.audit import utility
 from ggl_jax.client.defenses import DEFENSES, STRENGTHS
-from ggl_jax.commands import sweep
+from ggl_jax.commands import _devices, sweep
 from ggl_jax.commands import utility as utility_command
 from ggl_jax.commands._options import Choice, Preset
 from ggl_jax.commands._shared import about, console, load_labelled, say
@@ -84,7 +84,8 @@ def grid_of(command: LeaderboardCommand) -> sweep.GridFile:
 def run(command: LeaderboardCommand, argv: list[str]) -> int:
     """``ggl-jax leaderboard``."""
     command = checked(command)
-    grid = sweep.load_grid(grid_of(command), about(argv), fit=True)
+    mesh = _devices.mesh(command.running.shard)
+    grid = sweep.load_grid(grid_of(command), about(argv), fit=True, mesh=mesh)
     found = len(grid.inputs.images)
     if found < command.images:
         raise GGLError(

@@ -194,7 +194,8 @@ def run(command: SweepCommand, argv: list[str]) -> int:
     _devices.join(
         command.coordinator, command.num_processes, command.process_id, command.distributed
     )
-    grid = load_grid(read_grid(command.grid), about(argv))
+    mesh = _devices.mesh(command.running.shard)
+    grid = load_grid(read_grid(command.grid), about(argv), mesh=mesh)
     return carry_out(grid, command.out or Path(command.grid.stem), command.running)
 
 
@@ -222,7 +223,6 @@ def carry_out(grid, out: Path, running: Running) -> int:
             config=grid.config,
             extend=running.extend,
             retry_failed=running.retry_failed,
-            mesh=_devices.mesh(running.shard),
             progress=bar if first else None,
         )
     records = result.records

@@ -23,7 +23,7 @@ from ggl_jax.gate.trying import (
     shapes,
 )
 from ggl_jax.jaxprs import walk
-from ggl_jax.types import Model, PyTree
+from ggl_jax.types import Model, Path, PyTree
 
 _LIBRARIES = {
     "flax.linen": "gx.from_flax(module, image_shape)",
@@ -95,12 +95,8 @@ def _check_shapes(model: Model) -> None:
             "finds them"
         )
     logits, features = found
-    if getattr(logits, "ndim", 0) != 2 or logits.shape[0] != 2:
-        raise GGLError(
-            f"{what}: apply gave logits of {found_shapes(logits)} for 2 images, allowed: [2 k]"
-        )
+    check_logits(what, logits)
     outputs = logits.shape[1]
-    check_array(f"{what}: logits", logits, (2, outputs), "[2 k]")
     if model.loss is None and outputs == 1:
         raise GGLError(one_logit(what))
     if model.loss is None and outputs != model.num_classes:
@@ -113,12 +109,7 @@ def _check_shapes(model: Model) -> None:
         if last == "logistic":
             raise GGLError(_probabilities(what, "sigmoids", "sigmoid"))
     kernel, _ = trees.head_parts(variables["params"], model.head)
-    if getattr(features, "ndim", 0) != 2 or kernel.shape != (features.shape[-1], outputs):
-        raise GGLError(
-            f"{what}: apply gave features of {found_shapes(features)} for 2 images and the kernel "
-            f"at head={model.head!r} has shape {tuple(kernel.shape)}, allowed: [2 d] and "
-            f"[d {outputs}]; return the input of the last layer, and name that layer"
-        )
+    check_features(what, features, kernel, outputs, model.head)
     if model.loss is not None:
         labels = jax.ShapeDtypeStruct((2,), jnp.int32)
         value = shapes(f"{what}: loss", model.loss, logits, labels)
@@ -126,6 +117,22 @@ def _check_shapes(model: Model) -> None:
     if model.statistics is not None:
         shapes(f"{what}: statistics", model.statistics, variables, images)
     check_repeats(f"{what}: apply", model.apply, variables, images)
+
+
+def check_logits(what: str, found: Any) -> None:
+    """Refuse what is not the logits [2 k] of two images."""
+    num = found.shape[-1] if getattr(found, "ndim", 0) == 2 else 0
+    check_array(f"{what}: logits for 2 images", found, (2, num), "[2 k]")
+
+
+def check_features(what: str, found: Any, kernel: Any, num_logits: int, head: Path) -> None:
+    """Refuse features that cannot be the input of the last layer."""
+    if getattr(found, "ndim", 0) != 2 or tuple(kernel.shape) != (found.shape[-1], num_logits):
+        raise GGLError(
+            f"{what}: features for 2 images are {found_shapes(found)} and the kernel at "
+            f"head={head!r} has shape {tuple(kernel.shape)}, allowed: [2 d] and [d {num_logits}]; "
+            "return the input of the last layer, and name that layer"
+        )
 
 
 def _probabilities(what: str, why: str, function: str) -> str:
