@@ -154,8 +154,8 @@ def _as_compared(
     """
     if not search.adaptive:
         return None, [problem._replace(estimated=()) for problem in problems]
-    params = public.variables["params"]
-    forms = [as_data(view, problem.estimated, params) for problem in problems]
+    known = public.variables, public.model.head
+    forms = [as_data(view, problem.estimated, *known) for problem in problems]
     if any(form is None for form in forms):
         return None, list(problems)
     found = zip(problems, forms, strict=True)
