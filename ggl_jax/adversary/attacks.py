@@ -34,7 +34,7 @@ _MAP = Search(
     optimizer="adam:0.3,schedule=cosine,signed=False",
     steps=60,
     refine="auto",
-    refine_steps=60,
+    refine_steps=150,
     support=True,
 )
 
