@@ -93,6 +93,7 @@ def claim(
     name: str = "config.json",
     guest: bool = False,
     extend: bool | None = None,
+    dry: bool = False,
 ) -> dict[str, Any]:
     """Make a folder a run's own, or go on in it; refuse one that holds something else.
 
@@ -106,6 +107,7 @@ def claim(
         guest: whether the folder may hold other things: a measurement beside a run's results.
         extend: whether to go on although something differs; the earlier configurations are then
             kept in ``"history"``. None: the run cannot do that.
+        dry: write nothing; only refuse.
 
     Returns:
         The configuration that the folder has now.
@@ -136,8 +138,9 @@ def claim(
         raise GGLError(
             f"out: {folder} is not an empty folder and not an earlier run; choose another --out"
         )
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(path, wanted)
+    if not dry:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(path, wanted)
     return wanted
 
 

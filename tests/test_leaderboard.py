@@ -179,5 +179,7 @@ def test_command(board, capsys):
         path for path, time in kept.items() if path.stat().st_mtime_ns == time
     }
     assert (out / "leaderboard.md").read_text() == table
+    assert run([*given, "--seed", "1", "--dry-run", "--skip-utility"]) == 2
+    assert "give --extend" in capsys.readouterr().err
     assert run([*given[:-2], "--images", "99"]) == 2
     assert "few.npz has 8" in capsys.readouterr().err

@@ -93,10 +93,11 @@ def prepare(
     config: Mapping[str, Any],
     cells: Mapping[str, Mapping[str, Any]],
     extend: bool | None = None,
+    dry: bool = False,
 ) -> None:
     """Claim a folder for these cells (:func:`ggl_jax.files.claim`) and write their plan.
 
-    Finished cells of an earlier plan stay in it.
+    Finished cells of an earlier plan stay in it. ``dry``: only refuse what cannot be.
 
     Raises:
         GGLError: it holds something else (without ``extend``; None: it cannot be given).
@@ -104,7 +105,7 @@ def prepare(
     path = folder / "config.json"
     if path.exists():
         check_format(folder, files.read_json(path, f"out: {folder} is damaged"))
-    files.claim(folder, {**config, "format": FORMAT}, extend=extend)
+    files.claim(folder, {**config, "format": FORMAT}, extend=extend, dry=dry)
     before: dict[str, Any] = {}
     if (folder / "plan.json").exists():
         records = read(folder)
@@ -115,6 +116,8 @@ def prepare(
             )
         done = records.finished - set(cells)
         before = {cell: values for cell, values in records.cells.items() if cell in done}
+    if dry:
+        return
     for name in ("cells", "controls"):
         (folder / name).mkdir(exist_ok=True)
     files.write_json(folder / "plan.json", {"cells": {**before, **cells}})

@@ -208,6 +208,8 @@ def carry_out(grid, out: Path, running: Running) -> int:
 
     first = jax.process_index() == 0
     if running.dry_run:
+        plan = {cell.id: cell.axes for cell in grid.cells}
+        folder.prepare(out, grid.config, plan, running.extend, dry=True)
         done = folder.read(out).finished if (out / "plan.json").exists() else set()
         return _dry_run(grid, done)
     if first:
