@@ -20,7 +20,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from ggl_jax import machine
-from ggl_jax.errors import GGLError, explaining
+from ggl_jax.errors import GGLError, did_you_mean, explaining
 
 CARD, WEIGHTS = "card.json", "weights"
 
@@ -182,4 +182,7 @@ def find(path_or_name) -> Path:
     if str(path_or_name) in names:
         return names[str(path_or_name)]
     listed = ", ".join(names) or "none"
-    raise GGLError(f"checkpoint {path_or_name} is neither a folder nor a shipped one ({listed})")
+    hint = did_you_mean(str(path_or_name), names, before="; ")
+    raise GGLError(
+        f"checkpoint {path_or_name} is neither a folder nor a shipped one ({listed}){hint}"
+    )

@@ -4,13 +4,16 @@ Everything that can go wrong with a user's input ends in one line and exit code 
 what is finished and exits with 130.
 """
 
+import contextlib
 import dataclasses
 import functools
 import importlib.metadata as metadata
 import inspect
+import io
 import itertools
 import operator
 import os
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -41,8 +44,8 @@ from ggl_jax.commands import (
     weights,
 )
 from ggl_jax.commands._options import choice_of
-from ggl_jax.errors import GGLError
-from ggl_jax.spec import options_of, replace
+from ggl_jax.errors import GGLError, did_you_mean
+from ggl_jax.spec import allowed, options_of, replace
 
 #: Subcommands: their options, and ``run(options, argv) -> exit code``. A new one is one file in
 #: ``ggl_jax/commands`` and one line here.
@@ -118,6 +121,49 @@ def _refuse_values_of_switches(options: type, argv: list[str]) -> None:
             )
 
 
+def _refusal(said: str, argv: list[str]) -> str:
+    """What tyro says in a box about arguments that it cannot read, in one line."""
+    lines = [line.strip(" │") for line in said.splitlines()[1:]]  # without the title
+    inside = itertools.dropwhile(lambda line: not line.strip("-"), lines)
+    text = " ".join(itertools.takewhile(lambda line: line.strip("-─"), inside))
+    command = argv[0] if argv and argv[0] in COMMANDS else ""
+    hints = options_of(COMMANDS[command][0]) if command else {}
+    refused = r"(?:Error parsing|Missing value|invalid choice).*?(--|t '(?!-))([\w-]+)"
+    wrong = re.match(refused, text)
+    name = "" if wrong is None else wrong[2].replace("-", "_")
+    if name in hints:
+        # A positional argument comes right after the command.
+        own = f"--{name.replace('_', '-')}" if wrong and wrong[1] == "--" else command
+        last = max(place for place, one in enumerate(argv) if one.partition("=")[0] == own)
+        beside = itertools.takewhile(lambda one: not one.startswith("--"), argv[last + 1 :])
+        given = argv[last].partition("=")[2] or " ".join(beside)
+        words = allowed(hints[name])
+        hint = did_you_mean(given, words.split(", "), before="; ")
+        return f"{name}: got {repr(given) if given else 'nothing'}, allowed: {words}{hint}"
+    unknown = re.match(r"Unrecognized options: ([^\s,]+)", text)
+    known = [f"--{name.replace('_', '-')}" for name in hints] or list(COMMANDS)
+    hint = did_you_mean(unknown[1], known, before="; ") if unknown else ""
+    return f"{text.rstrip('.')}{hint}; see {' '.join(['ggl-jax', command]).strip()} --help"
+
+
+def _read(argv: list[str]):
+    """The command that the arguments ask for.
+
+    Raises:
+        GGLError: what cannot be read.
+    """
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            command = _parse(argv)
+    except SystemExit as stop:
+        if stop.code != 2:
+            raise
+        raise GGLError(_refusal(said.getvalue(), argv)) from None
+    print(said.getvalue(), end="", file=sys.stderr)
+    return command
+
+
 def _parse(argv: list[str]):
     # A subcommand's default is given to tyro so that --help shows what will be used.
     name, rest = (argv or [""])[0], argv[1:]
@@ -187,7 +233,7 @@ def run(argv: list[str] | None = None) -> int:
         print(f"ggl-jax {metadata.version('ggl-jax')}")
         return 0
     try:
-        command = _parse(_plugins.load(argv))
+        command = _read(_plugins.load(argv))
         _set_up_jax()
         for options, run_command in COMMANDS.values():
             if type(command) is options:

@@ -5,7 +5,8 @@ import errno
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+import shutil
+from collections.abc import Iterator, Mapping
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -142,6 +143,19 @@ def claim(
         folder.mkdir(parents=True, exist_ok=True)
         write_json(path, wanted)
     return wanted
+
+
+@contextlib.contextmanager
+def claimed(folder: Path, config: Mapping[str, Any]) -> Iterator[None]:
+    """:func:`claim`, taken back where what follows is refused before anything else is kept."""
+    new = not folder.exists()
+    claim(folder, config)
+    try:
+        yield
+    except GGLError:
+        if new and [path.name for path in folder.iterdir()] == ["config.json"]:
+            shutil.rmtree(folder)
+        raise
 
 
 def sha256(path: str | Path) -> str:

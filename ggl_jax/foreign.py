@@ -3,6 +3,7 @@
 Only arrays are ever read: a file that would run code when it is loaded is refused.
 """
 
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,7 +30,8 @@ _PREFIXES = ("module.", "model.", "_orig_mod.", "net.", "network.")
 def _read_torch(path: Path) -> Any:
     import torch
 
-    return torch.load(path, map_location="cpu", weights_only=True)
+    with warnings.catch_warnings(action="ignore"):  # of a file that is refused anyway, or read
+        return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def _read_safetensors(path: Path) -> Any:
@@ -241,7 +243,10 @@ def convert(
             continue
         array = tensor.change(arrays[name])
         if array.dtype.kind not in "biuf" or not np.isfinite(array).all():
-            raise GGLError(f"weights of {what}: {name} is not of finite real numbers")
+            raise GGLError(
+                f"tensor {name} of {what} is not of finite real numbers; give one from before "
+                "NaN or infinity came up"
+            )
         *parents, last = tensor.path
         place = tree
         for parent in parents:

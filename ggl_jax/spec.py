@@ -330,6 +330,8 @@ def allowed(hint: Any) -> str:
         return ", ".join(str(one) for one in args)
     if origin in (typing.Union, types.UnionType):
         return " or ".join(allowed(one) for one in args)
+    if origin in (tuple, list):
+        return f"a list of {allowed(args[0])}"
     words = {int: "whole numbers", float: "numbers", str: "text", bool: "True or False"}
     return words.get(hint, "None" if hint is type(None) else getattr(hint, "__name__", str(hint)))
 

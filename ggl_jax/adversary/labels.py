@@ -107,8 +107,16 @@ def softmax_form(model: Model, update: PyTree) -> tuple[PyTree, Path]:
 
 def check_told(model: Model, update: PyTree, *, searched: bool) -> None:
     """Refuse an update that tells nothing, or not the labels although they are to be inferred."""
-    if not any(bool(jnp.any(leaf)) for leaf in jax.tree.leaves(update)):
-        raise GGLError("update: zero in every entry, so it tells nothing of the images behind it")
+    squares = float(trees.total(trees.sq_norms(update)))
+    if squares == 0:
+        raise GGLError(
+            "update: zero in every entry, or nearly, so it tells nothing of the images behind it"
+        )
+    if squares == float("inf"):
+        raise GGLError(
+            "update: too large for float32, which cannot hold its squared norm; divide it by what "
+            "the loss was multiplied by"
+        )
     kernel, bias = trees.head_parts(update, model.head)
     if not (searched or jnp.any(kernel) or (bias is not None and jnp.any(bias))):
         raise GGLError(

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from ggl_jax import grammar
-from ggl_jax.errors import GGLError
+from ggl_jax.errors import GGLError, did_you_mean
 from ggl_jax.images import to_signed
 from ggl_jax.types import PyTree
 
@@ -246,7 +246,8 @@ def resolve_distance(distance: str | Distance) -> Distance:
     if isinstance(distance, Distance):
         return distance
     if distance not in DISTANCES:
-        raise GGLError(f"distance: got {distance!r}, allowed: {', '.join(DISTANCES)}")
+        hint = did_you_mean(distance, DISTANCES, before="; ")
+        raise GGLError(f"distance: got {distance!r}, allowed: {', '.join(DISTANCES)}{hint}")
     return DISTANCES[distance]()
 
 
@@ -463,8 +464,9 @@ def parse_regularizer(
     for piece in pieces:
         name, _, number = piece.strip().partition(":")
         if name not in known:
+            names, hint = ", ".join(known), did_you_mean(name, known, before="; ")
             raise GGLError(
-                f"regularizer: got {name!r} in {specification!r}, allowed: none, {', '.join(known)}"
+                f"regularizer: got {name!r} in {specification!r}, allowed: none, {names}{hint}"
             )
         try:
             weight = float(number) if number else 1.0

@@ -75,7 +75,8 @@ def _read(source: Source) -> dict[str, Any]:
 def _told(source: Source) -> str:
     """What a checkpoint's card says the model is, for errors."""
     if isinstance(source, str | os.PathLike) and FilePath(source).is_dir():
-        return f" (the model of {source} is {checkpoint.load_card(source).get('model')})"
+        model = checkpoint.load_card(source).get("model")
+        return f" (the model of {source} is {model})" if model else f" ({source} holds no model)"
     return ""
 
 

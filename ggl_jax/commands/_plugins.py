@@ -13,6 +13,7 @@ from ggl_jax.audit.paper import EXPERIMENTS
 from ggl_jax.client.defenses import DEFENSES
 from ggl_jax.client.models import MODELS
 from ggl_jax.errors import GGLError
+from ggl_jax.gate.trying import explained
 from ggl_jax.priors import PRIORS
 
 #: What a file of the user's can add to, as ``--help`` lists it.
@@ -36,7 +37,7 @@ def load(argv: list[str]) -> list[str]:
         The arguments without them.
 
     Raises:
-        GGLError: no such file.
+        GGLError: no such file, or one that fails.
     """
     rest, items = [], iter(argv)
     for item in items:
@@ -47,7 +48,8 @@ def load(argv: list[str]) -> list[str]:
         path = value if equals else next(items, "")
         if not Path(path).is_file():
             raise GGLError(f"plugin: got {path!r}, allowed: a Python file that adds to a registry")
-        runpy.run_path(path)
+        with explained(f"plugin {path}"):
+            runpy.run_path(path)
     return rest
 
 

@@ -5,13 +5,14 @@ import platform
 import shlex
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from ggl_jax import machine
-from ggl_jax.errors import GGLError
+from ggl_jax.errors import GGLError, did_you_mean
 from ggl_jax.spec import Judge, Setup, Speed
 
 # Without emoji: in text of the user's, ":100:" is a range.
@@ -160,6 +161,12 @@ def load_model(setup: Setup, num_classes: int, image_shape: tuple[int, int, int]
 
     if setup.weights == "random":
         return get_model(setup.model, num_classes=num_classes, image_shape=image_shape), None
+    if not Path(setup.weights).exists():
+        hint = did_you_mean(setup.weights, ["random"], before="; ")
+        raise GGLError(
+            f"weights: {setup.weights} does not exist, allowed: random, a file of tensors or a "
+            f"checkpoint's folder{hint}"
+        )
     model, variables = read_variables(setup.weights, setup.model, image_shape)
     if setup.num_classes not in (None, model.num_classes):
         raise GGLError(

@@ -12,6 +12,7 @@ from ggl_jax.commands import _devices
 from ggl_jax.commands._options import Preset, choice_of
 from ggl_jax.commands._shared import AuditBar, console, environment
 from ggl_jax.errors import GGLError
+from ggl_jax.gate.models import check_values
 from ggl_jax.spec import (
     Client,
     Count,
@@ -96,7 +97,7 @@ def run(command: AttackCommand, argv: list[str]) -> int:
     """``ggl-jax attack``."""
     import jax
 
-    from ggl_jax.adversary.reconstruct import expectations, reconstruct
+    from ggl_jax.adversary.reconstruct import expectations, prepare, reconstruct
     from ggl_jax.client import updates
     from ggl_jax.client.defenses import parse, summary
     from ggl_jax.priors import load_prior
@@ -113,6 +114,9 @@ def run(command: AttackCommand, argv: list[str]) -> int:
     model, variables = updates.read_variables(command.weights, command.model, prior.image_shape)
     if (command.mean, command.std) != ((0.5,), (0.5,)):
         model = updates.normalised(model, command.mean, command.std)
+    check_values(model, variables)
+    if original is not None and command.label >= model.num_classes:
+        raise GGLError(f"label: got {command.label}, allowed: 0 to {model.num_classes - 1}")
     part = _read_part(command, variables["params"])
     statistics = None
     if command.statistics is not None:
@@ -120,6 +124,7 @@ def run(command: AttackCommand, argv: list[str]) -> int:
     defense = parse(command.defense)
     view = updates.shared_part(defense.view, variables["params"], list(part), model.head)
     public = Public(model, variables, prior, prior_params)
+    prepare(model, prior, view, client, search, command.speed)  # for its errors
     keys = [jax.random.fold_in(jax.random.key(command.seed), stream) for stream in range(3)]
     if client.batch_size > 1:
         public = public._replace(expected=expectations(keys[1], public))
@@ -141,11 +146,11 @@ def run(command: AttackCommand, argv: list[str]) -> int:
     shown = "ggl-jax " + shlex.join(argv)
     about = {"command": shown, "environment": environment()}
     inputs = {"files": digests, "prior": card["sha256"]}
-    files.claim(command.out, {**about, "options": options, "inputs": inputs})
+    update = updates.whole(part, variables["params"])
+    config = {**about, "options": options, "inputs": inputs}
     for note in notes:
         console.print(f"Note: {note}", markup=False, soft_wrap=True)
-    update = updates.whole(part, variables["params"])
-    with AuditBar() as bar:
+    with files.claimed(command.out, config), AuditBar() as bar:
         (found,) = reconstruct(
             keys[0][None],
             public,

@@ -70,9 +70,9 @@ def run(command: LandscapeCommand, argv: list[str]) -> int:
     inputs = {"images": files.digest(given.images)[:12], "prior": loaded.card["sha256"]}
     inputs["variables"] = given.digests["variables"]
     told = about(argv)
-    files.claim(command.out, {**told, "options": options, "inputs": inputs})
     image, name = given.images[0], given.names[0]
-    with AuditBar() as bar:
+    config = {**told, "options": options, "inputs": inputs}
+    with files.claimed(command.out, config), AuditBar() as bar:
         center = landscape.find_center(
             given,
             defense=defense,

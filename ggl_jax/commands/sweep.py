@@ -102,8 +102,8 @@ def read_grid(path: Path) -> GridFile:
     """
     try:
         table = tomllib.loads(path.read_text())
-    except FileNotFoundError:
-        raise GGLError(f"grid: {path} does not exist; give a .toml file") from None
+    except (FileNotFoundError, IsADirectoryError):
+        raise GGLError(f"grid: {path} does not exist or is no file; give a .toml file") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise GGLError(f"grid: {path} is not TOML: {error}") from None
     unknown = [name for name in table if name not in _TABLES]
@@ -122,9 +122,10 @@ def grid_of(table: dict[str, Any]) -> GridFile:
 
     preset = check("grid: preset", table.get("preset", "quick"), Preset)
     fixed, exclude = table.get("fixed", {}), table.get("exclude", [])
-    axes = dict(table.get("axes", {}))
-    if not isinstance(fixed, dict) or not isinstance(exclude, list):
+    axes = table.get("axes", {})
+    if not isinstance(fixed, dict) or not isinstance(axes, dict) or not isinstance(exclude, list):
         raise GGLError("grid: write the tables as [fixed], [axes] and [[exclude]]")
+    axes = dict(axes)
     images = axes.pop("image", "0")
     if isinstance(images, list):
         images = ",".join(str(i) for i in images)
