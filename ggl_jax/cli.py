@@ -72,17 +72,6 @@ COMMANDS: dict[str, tuple[type, Callable[[Any, list[str]], int]]] = {
 #: What a switch may have been given as if it took a value.
 _VALUES_OF_SWITCHES = ("true", "false", "yes", "no", "on", "off", "1", "0")
 
-#: Settings of JAX that change results, at the values that results are known for: the environment's
-#: would be no part of what a folder says was asked for.
-_JAX = {
-    "jax_enable_x64": False,
-    "jax_default_prng_impl": "threefry2x32",
-    "jax_threefry_partitionable": True,
-    "jax_random_seed_offset": 0,
-    "jax_numpy_dtype_promotion": "standard",
-    "jax_default_matmul_precision": None,
-}
-
 #: Those with a search, whose defaults hang on the user's own options.
 _SEARCHING = {"audit": audit.defaults, "attack": attack.defaults, "landscape": landscape.defaults}
 
@@ -201,7 +190,7 @@ def _set_up_jax() -> None:
     import jax
     import platformdirs
 
-    for name, value in _JAX.items():
+    for name, value in machine.SETTINGS.items():
         jax.config.update(name, value)
     if "JAX_COMPILATION_CACHE_DIR" in os.environ:
         return

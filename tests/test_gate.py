@@ -413,6 +413,17 @@ def test_the_list_of_defenses(given, words):
         )
 
 
+def test_settings_of_jax_are_part_of_what_is_audited():
+    plain = inputs().digests
+    with jax.enable_x64(True), jax.default_matmul_precision("float32"):
+        found = inputs().digests
+    changed = {"jax_enable_x64": True, "jax_default_matmul_precision": "float32"}
+    assert found["jax"] == changed
+    assert "jax" not in plain
+    with jax.disable_jit(), pytest.raises(gx.GGLError, match="jax_disable_jit: got True"):
+        inputs()
+
+
 def test_own_metrics_are_tried(monkeypatch):
     monkeypatch.setitem(metrics.METRICS, "mine", lambda x, y, model, v: x)
     with pytest.raises(gx.GGLError, match="metric mine"):

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from ggl_jax import grammar
+from ggl_jax import grammar, machine
 from ggl_jax.adversary.optimizers import OPTIMIZERS
 from ggl_jax.adversary.reconstruct import Prepared, prepare
 from ggl_jax.audit import identity, metrics
@@ -99,6 +99,7 @@ class Inputs:
         smallest_side(self.lpips)  # for its error
         at_least(1, num_controls=self.num_controls, ceiling_steps=self.ceiling_steps)
         at_least(0, bound_samples=self.bound_samples)
+        machine.settings()  # for its error
         images, labels = admit(self.model, self.images, self.labels, self.variables)
         put("images", images)
         put("labels", labels)
@@ -128,6 +129,8 @@ class Inputs:
             "variables": "" if self.variables is None else _short(jax.tree.leaves(self.variables)),
             "metrics": sorted(metrics.METRICS),
             "suspects": "" if self.others is None else _short(self.others),
+            # Only where there are any, so that cells of the command line have one name.
+            **({"jax": changed} if (changed := machine.settings()) else {}),
         }
 
     def public(self, seed: int) -> Public:
