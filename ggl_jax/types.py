@@ -11,7 +11,7 @@ Shapes in the docstrings: ``b`` images in a batch, ``n`` candidates, ``z`` laten
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import numpy as np
@@ -143,6 +143,15 @@ class Factored(NamedTuple):
     scale: Callable | None = None
 
 
+class Estimate(Protocol):
+    """What a server makes of an observed update: a pytree of arrays (a dict; of a chain a tuple).
+
+    ``noise`` is the standard deviation of noise that a later stage of a chain was found to add.
+    """
+
+    def __call__(self, update: PyTree, /, head: Path, noise: jax.Array | float = 0.0) -> PyTree: ...
+
+
 class View(NamedTuple):
     """What a server makes of one kind of defense. It is made without the defense's parameters.
 
@@ -151,9 +160,7 @@ class View(NamedTuple):
 
     Attributes:
         name: the kind, e.g. ``"clip"`` or ``"clip+noise"``; without parameters.
-        estimate: ``estimate(update, head, noise=0.0)`` -> a pytree of arrays (a dict; of a chain a
-            tuple of them), from the observed update alone. ``noise`` is the standard deviation of
-            noise that a later stage of a chain was found to add.
+        estimate: the defense's parameters, from the observed update alone.
         simulate: ``simulate(estimated, update) -> update``: what is done to a candidate's own
             gradient before it is compared.
         factor: ``factor(estimated) -> Factored``; None, or returning None, where the simulation has
@@ -170,7 +177,7 @@ class View(NamedTuple):
     """
 
     name: str
-    estimate: Callable
+    estimate: Estimate
     simulate: Callable
     factor: Callable | None = None
     rewire: Callable | None = None
@@ -323,12 +330,19 @@ class Candidates(NamedTuple):
     distances: jax.Array
 
 
+class Start(Protocol):
+    """The state that an attack begins with; ``points`` [r p] replace its own starting points."""
+
+    def __call__(
+        self, key: jax.Array, problem: Problem, /, points: jax.Array | None = None
+    ) -> PyTree: ...
+
+
 class Attack(NamedTuple):
     """A reconstruction attack.
 
     Attributes:
-        init: ``init(key, problem, points=None) -> state``; ``points`` [r p] replace the attack's
-            own starting points.
+        init: makes the state.
         step: ``step(key, problem, state) -> (state, Info)``.
         candidates: ``candidates(problem, state) -> Candidates``, each restart's best so far.
         distances: ``distances(problem, images[n b h w c], labels[b] or [n b]) -> [n]``, how far the
@@ -339,7 +353,7 @@ class Attack(NamedTuple):
         name: shown in results.
     """
 
-    init: Callable
+    init: Start
     step: Callable
     candidates: Callable
     distances: Callable

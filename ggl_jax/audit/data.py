@@ -123,6 +123,9 @@ def load(
         GGLError: an unknown spec; a missing, empty, corrupt or oversized file; a wrong dtype,
             shape or label; an index out of range; a tfds data set that is not prepared; more than
             4 GiB of images.
+
+    >>> load("embedded").images.shape
+    (1, 32, 32, 3)
     """
     spec = os.fspath(spec)
     check("image_size", image_size, Annotated[int, AtLeast(8, below=2049)])

@@ -36,7 +36,7 @@ from ggl_jax.client.defenses.topk import topk
 from ggl_jax.client.local import shares_gradient
 from ggl_jax.errors import GGLError
 from ggl_jax.spec import Client
-from ggl_jax.types import Defense, Factored, Facts, View
+from ggl_jax.types import Defense, Estimate, Factored, Facts, View
 
 __all__ = [
     "DEFENSES",
@@ -67,7 +67,7 @@ def from_function(
     *,
     name: str,
     simulate: Callable | None = None,
-    estimate: Callable | None = None,
+    estimate: Estimate | None = None,
     adds_noise: bool = False,
     noise_std: Callable | None = None,
     facts: Facts | None = None,
@@ -99,6 +99,10 @@ def from_function(
     Raises:
         GGLError: ``fn`` is not callable or cannot take two or three arguments, or the name is
             empty or has a ``+``.
+
+    >>> halved = from_function(lambda key, u: jax.tree.map(lambda g: g / 2, u), name="half")
+    >>> halved.apply(jax.random.key(0), {"bias": jnp.ones(2)}, None)
+    ({'bias': Array([0.5, 0.5], dtype=float32)}, {})
     """
     if not name or "+" in name:
         raise GGLError(f"name={name!r}: give the defense a name without '+', e.g. 'my_defense'")
@@ -159,6 +163,9 @@ def chain(*defenses: Defense) -> Defense:
     Raises:
         GGLError: Soteria in the paper's form is not the first stage. It computes the gradient
             anew from the image, so what earlier stages did would be lost.
+
+    >>> chain(clip(bound=2.0), noise(sigma=0.5)).view.name
+    'clip+noise'
     """
     if not defenses:
         return none()
@@ -388,6 +395,9 @@ def parse(spec: str) -> Defense:
 
     Raises:
         GGLError: unknown name or hyper-parameter, a value that is no number or out of range.
+
+    >>> parse("clip:4.0+noise:1e-1").name
+    'clip:4+noise:0.1'
     """
     stages = [grammar.build(DEFENSES, part, what="defense") for part in grammar.split(spec)]
     return chain(*stages)
