@@ -1,8 +1,10 @@
 """Reports and checks, from rows whose means and intervals are known."""
 
 import base64
+import html
 import html.parser
 import io
+import json
 import os
 import re
 import shutil
@@ -534,6 +536,37 @@ def test_the_page_in_a_browser(tmp_path):
         assert (ground < 60) if dark else (ground > 200)
         # Something is drawn on it that can be told from it.
         assert np.mean(np.abs(pixels - ground) > 100) > 0.005
+
+
+#: A page's width, and where the first table's columns end, in a frame of a width: of its own it has
+#: no scripts.
+_MEASURE = """<body style="margin:0">
+<iframe id="frame" src="{page}" style="border:0;width:{width}px"></iframe><pre id="said"></pre><script>onload = () => {{
+const page = frame.contentDocument, ends = {{"": page.documentElement.scrollWidth}};
+for (const one of page.querySelector("thead").querySelectorAll("th"))
+  ends[one.textContent] = one.getBoundingClientRect().right;
+said.textContent = JSON.stringify(ends);}}</script></body>"""
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs chromium")
+@pytest.mark.parametrize(("width", "seen"), [(400, "PSNR"), (800, "Leak"), (1200, "Leak")])
+def test_the_page_fits_every_width(tmp_path, width, seen):
+    long = "soteria:0.8,representation=False+sparsify:0.9"
+    page = write(make_sweep(tmp_path / "s", grid_rows(["none", long], ["ggl", "ig"], 3)))
+    frame = tmp_path / "frame.html"
+    frame.write_text(_MEASURE.format(page=page.as_uri(), width=width))
+    browser = [
+        *("chromium", "--headless", "--no-sandbox", "--disable-gpu", "--window-size=1300,900"),
+        *("--allow-file-access-from-files", f"--user-data-dir={tmp_path / 'browser'}"),
+        *("--virtual-time-budget=5000", "--dump-dom", frame.as_uri()),
+    ]
+    done = subprocess.run(browser, capture_output=True, text=True, timeout=90, env=os.environ)
+    found = re.search(r'<pre id="said">(.+?)</pre>', done.stdout)
+    if found is None:
+        pytest.skip(f"chromium does not run here: {done.stderr[-300:]}")
+    ends = json.loads(html.unescape(found[1]))
+    assert ends.pop("") <= width  # wide tables scroll in boxes of their own
+    assert ends[seen] <= width
 
 
 def test_a_thousand_cells_stay_readable(tmp_path, monkeypatch):

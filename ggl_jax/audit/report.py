@@ -80,6 +80,7 @@ h1{font-size:1.6rem}h2{font-size:1.25rem;margin-top:2rem}
 .scroll{overflow-x:auto}
 table{border-collapse:collapse;font-variant-numeric:tabular-nums;font-size:.9rem}
 th,td{padding:.25rem .5rem;border-bottom:1px solid var(--line);vertical-align:top}
+td:first-child{overflow-wrap:anywhere;min-width:6em}
 thead th{background:var(--soft);vertical-align:bottom}
 .scroll+p:not(:has(img)){font-size:.85rem;opacity:.85;max-width:60rem}
 img{max-width:100%;height:auto;vertical-align:top;margin:0 .2rem 1rem 0}
