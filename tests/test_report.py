@@ -541,7 +541,8 @@ def test_the_page_in_a_browser(tmp_path):
 #: A page's width, and where the first table's columns end, in a frame of a width: of its own it has
 #: no scripts.
 _MEASURE = """<body style="margin:0">
-<iframe id="frame" src="{page}" style="border:0;width:{width}px"></iframe><pre id="said"></pre><script>onload = () => {{
+<iframe id="frame" src="{page}" style="border:0;width:{width}px"></iframe>
+<pre id="said"></pre><script>onload = () => {{
 const page = frame.contentDocument, ends = {{"": page.documentElement.scrollWidth}};
 for (const one of page.querySelector("thead").querySelectorAll("th"))
   ends[one.textContent] = one.getBoundingClientRect().right;
