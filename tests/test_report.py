@@ -114,6 +114,10 @@ def test_labels_of_a_batch_count_as_multisets():
     (found,) = leakage(batch)
     assert found.means["label"].mean == 100.0
     assert "read off the update exactly under no defense" in " ".join(sentences([found]))
+    # Not where another attack, model or client had one wrong, although less leaked there.
+    other = [dict(row, psnr=9.0, label_accuracy=0.75) for row in batch]
+    both = [found, leakage(other)[0]._replace(variant="batch 16")]
+    assert "read off the update exactly" not in " ".join(sentences(both))
 
 
 def test_intervals_end_where_the_score_does():

@@ -16,7 +16,14 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 
 from ggl_jax.audit.maps import Map, silent
-from ggl_jax.audit.tables import Leakage, Mean, family_of, number_text, spoken, strongest
+from ggl_jax.audit.tables import (
+    Leakage,
+    Mean,
+    family_of,
+    score_text,
+    spoken,
+    strongest,
+)
 
 #: Inches; a page of 400 pixels shows it at nearly its own size.
 WIDTH = 3.9
@@ -200,7 +207,7 @@ def leak_maps(maps: Sequence[Map]) -> Figure:
             axis.add_patch(
                 Rectangle((column, row), 1, 1, facecolor=colors(share), linewidth=0, **style)
             )
-            text = f"{number_text(gain, sign=True)}\n{len(square.images)}"
+            text = f"{score_text(square, 'gain', interval=False)}\n{len(square.images)}"
             axis.text(column + 0.5, row + 0.5, text, ha="center", va="center", fontsize=7,
                       color="#111111" if light else "#f5f5f5")  # fmt: skip
     scale = ScalarMappable(Normalize(0, top), colors)

@@ -445,7 +445,7 @@ def sentences(groups: Sequence[Leakage]) -> list[str]:
         f"Without any update, the best blind guess is {guess} dB from {scope}; the prior could "
         f"reach {ceiling} dB."
     ]
-    by = "" if len(chosen) == len(groups) else "By the strongest attack, "
+    by = "" if len(chosen) == len(groups) else "Where most leaked, "
 
     def listed(some: Sequence[Leakage]) -> str:
         def one(group: Leakage) -> str:
@@ -465,9 +465,10 @@ def sentences(groups: Sequence[Leakage]) -> list[str]:
             f"{listed(silent)}. That is no proof of safety: a longer search or a better prior may "
             "find more."
         )
-    told = [group for group in chosen if group.means["label"].mean == 100.0]
+    missed = {group.defense for group in groups if group.means["label"].mean < 100.0}
+    told = [group.defense for group in chosen if group.defense not in missed]
     if told:
-        which = ", ".join(escape(spoken(group.defense)) for group in told)
+        which = ", ".join(escape(spoken(defense)) for defense in told)
         every = "every defense" if len(told) == len(chosen) and len(told) > 1 else which
         text.append(f"The class labels were read off the update exactly under {every}.")
     if len(images) == 1:
