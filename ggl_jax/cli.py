@@ -69,9 +69,6 @@ COMMANDS: dict[str, tuple[type, Callable[[Any, list[str]], int]]] = {
     "info": (info.InfoCommand, info.run),
 }
 
-#: What a switch may have been given as if it took a value.
-_VALUES_OF_SWITCHES = ("true", "false", "yes", "no", "on", "off", "1", "0")
-
 #: Those with a search, whose defaults hang on the user's own options.
 _SEARCHING = {"audit": audit.defaults, "attack": attack.defaults, "landscape": landscape.defaults}
 
@@ -98,18 +95,6 @@ for _options, _ in COMMANDS.values():
     _without_none(_options)
 
 
-def _refuse_values_of_switches(options: type, argv: list[str]) -> None:
-    """Say how a switch is written where it was given a value."""
-    for given, value in itertools.pairwise(argv):
-        name = given.removeprefix("--").removeprefix("no-").replace("-", "_")
-        if options_of(options).get(name) is bool and value.lower() in _VALUES_OF_SWITCHES:
-            plain = name.replace("_", "-")
-            raise GGLError(
-                f"{name}: got {value!r}, but a switch takes no value; write --{plain} or "
-                f"--no-{plain}"
-            )
-
-
 def _refusal(said: str, argv: list[str]) -> str:
     """What tyro says in a box about arguments that it cannot read, in one line."""
     lines = [line.strip(" │") for line in said.splitlines()[1:]]  # without the title
@@ -130,6 +115,13 @@ def _refusal(said: str, argv: list[str]) -> str:
         hint = did_you_mean(given, words.split(", "), before="; ")
         return f"{name}: got {repr(given) if given else 'nothing'}, allowed: {words}{hint}"
     unknown = re.match(r"Unrecognized options: ([^\s,]+)", text)
+    before = argv[max(argv.index(unknown[1]) - 1, 0)] if unknown and unknown[1] in argv else ""
+    plain = before.removeprefix("--").removeprefix("no-")
+    if unknown and hints.get(plain.replace("-", "_")) is bool:
+        return (
+            f"{plain}: got {unknown[1]!r}, but a switch takes no value; write --{plain} or "
+            f"--no-{plain}"
+        )
     known = [f"--{name.replace('_', '-')}" for name in hints] or list(COMMANDS)
     hint = did_you_mean(unknown[1], known, before="; ") if unknown else ""
     return f"{text.rstrip('.')}{hint}; see {' '.join(['ggl-jax', command]).strip()} --help"
@@ -156,8 +148,6 @@ def _read(argv: list[str]):
 def _parse(argv: list[str]):
     # A subcommand's default is given to tyro so that --help shows what will be used.
     name, rest = (argv or [""])[0], argv[1:]
-    if name in COMMANDS:
-        _refuse_values_of_switches(COMMANDS[name][0], rest)
     own: dict[str, Any] = {name: _SEARCHING[name](rest)} if name in _SEARCHING else {}
     commands: Any = functools.reduce(
         operator.or_,

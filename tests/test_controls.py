@@ -228,7 +228,7 @@ def test_nan_is_not_hidden():
         ({"num_samples": 0}, SHAPE, "num_samples: got 0"),
         ({"num_mean_samples": 0}, SHAPE, "num_mean_samples: got 0"),
         ({"chunk_size": 0}, SHAPE, "chunk_size: got 0"),
-        ({"ceiling_steps": 0}, SHAPE, "steps=0"),
+        ({"ceiling_steps": 0}, SHAPE, "steps: got 0"),
     ],
 )
 def test_bad_settings(options, shape, match):

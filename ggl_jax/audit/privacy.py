@@ -12,6 +12,7 @@ from typing import NamedTuple
 from ggl_jax.client.defenses import stages_of
 from ggl_jax.errors import GGLError
 from ggl_jax.grammar import at_least
+from ggl_jax.spec import Positive, check
 from ggl_jax.types import Defense, Facts
 
 #: Two neighbouring inputs differ in a client's contribution: "add_remove": the update is there, or
@@ -126,9 +127,8 @@ def epsilon(
     Reference: Balle and Wang 2018, "Improving the Gaussian Mechanism for Differential Privacy",
     theorem 8; composition: Dong, Roth and Su 2019, "Gaussian Differential Privacy", corollary 2.
     """
-    for name, value in (("bound", bound), ("sigma", sigma)):
-        if not 0 < value < math.inf:
-            raise GGLError(f"{name}={value!r}: give a positive number")
+    check("bound", bound, Positive)
+    check("sigma", sigma, Positive)
     at_least(1, rounds=rounds)
     check_delta(delta)
     if adjacency not in ADJACENCIES:

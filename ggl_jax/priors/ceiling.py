@@ -13,7 +13,9 @@ import jax.numpy as jnp
 import optax
 
 from ggl_jax.errors import GGLError
+from ggl_jax.grammar import at_least
 from ggl_jax.priors.decoding import check_labels, decode_each, images_at_once
+from ggl_jax.spec import Positive, check
 from ggl_jax.types import Prior
 
 
@@ -151,15 +153,9 @@ def fit_latents(
             f"fit_latents: images of shape {list(images.shape)}; prior {prior.name} needs "
             f"{['n', *prior.image_shape]} with n at least 1"
         )
-    for name, value, low in (
-        ("restarts", restarts, 1),
-        ("steps", steps, 1),
-        ("num_candidates", num_candidates, restarts),
-    ):
-        if value < low:
-            raise GGLError(f"fit_latents: {name}={value} must be at least {low}")
-    if not 0 < learning_rate < float("inf"):
-        raise GGLError(f"fit_latents: learning_rate={learning_rate} must be above 0")
+    at_least(1, restarts=restarts, steps=steps)
+    at_least(restarts, num_candidates=num_candidates)
+    check("learning_rate", learning_rate, Positive)
     if labels is not None:
         labels = jnp.asarray(labels, jnp.int32)
         check_labels(prior, labels)

@@ -15,7 +15,9 @@ import numpy as np
 
 from ggl_jax import foreign
 from ggl_jax.errors import GGLError
+from ggl_jax.grammar import at_least
 from ggl_jax.images import from_signed
+from ggl_jax.spec import Count, check
 from ggl_jax.types import Prior
 
 IMAGE_SHAPE = (32, 32, 3)
@@ -168,11 +170,8 @@ def dcgan(*, width: int = 64, latent_dim: int = 128, num_classes: int | None = N
 
     Reference: the paper, section 5 (CelebA generator); Gulrajani et al., 2017.
     """
-    for argument, value in (("width", width), ("latent_dim", latent_dim)):
-        if value < 1:
-            raise GGLError(f"dcgan: {argument}={value} must be at least 1; published: 128")
-    if num_classes is not None and num_classes < 1:
-        raise GGLError(f"dcgan: num_classes={num_classes} must be at least 1, or None")
+    at_least(1, width=width, latent_dim=latent_dim)
+    check("num_classes", num_classes, Count | None)
     generator = Generator(width, latent_dim, num_classes=num_classes)
 
     def init(key):

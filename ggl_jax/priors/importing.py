@@ -11,6 +11,7 @@ import jax
 
 from ggl_jax import checkpoint, files
 from ggl_jax.errors import GGLError, explaining
+from ggl_jax.grammar import at_least
 from ggl_jax.priors.biggan import BIGGAN_DEEP, BigGANConfig, biggan_deep
 from ggl_jax.priors.biggan import from_torch as biggan_from_torch
 from ggl_jax.priors.convolutional import convolutional
@@ -108,8 +109,7 @@ def import_prior(
     config = None if config is None else Path(config)
     if generator not in GENERATORS:
         raise GGLError(f"generator={generator!r} is unknown; choose {', '.join(GENERATORS)}")
-    if num_samples < 0:
-        raise GGLError(f"num_samples={num_samples} must be at least 0")
+    at_least(0, num_samples=num_samples)
     if generator == "dcgan":
         if truncation != 1.0 or image_size is not None:
             raise GGLError("truncation and image_size belong to BigGAN; leave them out for a dcgan")

@@ -8,6 +8,7 @@ import numpy as np
 from PIL import Image
 
 from ggl_jax.errors import GGLError
+from ggl_jax.grammar import at_least
 from ggl_jax.priors.decoding import check_labels, decode_each
 from ggl_jax.types import Prior
 
@@ -68,8 +69,7 @@ def samples(
         GGLError: ``num`` below 1, a label that the prior does not know, or the file cannot be
             written.
     """
-    if num < 1:
-        raise GGLError(f"samples: num={num} must be at least 1")
+    at_least(1, num=num)
     if labels is None:
         labels = jnp.arange(num) * (prior.num_classes or 1) // num
     check_labels(prior, labels)

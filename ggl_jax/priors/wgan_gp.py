@@ -10,15 +10,15 @@ business of :mod:`ggl_jax.priors.training`.
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, NamedTuple, cast
+from typing import Annotated, Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from ggl_jax.errors import GGLError
 from ggl_jax.images import to_signed
 from ggl_jax.priors.dcgan import IMAGE_SHAPE, Critic, Generator
+from ggl_jax.spec import AtLeast, Count, Number, Positive, Share, check, options_of
 
 
 @dataclass(frozen=True)
@@ -28,54 +28,41 @@ class Config:
     The published code trains with width 128, learning rate 1e-4, 5 critic steps, for 100 epochs.
     """
 
-    width: int = 64
+    width: Count = 64
     """Channels before the generator's last layer and after the critic's first, at least 1 (the
     published code: 128)."""
-    latent_dim: int = 128
+    latent_dim: Count = 128
     """Size of the latent vector, at least 1."""
-    batch_size: int = 64
+    batch_size: Annotated[int, AtLeast(2)] = 64
     """Images per critic and generator update, at least 2."""
-    critic_steps: int = 5
+    critic_steps: Count = 5
     """Critic updates for each generator update, at least 1."""
-    penalty: float = 10.0
+    penalty: Annotated[float, AtLeast(0.0)] = 10.0
     """Weight of the gradient penalty, at least 0."""
-    learning_rate: float = 1e-4
+    learning_rate: Positive = 1e-4
     """Step size of both Adams, above 0."""
-    beta1: float = 0.5
+    beta1: Share = 0.5
     """Adam's decay rate of the mean gradient, in [0, 1)."""
-    beta2: float = 0.999
+    beta2: Share = 0.999
     """Adam's decay rate of the squared gradient, in [0, 1)."""
-    ema_decay: float = 0.999
+    ema_decay: Share = 0.999
     """Decay of the average of the generator's weights that is exported, in [0, 1). Early in
     training it is lowered to (1 + step) / (10 + step), so that the random start is forgotten."""
-    steps: int = 20_000
+    steps: Number = 20_000
     """Generator updates. The only option that may change when a run is resumed."""
-    seed: int = 0
+    seed: Number = 0
     """Seed of the weights, the batches and the held-out images."""
-    holdout: int = 256
+    holdout: Number = 256
     """Images of the first file to keep out of training, at least 0."""
     flips: bool = True
     """Mirror each real image with probability 1/2."""
-    num_classes: int | None = None
+    num_classes: Count | None = None
     """Classes of a class-conditional prior, at least 1: generator and critic then see the labels,
     and real and fake images of a batch have the same ones. None for an unconditional prior."""
 
     def __post_init__(self):
-        limits = {
-            **dict.fromkeys(("width", "latent_dim", "critic_steps"), (1, None)),
-            **dict.fromkeys(("penalty", "steps", "seed", "holdout"), (0, None)),
-            **dict.fromkeys(("beta1", "beta2", "ema_decay"), (0, 1)),
-            "batch_size": (2, None),
-        }
-        for name, (low, high) in limits.items():
-            value = getattr(self, name)
-            if not value >= low or (high is not None and value >= high):
-                upper = "" if high is None else f" and below {high}"
-                raise GGLError(f"train-prior: {name}={value} must be at least {low}{upper}")
-        if self.num_classes is not None and self.num_classes < 1:
-            raise GGLError(f"train-prior: num_classes={self.num_classes} must be at least 1")
-        if not 0 < self.learning_rate < float("inf"):
-            raise GGLError(f"train-prior: learning_rate={self.learning_rate} must be above 0")
+        for name, hint in options_of(type(self)).items():
+            check(f"train-prior: {name}", getattr(self, name), hint)
 
 
 class TrainState(NamedTuple):
