@@ -13,7 +13,6 @@ from scipy import stats
 
 from ggl_jax import checkpoint
 from ggl_jax.cli import run
-from ggl_jax.client.networks import resnet18_from_torch
 from ggl_jax.errors import GGLError
 from ggl_jax.images import area_resize, from_signed
 from ggl_jax.priors import BIGGAN_DEEP, BigGANConfig, biggan_deep, convolutional, load_prior
@@ -422,12 +421,6 @@ def test_bad_layers():
         convolutional([fc, image | out], latent_dim=0)
     with pytest.raises(GGLError, match=r"missing: a\.bias; misshapen: a\.weight \[4, 12\]"):
         convolutional_from_torch({"a.weight": np.zeros((4, 12))}, [fc, image | out], latent_dim=4)
-
-
-def test_resnet18_from_a_file(tmp_path):
-    np.savez(tmp_path / "a.npz", **{"conv1.weight": np.zeros((64, 3, 3, 3))})
-    with pytest.raises(GGLError, match=r"missing: bn1\.running_mean"):
-        resnet18_from_torch(tmp_path / "a.npz")
 
 
 # --- the command ------------------------------------------------------------------------------

@@ -4,16 +4,13 @@ Each maps images [b h w c] in [-1, 1] to logits [b k]; :mod:`ggl_jax.client.mode
 them.
 """
 
-import functools
 import math
-import os
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import linen as nn
 
 from ggl_jax import foreign
@@ -405,12 +402,6 @@ def torch_layout(variables: PyTree) -> dict[str, foreign.Tensor]:
     return layout
 
 
-@functools.cache
-def _resnet18_shapes(stem: str, channels: int, num_classes: int) -> PyTree:
-    image = jax.ShapeDtypeStruct((1, 32, 32, channels), jnp.float32)
-    return jax.eval_shape(ResNet18(num_classes, stem).init, jax.random.key(0), image)
-
-
 def torchvision_names(state_dict: Mapping[str, Any]) -> dict[str, Any]:
     """The arrays of a CIFAR ResNet-18 (``shortcut``, ``linear``) under torchvision's names.
 
@@ -426,31 +417,3 @@ def torchvision_names(state_dict: Mapping[str, Any]) -> dict[str, Any]:
             raise GGLError(f"state_dict: {key} is there twice, under two names")
         arrays[name] = value
     return arrays
-
-
-def resnet18_from_torch(state_dict: Mapping[str, Any] | str | os.PathLike) -> PyTree:
-    """Variables of :class:`ResNet18` from the state dict of a PyTorch ResNet-18.
-
-    Args:
-        state_dict: names to arrays (anything ``numpy.asarray`` takes), or a file of them
-            (``.pth``, ``.safetensors``, ..., see :func:`ggl_jax.foreign.read`). Both usual namings
-            are understood: torchvision's (``layer2.0.downsample.0.weight``, ``fc.weight``) and
-            that of the CIFAR network (``layer2.0.shortcut.0.weight``, ``linear.weight``).
-            ``num_batches_tracked`` counters are ignored. The stem, the input channels and the
-            number of classes follow from the shapes.
-
-    Returns:
-        ``{"params": ..., "batch_stats": ...}`` in float32, for
-        ``resnet18(num_classes, image_shape, stem=...)`` with the fitting stem.
-
-    Raises:
-        GGLError: the file cannot be read; or names are missing, unknown or given twice, or shapes
-            are not those of a ResNet-18; the message names them.
-    """
-    arrays = torchvision_names(foreign.read_or_take(state_dict))
-    stem, classifier = (np.shape(arrays.get(name, 0)) for name in ("conv1.weight", "fc.weight"))
-    channels, size = stem[1:3] if len(stem) == 4 and stem[2] in (3, 7) else (3, 3)
-    num_classes = classifier[0] if len(classifier) == 2 else 2
-    shapes = _resnet18_shapes("cifar" if size == 3 else "imagenet", channels, num_classes)
-    tree = foreign.convert(arrays, torch_layout(shapes), what="a ResNet-18")
-    return jax.tree.map(jnp.asarray, tree)
