@@ -94,17 +94,29 @@ def make_bank(
             left -= sizes[leaf]
     kept.sort()
     of = _gradients(model, tuple(kept), simulate)
-    gradients = [np.empty((num, sizes[leaf]), ml_dtypes.bfloat16) for leaf in kept]
+    # As bits: NumPy copies types that it does not know entry by entry.
+    bits = [np.empty((num, sizes[leaf]), np.uint16) for leaf in kept]
     norms = np.empty((num, len(sizes)), np.float32)
     at_once = 1 if jax.default_backend() == "cpu" else 32
     labels = np.full((at_once, 1), label, np.int32)
+
+    def keep(chosen, found):
+        for all_of, some in zip(bits, found[0], strict=True):
+            all_of[chosen] = np.asarray(some).view(np.uint16)
+        norms[chosen] = found[1]
+        if progress is not None:
+            progress((chosen[-1] + 1) / num)
+
+    pending = None  # what is computed while the samples before it are copied
     for first in range(0, num, at_once):
         chosen = np.arange(first, first + at_once).clip(max=num - 1)
-        found, norms[chosen] = of(variables, images[chosen], labels, estimated)
-        for all_of, some in zip(gradients, found, strict=True):
-            all_of[chosen] = some
-        if progress is not None:
-            progress(min(1.0, (first + at_once) / num))
+        found = of(variables, images[chosen], labels, estimated)
+        if pending is not None:
+            keep(*pending)
+        pending = chosen, found
+    assert pending is not None
+    keep(*pending)
+    gradients = [x.view(ml_dtypes.bfloat16) for x in bits]
     kernels = [_product(g, g) for g in gradients]
     return Bank(images.reshape(num, -1), tuple(kept), gradients, kernels, norms)
 
