@@ -241,11 +241,11 @@ def test_a_torchvision_files_classifier_is_known(random_weights):
         ),
         (
             {"features.0.bias": np.full(64, np.nan, np.float32)},
-            r"features\.0\.bias is not of finite",
+            r"features\.0\.bias of lpips-squeeze is not of finite",
         ),
         (
             {"features.0.bias": np.ones(64, np.complex64)},
-            r"features\.0\.bias is not of finite real",
+            r"features\.0\.bias of lpips-squeeze is not of finite real",
         ),
     ],
 )

@@ -48,7 +48,8 @@ def test_the_adversary_imports_nothing_private(path):
 
 def test_what_crosses_cannot_hold_the_private_batch():
     assert Shared._fields == ("update", "statistics")
-    assert Public._fields == ("model", "variables", "prior", "prior_params")
+    # "expected" is drawn from the prior.
+    assert Public._fields == ("model", "variables", "prior", "prior_params", "expected")
     known = {"observed", "variables", "prior_params", "labels", "estimated", "noise", "statistics"}
     assert set(Problem._fields) == known | {"guess"}  # read off the update with public samples
     for function in (reconstruct, prepare, make_stages, estimate, gx.infer_labels):
