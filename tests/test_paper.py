@@ -457,7 +457,14 @@ def test_reproduce_end_to_end(inputs, tmp_path, capsys, monkeypatch):
     assert (out / "results.jsonl").read_text() == before
     capsys.readouterr()
     assert run([*command, "--seed", "1"]) == 2
-    assert "seed" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "seed: 0 -> 1" in told
+    assert "--extend" in told
+    # Fewer seeds, in the same folder: nothing is repeated, and only what was asked for is shown.
+    assert run([*command, "--seeds", "1", "--extend"]) == 0
+    after = (out / "results.jsonl").read_text()
+    assert sorted(after.splitlines()) == sorted(before.splitlines())
+    assert f"| {psnrs[0]:.2f} (13.6965 ± 0.2593)" in (out / "table.md").read_text()
 
 
 def test_imagenet_half_end_to_end(inputs, tmp_path, monkeypatch):

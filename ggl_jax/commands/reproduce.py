@@ -58,6 +58,8 @@ class ReproduceCommand:
     """Seed of the model's weights, the noise and the searches."""
     out: Path | None = None
     """Folder for the results; by default ggl-EXPERIMENT-HALF-SCALE here."""
+    extend: bool = False
+    """Go on in a folder of other images, seeds or options: what is finished there stays."""
 
 
 def run(command: ReproduceCommand, argv: list[str]) -> int:
@@ -83,7 +85,7 @@ def run(command: ReproduceCommand, argv: list[str]) -> int:
             f"images: got {chosen.images}, but {chosen.data} has {found}; give --images {found} "
             "or other --data"
         )
-    options = {k: v for k, v in dataclasses.asdict(chosen).items() if k != "out"}
+    options = {k: v for k, v in dataclasses.asdict(chosen).items() if k not in ("out", "extend")}
     judge = Judge(chosen.num_controls, chosen.ceiling_steps, chosen.lpips)
     given = Inputs(**inputs.given(judge, Speed(), about=about(argv)))
     cells = _cells(runs, given)
@@ -93,13 +95,17 @@ def run(command: ReproduceCommand, argv: list[str]) -> int:
     )
     with AuditBar() as bar:
         config = cell_runs.config_of(cells, given, options)
-        done = cell_runs.run(cells, given, chosen.out, config=config, progress=bar)
+        done = cell_runs.run(
+            cells, given, chosen.out, config=config, extend=chosen.extend, progress=bar
+        )
     for cell, reason in done.failures.items():
         say(f"failed: {done.records.cells[cell]}: {reason}")
+    wanted = {cell.id for cell in cells}
+    ours = done.records._replace(rows=[r for r in done.records.rows if r["cell"] in wanted])
     results = {
         one: result
         for one in runs
-        if (result := cell_runs.result_of(done.records, given, search=one.name, seed=one.seed)).rows
+        if (result := cell_runs.result_of(ours, given, search=one.name, seed=one.seed)).rows
     }
     if results:
         _write(chosen, experiment, results, inputs, given)
