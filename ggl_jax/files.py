@@ -6,10 +6,10 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import jax
 import numpy as np
@@ -175,8 +175,8 @@ def sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all, and sync it.
+def write_by(path: Path, write: Callable[[BinaryIO], Any]) -> None:
+    """Write a file whole or not at all, by a function of it, and sync it.
 
     Raises:
         StorageError: the disk is full or not writable.
@@ -184,7 +184,7 @@ def write_bytes(path: Path, content: bytes) -> None:
     partial = path.with_name(path.name + ".part")
     try:
         with partial.open("wb") as file:
-            file.write(content)
+            write(file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
@@ -193,6 +193,11 @@ def write_bytes(path: Path, content: bytes) -> None:
         with contextlib.suppress(OSError):
             partial.unlink()
         raise storage_error(path, error) from error
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """:func:`write_by` of bytes."""
+    write_by(path, lambda file: file.write(content))
 
 
 def write_text(path: Path, text: str) -> None:

@@ -108,7 +108,8 @@ class Search:
     coordinates of what the bank leaves uncertain."""
     bank: Number = 0
     """Samples of the prior from whose gradients images are read by regression, at least 2; 0 for
-    none. It is computed once for all images, defenses and seeds of one model and label."""
+    none. It is computed once for all images, defenses and searches of one model, its weights and a
+    label, and kept on disk."""
     labels: Literal["inferred", "smallest", "searched"] = "inferred"
     """Whether labels are read off the update (inferred: counts of each class; smallest, the
     published code's: the classes of smallest row sums, each once), or searched with the images."""

@@ -15,6 +15,7 @@ al., "Learning to Invert: Simple Adaptive Attacks for Gradient Inversion in Fede
 import functools
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -23,9 +24,12 @@ import ml_dtypes
 import numpy as np
 from scipy.linalg import helmert, qr
 
+from ggl_jax import cache, machine
 from ggl_jax.adversary.matching import fused, layers
 from ggl_jax.adversary.matching.program import trace
 from ggl_jax.client.local import shares_gradient
+from ggl_jax.files import digest
+from ggl_jax.gate.trying import calls_back, program
 from ggl_jax.priors.samples import samples
 from ggl_jax.spec import Client
 from ggl_jax.types import Factored, Guess, Model, Prior, Problem, Public, PyTree, View
@@ -85,19 +89,12 @@ def make_bank(
     """
     model, variables, prior, prior_params, _ = public
     images = np.asarray(samples(prior, prior_params, key, num, labels=label)).clip(0.0, 1.0)
-    sizes = [math.prod(x.shape) for x in jax.tree.leaves(variables["params"])]
-    kept: list[int] = []
-    left = BANK_BYTES / (2 * num)
-    for leaf in sorted(range(len(sizes)), key=lambda leaf: sizes[leaf]):
-        if sizes[leaf] <= left:
-            kept.append(leaf)
-            left -= sizes[leaf]
-    kept.sort()
-    of = _gradients(model, tuple(kept), simulate)
+    sizes, kept = _kept(variables, num)
+    of = _gradients(model, kept, simulate)
     # As bits: NumPy copies types that it does not know entry by entry.
     bits = [np.empty((num, sizes[leaf]), np.uint16) for leaf in kept]
     norms = np.empty((num, len(sizes)), np.float32)
-    at_once = 1 if jax.default_backend() == "cpu" else 32
+    at_once = _at_once()
     labels = np.full((at_once, 1), label, np.int32)
 
     def keep(chosen, found):
@@ -118,7 +115,24 @@ def make_bank(
     keep(*pending)
     gradients = [x.view(ml_dtypes.bfloat16) for x in bits]
     kernels = [_product(g, g) for g in gradients]
-    return Bank(images.reshape(num, -1), tuple(kept), gradients, kernels, norms)
+    return Bank(images.reshape(num, -1), kept, gradients, kernels, norms)
+
+
+def _kept(variables: PyTree, num: int) -> tuple[list[int], tuple[int, ...]]:
+    """Entries of each tensor, and the numbers of those whose gradients fit into memory."""
+    sizes = [math.prod(x.shape) for x in jax.tree.leaves(variables["params"])]
+    kept: list[int] = []
+    left = BANK_BYTES / (2 * num)
+    for leaf in sorted(range(len(sizes)), key=lambda leaf: sizes[leaf]):
+        if sizes[leaf] <= left:
+            kept.append(leaf)
+            left -= sizes[leaf]
+    return sizes, tuple(sorted(kept))
+
+
+def _at_once() -> int:
+    """Samples whose gradients are computed in one program."""
+    return 1 if jax.default_backend() == "cpu" else 32
 
 
 @functools.lru_cache(maxsize=8)
@@ -363,15 +377,60 @@ _MOST_BANKS = 2
 def bank_of(
     public: Public, label: int, num: int, progress: Callable[[float], None] | None = None
 ) -> Bank:
-    """The bank of a model and label; the same one in the whole process, for every update."""
+    """The bank of a model and label; the same one for every update, and for other processes, too,
+    where :mod:`ggl_jax.cache` keeps it.
+    """
     parts = (public.variables, public.prior_params)
     name = (public.model, public.prior, *map(id, parts), label, num)
     if name not in _BANKS:
         while len(_BANKS) >= _MOST_BANKS:
             del _BANKS[next(iter(_BANKS))]
+        content, bank = _content(public, label, num), None
+        if content is not None:
+            bank = cache.load(content, _shapes(public, num))
+        if bank is None:
+            bank = make_bank(public, label, num, jax.random.key(num), progress)
+            if content is not None:
+                cache.keep(content, bank._replace(kept=()))
         # What is public stays alive beside it, so that no other gets its identity.
-        _BANKS[name] = public, make_bank(public, label, num, jax.random.key(num), progress)
+        _BANKS[name] = public, bank._replace(kept=_kept(public.variables, num)[1])
     return _BANKS[name][1]
+
+
+def _content(public: Public, label: int, num: int) -> str | None:
+    """A digest of all that a bank depends on; None where nothing is kept, or nothing can tell."""
+    if cache.folder() is None:
+        return None
+    model, variables, prior, prior_params, _ = public
+    images = jax.ShapeDtypeStruct((_at_once(), *model.image_shape), np.float32)
+    labels = jax.ShapeDtypeStruct((_at_once(), 1), np.int32)
+    compute = _gradients(model, _kept(variables, num)[1], None)
+    draw = functools.partial(samples, prior, num=num, labels=label)
+    programs = [
+        program(compute, variables, images, labels, None)[:2],
+        program(draw, prior_params, jax.random.key(num))[:2],
+    ]
+    if any(calls_back(text) for text, _ in programs):
+        return None
+    device = machine.cpu_name(), jax.devices()[0].device_kind
+    made_by = [jax.__version__, machine.settings(), device, Path(__file__).read_bytes()]
+    return digest(programs, variables, prior_params, label, num, made_by)
+
+
+def _shapes(public: Public, num: int) -> Bank:
+    """A bank's shapes and types, without the tensors' numbers."""
+    sizes, kept = _kept(public.variables, num)
+
+    def array(columns, dtype=np.float32):
+        return jax.ShapeDtypeStruct((num, columns), dtype)
+
+    return Bank(
+        images=array(math.prod(public.model.image_shape)),
+        kept=(),
+        gradients=[array(sizes[leaf], ml_dtypes.bfloat16) for leaf in kept],
+        kernels=[array(num) for _ in kept],
+        sq_norms=array(len(sizes)),
+    )
 
 
 def rank_of(prior: Prior, num: int) -> int:

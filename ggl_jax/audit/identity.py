@@ -17,7 +17,7 @@ from ggl_jax.client.gradients import local_update
 from ggl_jax.errors import GGLError
 from ggl_jax.files import digest
 from ggl_jax.gate.parts import problem_shapes
-from ggl_jax.gate.trying import program, reason
+from ggl_jax.gate.trying import calls_back, program, reason
 from ggl_jax.types import Context, Defense, Model, Prior, PyTree, View
 
 _REGISTRIES: tuple[Any, ...] = (ATTACKS, DEFENSES, DISTANCES, OPTIMIZERS, REGULARIZERS)
@@ -45,7 +45,7 @@ def traced(what: str, function: Callable, *arguments: Any) -> tuple[str, Any]:
             f"{what}: cannot be traced ({reason(error)}), so a folder of results could not "
             "tell it from another one; write it in JAX, or leave out the folder"
         ) from error
-    if re.search(r"\b(pure|io)_callback\[", text):
+    if calls_back(text):
         raise GGLError(
             f"{what}: calls back into Python, so a folder of results could not tell it from "
             "another one; write it in JAX, or leave out the folder"

@@ -96,6 +96,11 @@ def program(function: Callable, *arguments: Any) -> tuple[str, list[Any], Any]:
     return re.sub(r" at 0x[0-9a-f]+", "", str(traced)), list(_constants(traced)), result
 
 
+def calls_back(text: str) -> bool:
+    """Whether a program's text calls back into Python, so that it does not tell what it does."""
+    return re.search(r"\b(pure|io)_callback\[", text) is not None
+
+
 def _constants(traced: Any) -> Iterator[Any]:
     """The arrays that a traced program holds, those of its inner programs as well."""
     if isinstance(traced, ClosedJaxpr):
