@@ -157,11 +157,12 @@ class Search:
     combine: Literal["best", "mean", "auto"] = "best"
     """What the result is: best (the restart of lowest loss), mean (the mean image of all restarts),
     or auto (mean where noise was added, else best)."""
-    refine: Literal["none", "pixels", "auto"] = "none"
-    """Go on from the result in pixel space: none, pixels, or auto (pixels, unless the defense adds
-    noise, which pixels would fit)."""
+    refine: Literal["none", "pixels", "generator", "auto"] = "none"
+    """What becomes of the result: none, pixels (the search goes on there), generator (the mean of
+    the generator's fits to it), or auto (pixels, unless the defense adds noise, which pixels would
+    fit; then generator after a search of whitened pixels)."""
     refine_steps: Count = 300
-    """Steps of the refinement."""
+    """Steps of the refinement in pixels."""
 
 
 @dataclasses.dataclass(frozen=True)

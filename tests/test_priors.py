@@ -22,11 +22,13 @@ from ggl_jax.priors import (
     fit_latents,
     load_prior,
     pixels,
+    project,
     samples,
     training,
     wgan_gp,
 )
 from ggl_jax.priors.dcgan import Critic, Generator, StridedConv, from_torch
+from ggl_jax.priors.gaussian import gaussian
 from ggl_jax.priors.holdout import holdout_split
 from ggl_jax.priors.pixels import pixels_of
 from ggl_jax.priors.wgan_gp import Config
@@ -544,6 +546,27 @@ def test_fit_treats_images_alone_and_keeps_the_best():
     wild = {**settings, "steps": 1, "learning_rate": 100.0}
     _, _, psnr = fit_latents(prior, {}, images, jax.random.key(1), **wild)
     np.testing.assert_allclose(psnr, -10 * jnp.log10(nearest), rtol=1e-5)
+
+
+def test_projection_is_the_nearest_image_of_a_linear_prior():
+    """Least squares, in closed form, with every restart at the same place; rows apart."""
+    prior = gaussian((4, 4, 1), 3)
+    columns = jnp.asarray(np.random.default_rng(0).normal(size=(3, 16)) * 0.05, jnp.float32)
+    linear = prior._replace(
+        apply=lambda params, z, labels: (0.5 + z @ columns).reshape(-1, 4, 4, 1),
+        sample_latent=lambda key, num: jax.random.normal(key, (num, 3)),
+    )
+    images = jax.random.uniform(jax.random.key(0), (2, 4, 4, 1))
+    found = project(linear, {}, images, jax.random.key(1), steps=300, num_candidates=64)
+    flat = np.asarray(images).reshape(2, 16) - 0.5
+    weights = np.linalg.lstsq(columns.T, flat.T, rcond=None)[0]
+    np.testing.assert_allclose(found.reshape(2, 16), 0.5 + weights.T @ columns, atol=2e-3)
+    # A single step: the mean over the restarts of the samples nearest to the image.
+    start = project(linear, {}, images, jax.random.key(1), restarts=4, steps=1, num_candidates=64)
+    pool = linear.apply({}, linear.sample_latent(jax.random.key(1), 64), None)
+    distances = jnp.sum((pool[None] - images[:, None]) ** 2, axis=(2, 3, 4))
+    nearest = pool[jnp.argsort(distances, axis=1)[:, :4]].mean(1)
+    np.testing.assert_allclose(start, nearest, atol=0.02)
 
 
 def test_fit_refuses_bad_arguments():

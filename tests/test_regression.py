@@ -11,6 +11,7 @@ from ggl_jax.adversary import regression, stages
 from ggl_jax.adversary.matching.factored import FACTORED, as_data
 from ggl_jax.adversary.regression import Bank, regress
 from ggl_jax.adversary.search import _compiled
+from ggl_jax.priors import project
 from ggl_jax.types import Factored, Guess
 
 NUM, PIXELS, SIZES = 24, 6, (5, 40)
@@ -183,6 +184,28 @@ def test_map_gets_nearer_than_what_it_starts_from(public, defense):
     # Predicted from the bank alone, before the private image is looked at.
     predicted = found["regression"].search["predicted_rmse"] ** 2
     assert 0.3 < errors["regression"] / predicted < 3
+
+
+def test_under_noise_the_prior_fits_what_was_found(public):
+    """``auto``: without noise pixels, with noise the generator's fits; each where asked for."""
+    for defense, refine in [("none", "generator"), ("noise:0.001", "auto")]:
+        _, sent, defended = shared_sample(public, defense)
+        plain, one = (
+            reconstructed(public, sent, defended.view, "map", refine=how, steps=3)
+            for how in ("none", refine)
+        )
+        assert [plain.search["denoised"], one.search["denoised"]] == [False, True]
+        assert not one.search["refined"]
+        images = project(public.prior, public.prior_params, plain.images, jax.random.key(0))
+        assert np.abs(images - plain.images).max() > 0.01
+        np.testing.assert_allclose(one.images, images, atol=1e-6)
+    _, sent, defended = shared_sample(public, "none")
+    one = reconstructed(public, sent, defended.view, "map", steps=3, refine_steps=2)
+    assert [one.search["refined"], one.search["denoised"]] == [True, False]
+    # What is within the generator already is left there.
+    defended = gx.parse("noise:0.1")
+    assert not stages.denoises(gx.search_of("quick", "ggl"), defended.view)
+    assert not stages.denoises(gx.search_of("quick", "regression"), defended.view)
 
 
 @pytest.mark.parametrize(

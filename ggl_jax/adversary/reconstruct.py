@@ -21,7 +21,7 @@ from ggl_jax.adversary.matching.factored import FACTORED, as_data
 from ggl_jax.adversary.regression import read
 from ggl_jax.adversary.resume import Checkpoints
 from ggl_jax.adversary.search import Stage, run_stages
-from ggl_jax.adversary.stages import combines, make_stages, refines, result_images
+from ggl_jax.adversary.stages import combines, denoises, make_stages, refines, result_images
 from ggl_jax.client.local import gradients_summed
 from ggl_jax.spec import Client, Search, Speed, replace
 from ggl_jax.types import Attack, Model, Prior, Problem, Public, PyTree, Shared, View
@@ -41,8 +41,8 @@ class Reconstruction(NamedTuple):
         status: one of ``ggl_jax.types.OK``, ``NONFINITE``, ``STALLED``.
         seconds: wall-clock time of the search, shared evenly by those of its batch.
         search: whether it was "adaptive", its "optimizer" and "bound", and whether the result is
-            the restarts' mean ("combined") and was refined in pixels ("refined", in the last
-            "refinement_steps").
+            the restarts' mean ("combined"), was refined in pixels ("refined", in the last
+            "refinement_steps"), and is the generator's fit ("denoised").
         point: [p], the result in the space that the search's last stage searched.
         attack: of that stage.
         problem: what the search worked on.
@@ -111,6 +111,7 @@ def prepare(
             "combined": combines(search, view),
             "refined": refined,
             "refinement_steps": stages[-1].steps if refined else 0,
+            "denoised": denoises(search, view),
         },
     )
 
@@ -240,7 +241,7 @@ def reconstruct(
         checkpoints=checkpoints,
         callback=lambda done, losses: report("search", done / steps, float(jnp.mean(losses))),
     )
-    images = result_images(search, view, outcome)
+    images = result_images(search, view, outcome, public)
     seconds = (time.perf_counter() - began) / len(problems)
     return [
         Reconstruction(

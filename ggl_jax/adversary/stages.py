@@ -16,9 +16,10 @@ from ggl_jax.adversary.search import SearchResult, Stage
 from ggl_jax.client.local import check_client, gradients_summed, shares_gradient
 from ggl_jax.errors import GGLError
 from ggl_jax.images import assign
+from ggl_jax.priors.ceiling import project
 from ggl_jax.priors.pixels import pixels_of
 from ggl_jax.spec import Client, Search, Speed, checked, replace
-from ggl_jax.types import Candidates, Model, Prior, Problem, View
+from ggl_jax.types import Candidates, Model, Prior, Problem, Public, View
 
 
 def combines(search: Search, view: View) -> bool:
@@ -36,6 +37,16 @@ def refines(search: Search, view: View) -> bool:
     return search.refine == "pixels" or (search.refine == "auto" and not view.adds_noise)
 
 
+def denoises(search: Search, view: View) -> bool:
+    """Whether the result is what of it looks like the generator's images.
+
+    Under noise that takes off what no likelihood tells from the image; searches of latents are
+    within the generator anyway.
+    """
+    noisy = view.adds_noise and search.space == "whitened"
+    return search.refine == "generator" or (search.refine == "auto" and noisy)
+
+
 def make_stages(
     search: Search,
     model: Model,
@@ -51,7 +62,8 @@ def make_stages(
     First the attack itself. Then, with ``search.finalists`` = f > 0, the f best of its restarts go
     on by Adam for ``final_steps`` (unless all restarts are to be combined). Then, with
     ``search.refine`` "pixels" (or "auto", unless the defense adds noise, which pixels would fit),
-    the best, or the mean, is refined in pixels.
+    the best, or the mean, is refined in pixels. (Its fit by the generator is no stage of the
+    search: :func:`result_images`.)
 
     Args:
         search: see :class:`ggl_jax.spec.Search`.
@@ -205,15 +217,24 @@ def _in_one_order(images: np.ndarray, labels: np.ndarray) -> np.ndarray:
     return ordered
 
 
-def result_images(search: Search, view: View, outcome: SearchResult) -> np.ndarray:
+def result_images(search: Search, view: View, outcome: SearchResult, public: Public) -> np.ndarray:
     """What the adversary ends up with, [i b h w c] in [0, 1]: the best restart, or their mean.
 
     Args:
-        search: its options.
+        search: its options; they say whether that is fitted by the generator at the end.
         view: the server's side of the client's defense.
         outcome: from :func:`ggl_jax.adversary.search.run_stages`.
+        public: whose prior fits.
     """
     # a refinement starts from the mean by itself
     mean = combines(search, view) and not refines(search, view)
-    images = mean_image(outcome.candidates) if mean else outcome.images
-    return np.clip(np.asarray(images), 0.0, 1.0)
+    found = mean_image(outcome.candidates) if mean else outcome.images
+    images = np.clip(np.asarray(found), 0.0, 1.0)
+    if not denoises(search, view):
+        return images
+    fitted = project(
+        *(public.prior, public.prior_params, images.reshape(-1, *images.shape[-3:])),
+        jax.random.key(0),  # the same samples for all: what is found does not depend on the batch
+        labels=None if public.prior.num_classes is None else outcome.labels.reshape(-1),
+    )
+    return np.asarray(fitted).reshape(images.shape)

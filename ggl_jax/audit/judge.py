@@ -83,6 +83,7 @@ def judge(
         "combined": found.search["combined"],
         "refined": found.search["refined"],
         "refinement_steps": found.search["refinement_steps"],
+        "denoised": found.search["denoised"],
         # of the regression before the search, from the bank alone; None where there was none
         "predicted_rmse": found.search.get("predicted_rmse"),
         "evaluations": found.evaluations,

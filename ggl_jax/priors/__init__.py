@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from ggl_jax import checkpoint
 from ggl_jax.errors import GGLError
 from ggl_jax.priors.biggan import BIGGAN_DEEP, BigGANConfig, biggan_deep
-from ggl_jax.priors.ceiling import fit_latents
+from ggl_jax.priors.ceiling import fit_latents, project
 from ggl_jax.priors.convolutional import convolutional
 from ggl_jax.priors.dcgan import Critic, Generator, dcgan
 from ggl_jax.priors.importing import GENERATORS, import_prior
@@ -79,6 +79,7 @@ __all__ = [
     "import_prior",
     "load_prior",
     "pixels",
+    "project",
     "samples",
     "save_grid",
 ]

@@ -1,7 +1,8 @@
 """The prior's ceiling: how close a prior can come to an image when shown the image itself.
 
-Audit side only: it takes the private image. No attack that searches this prior's latent space
-can be expected to do better, so leakage is judged against it.
+Shown the private image, on the audit's side, it is what no attack that searches this prior's latent
+space can be expected to pass, so leakage is judged against it. Shown what an attack found, it
+leaves what the prior has images like (:func:`project`).
 """
 
 import math
@@ -147,6 +148,45 @@ def fit_latents(
         GGLError: images of another shape than the prior's, a label that it does not know, or a
             setting out of its range.
     """
+    found, errors, labels = _fits(
+        prior, params, images, key, restarts, steps, learning_rate, num_candidates, labels
+    )
+    best = jnp.argmin(errors, axis=1)
+    latents = jnp.take_along_axis(found, best[:, None, None], axis=1)[:, 0]
+    fitted = jnp.concatenate(decode_each(prior, params, latents, labels, lambda x, _: x))
+    return latents, fitted, _psnr(fitted, jnp.asarray(images, jnp.float32))
+
+
+def project(
+    prior: Prior,
+    params,
+    images,
+    key,
+    *,
+    restarts: int = 8,
+    steps: int = 100,
+    num_candidates: int = 1024,
+    labels=None,
+) -> jax.Array:
+    """What of images looks like the prior: the mean image of several fits of its latents.
+
+    Where an image is uncertain (an attack's, under noise), every fit leaves out what the generator
+    cannot draw, and their mean what they do not agree on. Arguments and errors as for
+    :func:`fit_latents`, which explains the fits.
+
+    Returns:
+        [n h w c], float32.
+    """
+    found, _, labels = _fits(
+        prior, params, images, key, restarts, steps, 0.1, num_candidates, labels
+    )
+    rows = found.reshape(-1, found.shape[-1])
+    fitted = decode_each(prior, params, rows, jnp.repeat(labels, restarts), lambda x, _: x)
+    return jnp.concatenate(fitted).reshape(found.shape[:2] + tuple(prior.image_shape)).mean(1)
+
+
+def _fits(prior: Prior, params, images, key, restarts, steps, learning_rate, num, labels):
+    """Every restart's latents [n r z] and errors [n r], and the labels [n] that they go by."""
     images = jnp.asarray(images, jnp.float32)
     if images.ndim != 4 or images.shape[1:] != tuple(prior.image_shape) or not len(images):
         raise GGLError(
@@ -154,12 +194,12 @@ def fit_latents(
             f"{['n', *prior.image_shape]} with n at least 1"
         )
     at_least(1, restarts=restarts, steps=steps)
-    at_least(restarts, num_candidates=num_candidates)
+    at_least(restarts, num_candidates=num)
     check("learning_rate", learning_rate, Positive)
     if labels is not None:
         labels = jnp.asarray(labels, jnp.int32)
         check_labels(prior, labels)
-    starts = _start(prior, params, images, labels, key, num=num_candidates, restarts=restarts)
+    starts = _start(prior, params, images, labels, key, num=num, restarts=restarts)
     labels = jnp.zeros(len(images), jnp.int32) if labels is None else labels
     rows = starts.reshape(-1, starts.shape[-1])
     owners = jnp.repeat(jnp.arange(len(images)), restarts)
@@ -185,7 +225,4 @@ def fit_latents(
         jnp.concatenate(x)[: len(rows)].reshape(starts.shape[:2] + x[0].shape[1:])
         for x in zip(*parts, strict=True)
     )
-    best = jnp.argmin(errors, axis=1)
-    latents = jnp.take_along_axis(found, best[:, None, None], axis=1)[:, 0]
-    fitted = jnp.concatenate(decode_each(prior, params, latents, labels, lambda x, _: x))
-    return latents, fitted, _psnr(fitted, images)
+    return found, errors, labels
