@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -143,6 +144,43 @@ def test_what_is_finished_stays_when_it_is_stopped(command, tmp_path, capsys, mo
     assert "Interrupted. Kept:" in capsys.readouterr().out
     assert sorted(p.name for p in (tmp_path / "m").glob("round-*")) == ["round-1"]
     assert json.loads((tmp_path / "m" / "training.json").read_text())["options"]["clients"] == 2
+
+
+def test_a_training_goes_on_where_it_was_stopped(command, data, tmp_path, capsys, monkeypatch):
+    """To the weights of one that was not stopped, bit by bit, without its first rounds."""
+    whole, begun = training.train, []
+
+    def stops(*given, state, **more):
+        begun.append(int(state.round))
+        for found in whole(*given, state=state, **more):
+            yield found
+            if int(found.round) == 7:
+                raise KeyboardInterrupt
+
+    options = ["--checkpoints", "2", "5", "12"]
+    monkeypatch.setattr(training, "train", stops)
+    assert command(*options) == 130
+    folder = tmp_path / "m"
+    assert sorted(path.name for path in folder.glob("round-*")) == ["round-2", "round-5"]
+    monkeypatch.setattr(
+        training, "train", lambda *a, **k: begun.append(int(k["state"].round)) or whole(*a, **k)
+    )
+    assert command(*options) == 0
+    assert begun == [0, 7]
+    assert not (folder / "unfinished").exists()
+    whole_one = tmp_path / "whole"
+    assert command(*options, "--out", str(whole_one)) == 0
+    for name in ("round-2", "round-5", "round-12"):
+        one, other = (checkpoint.load(at / name)[0] for at in (folder, whole_one))
+        jax.tree.map(np.testing.assert_array_equal, one, other)
+    # A finished one is not trained again; a checkpoint that is gone is made again.
+    assert command(*options) == 0
+    assert begun == [0, 7, 0]
+    shutil.rmtree(folder / "round-5")
+    assert command(*options) == 0
+    assert begun == [0, 7, 0, 0]
+    one, other = (checkpoint.load(at / "round-5")[0] for at in (folder, whole_one))
+    jax.tree.map(np.testing.assert_array_equal, one, other)
 
 
 @pytest.mark.parametrize(

@@ -1,17 +1,22 @@
 """Trains the federated model and keeps its weights at chosen rounds, to be audited.
 
 A folder holds ``training.json`` (what was asked for) and a checkpoint for each chosen round, such
-as ``round-20``, whose card says what it is (:mod:`ggl_jax.checkpoint`).
+as ``round-20``, whose card says what it is (:mod:`ggl_jax.checkpoint`); ``unfinished`` is the state
+that an interrupted training goes on from.
 """
 
 import dataclasses
+import itertools
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 from ggl_jax import checkpoint, files
+from ggl_jax.adversary.resume import Checkpoints, Saved
 from ggl_jax.audit import folder as folders
 from ggl_jax.audit import training
 from ggl_jax.audit.cells import MODEL_STREAM, admit
@@ -71,7 +76,8 @@ def train_model(
         images: [n h w c], float in [0, 1].
         labels: [n], integers.
         model: the federated model.
-        out: folder; checkpoints that an earlier call of the same arguments left there stay.
+        out: folder. What an earlier call of the same arguments left there stays, and the training
+            goes on from where that was interrupted, or from at most a minute before it was killed.
         defense: of every client.
         settings: of the training.
         variables: the first weights; None for those of an audit with the settings' seed.
@@ -101,8 +107,7 @@ def train_model(
     check_defense(parsed, model)
     client_defenses.check_local_steps(parsed, client)
     told = asked_for(about)
-    named = {"model": model.name, "defense": parsed.name}
-    options = {**dataclasses.asdict(settings), **named, **told}
+    options = {**dataclasses.asdict(settings), "model": model.name, "defense": parsed.name, **told}
     content = files.digest(images, labels, jax.tree.leaves(variables))[:12]
     config = {**(about or {}), "options": options, "inputs": {"data": content}}
     folder = Path(out)
@@ -110,18 +115,12 @@ def train_model(
     if variables is None:
         variables = jax.jit(model.init)(jax.random.fold_in(key, MODEL_STREAM))
     track = training.uses_batch_statistics(model, variables)
-    names = ("batch_size", "learning_rate", "momentum")
-    server = {name: getattr(settings, name) for name in names}
+    server = {n: getattr(settings, n) for n in ("batch_size", "learning_rate", "momentum")}
     made = training.federated(
         model, parsed, num_clients=settings.clients, client=client, track=track, **server
     )
     last = settings.checkpoints[-1]
-    # Between two checkpoints, for the progress.
-    stops = sorted({*settings.checkpoints, *range(0, last, max(1, last // 100))})
     train, test = ((images[at], labels[at]) for at in (train_at, test_at))
-    states = training.train(
-        made, jax.random.fold_in(key, TRAINING_STREAM), variables, *train, stops=stops
-    )
     card = {
         "kind": "federated model",
         **config,
@@ -136,21 +135,59 @@ def train_model(
     }
     with folders.lock(folder, "lock-training"):
         files.claim(folder, config, name=CONFIG)
-        for state in states:
-            done = int(state.round)
-            _check_finite(state)
-            if progress is not None:
-                ahead = next(stop for stop in settings.checkpoints if stop >= done)
-                progress(f"training, up to round {ahead}", 0, 1, done / max(last, 1), None)
-            if done not in settings.checkpoints:
-                continue
-            path = folder / f"round-{done}"
-            if not path.exists():
-                own = {"name": f"{model.name}-{path.name}", **card, "round": done}
-                for name, one in {"accuracy": model, "accuracy_in_eval": in_eval}.items():
-                    own[name] = one and training.accuracy(one, state.variables, *test)
-                checkpoint.save(path, state.variables, own)
-            yield path, checkpoint.load_card(path)
+        paths = {done: folder / f"round-{done}" for done in settings.checkpoints}
+        there = [*itertools.takewhile(lambda done: paths[done].exists(), paths)]
+        for done in there:
+            yield paths[done], checkpoint.load_card(paths[done])
+        if len(there) == len(paths):
+            return
+        unfinished = Checkpoints(folder / "unfinished", seconds=60.0)
+        identity = files.digest(options, content)
+        ahead = settings.checkpoints[len(there) :]
+        state = _latest(unfinished, identity, made.init(variables), ahead[0])
+        # Between two checkpoints, for the progress and for what is kept when it is stopped.
+        stops = sorted({*ahead, *range(int(state.round), last, max(1, last // 100))})
+        keys = jax.random.fold_in(key, TRAINING_STREAM)
+        try:
+            for latest in training.train(made, keys, variables, *train, stops=stops, state=state):
+                state, done = latest, int(latest.round)
+                _check_finite(state)
+                if progress is not None:
+                    to = next(stop for stop in ahead if stop >= done)
+                    progress(f"training, up to round {to}", 0, 1, done / max(last, 1), None)
+                if done in ahead:
+                    if not paths[done].exists():
+                        _write(paths[done], state, card, (model, in_eval), test)
+                    yield paths[done], checkpoint.load_card(paths[done])
+                elif unfinished.due(last=False):
+                    _keep(unfinished, identity, state)
+        except KeyboardInterrupt:
+            _keep(unfinished, identity, state)
+            raise
+        unfinished.clear()
+
+
+def _write(path: Path, state: training.TrainingState, card: dict[str, Any], models, test) -> None:
+    """A checkpoint of the weights, with the accuracy of both models on the test images."""
+    own = {"name": f"{models[0].name}-{path.name}", **card, "round": int(state.round)}
+    for name, one in zip(("accuracy", "accuracy_in_eval"), models, strict=True):
+        own[name] = one and training.accuracy(one, state.variables, *test)
+    checkpoint.save(path, state.variables, own)
+
+
+def _keep(unfinished: Checkpoints, identity: str, state: training.TrainingState) -> None:
+    nothing = np.zeros(1)  # a training has no losses to show
+    unfinished.save(identity, Saved(int(state.round), state, nothing, nothing))
+
+
+def _latest(
+    unfinished: Checkpoints, identity: str, start: training.TrainingState, most: int
+) -> training.TrainingState:
+    """Where a training goes on: not past the round of a checkpoint that is to be made."""
+    saved = unfinished.load(identity, start)
+    if saved is None or saved.done > most:
+        return start
+    return jax.tree.map(jnp.asarray, saved.state)
 
 
 def _check_finite(state: training.TrainingState) -> None:

@@ -203,6 +203,7 @@ def train(
     *,
     stops: Sequence[int],
     scan: bool | None = None,
+    state: TrainingState | None = None,
 ) -> Iterator[TrainingState]:
     """Train, and stop by after certain rounds.
 
@@ -215,12 +216,15 @@ def train(
         stops: the rounds after which the state is returned, in rising order; 0 is the start.
         scan: whether rounds run as one program. None: on accelerators, but not on CPUs, where XLA
             runs a convolution within a loop on a single thread. The results differ by rounding.
+        state: one that an earlier call gave, to go on from; None for the start.
 
     Yields:
         The state after each of them.
 
     Raises:
         GGLError: no or unordered stops, or another number of clients.
+
+    Edge cases: stops before the given state give that state.
     """
     at_least(0, **{f"stops[{place}]": stop for place, stop in enumerate(stops)})
     if not stops or list(stops) != sorted(set(stops)):
@@ -233,7 +237,7 @@ def train(
     images, labels = jnp.asarray(images), jnp.asarray(labels)
     scan = jax.default_backend() != "cpu" if scan is None else scan
     advance = (_scanned if scan else _stepped)(training)
-    state = training.init(variables)
+    state = training.init(variables) if state is None else state
     for stop in stops:
         if stop > int(state.round):
             state = advance(key, state, images, labels, stop - int(state.round))
