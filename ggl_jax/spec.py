@@ -93,6 +93,9 @@ class Client:
     share_statistics: bool = False
     """Clients also share their batch's mean and variance at every BatchNorm layer, for attacks with
     batch_norm among their penalties."""
+    rounds: Count = 1
+    """Rounds in which the same images are shared at the same weights, each time defended anew, and
+    whose updates are attacked together."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -106,7 +106,8 @@ class Shared(NamedTuple):
     """All that a client sends, and so all that the adversary gets to see of its images.
 
     Attributes:
-        update: the (defended) update, a pytree like ``variables["params"]``.
+        update: the (defended) update, a pytree like ``variables["params"]``; of several rounds,
+            with an axis of them in front of each leaf.
         statistics: what ``model.statistics`` gives for the private batch; None where the client
             does not share it.
     """
@@ -174,6 +175,10 @@ class View(NamedTuple):
             of several reconstructions then says more than the best by loss.
         noise_std: ``noise_std(estimated)``, the standard deviation of that noise on every entry;
             None where it is not estimated.
+        rounds: from what the mean of several rounds' updates is attacked: "mean", parameters that
+            are estimated from it; "each", the mean of those estimated from each round's update,
+            for a defense whose draws they hold and whose result they multiply (random masks); None
+            where the mean of updates is no update of this kind, and more than one is refused.
     """
 
     name: str
@@ -184,6 +189,7 @@ class View(NamedTuple):
     on_support: "View | None" = None
     adds_noise: bool = False
     noise_std: Callable | None = None
+    rounds: str | None = "mean"
 
     def comparing(self, support: bool) -> "View":
         """The view that compares on the support where that is wanted and there is one."""

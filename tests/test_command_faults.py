@@ -251,6 +251,9 @@ FAULTS = {
     **audits("--num-controls", {"0": ["num_controls: got 0"]}),
     **audits("--batch-size", {"0": ["batch_size: got 0"], "two": ["batch_size: got 'two'"]}),
     **audits("--local-steps", {"0": ["local_steps: got 0"], "1.5": ["local_steps: got '1.5'"]}),
+    **audits("--rounds", {
+        "0": ["rounds: got 0"], "2 --defenses mixup": ["rounds: got 2, allowed: 1 for mixup"],
+    }),
     **audits("--local-learning-rate", {"0": ["local_learning_rate", "above 0"]}),
     **audits("--memory", {"-1": ["memory: got -1"], "nan": ["memory: got nan"], "x": ["'x'"]}),
     **audits("--adaptive", {"true": ["a switch takes no value", "--no-adaptive"]}),
@@ -294,6 +297,7 @@ FAULTS = {
         "@/pictures/a.png --batch-size 2": ["one image only"], "@/good.npz": ["4 images"],
     }),
     **attacks("--statistics", {"@/none.npz": ["does not exist"], "@/update.npz": ["unknown"]}),
+    **attacks("--rounds", {"2": ["rounds: got 2, allowed: 1", "their mean"]}),
     **attacks("--labels", {"smallest --batch-size 9": ["labels: 9"]}),
     **attacks("--regularizer", {"batch_norm:1": ["BatchNorm"]}),
     **attacks("--out", {"@/file": ["is a file"], "@/thesis": ["not an empty folder"]}),

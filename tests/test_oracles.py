@@ -138,10 +138,10 @@ def conditional_prior(prior, params, num_classes):
 FOUND = ["label_inferred", "loss", "distance", "loss_curve", "evaluations", "defense_estimated"]
 
 
-@pytest.mark.parametrize("batch_size", [1, 2])
+@pytest.mark.parametrize(("batch_size", "rounds"), [(1, 1), (2, 1), (1, 3)])
 @pytest.mark.parametrize("attack", ["ggl", "dlg"])
 def test_the_private_batch_changes_nothing_but_the_update(
-    attack, batch_size, monkeypatch, tiny_model, tiny_prior, tiny_prior_params, tiny_images
+    attack, batch_size, rounds, monkeypatch, tiny_model, tiny_prior, tiny_prior_params, tiny_images
 ):
     """Behind one and the same update: other images, other labels. The result is bit-equal."""
     prior = conditional_prior(tiny_prior, tiny_prior_params, tiny_model.num_classes)
@@ -175,7 +175,7 @@ def test_the_private_batch_changes_nothing_but_the_update(
             prior=prior,
             prior_params={},
             defenses=[defense],
-            client=gx.Client(batch_size=batch_size),
+            client=gx.Client(batch_size=batch_size, rounds=rounds),
             search=settings,
             num_controls=2,
             ceiling_steps=1,

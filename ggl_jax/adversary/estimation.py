@@ -10,10 +10,19 @@ import jax
 import jax.numpy as jnp
 
 from ggl_jax.client.defenses import merged
+from ggl_jax.errors import GGLError
 from ggl_jax.trees import check_finite, head_parts, names
 from ggl_jax.types import Path, PyTree, View
 
-__all__ = ["check_finite", "compare", "estimate", "noise_level"]
+__all__ = [
+    "check_finite",
+    "check_rounds",
+    "compare",
+    "estimate",
+    "noise_level",
+    "of_round",
+    "pooled",
+]
 
 
 def estimate(view: View, update: PyTree, head: Path) -> PyTree:
@@ -45,6 +54,63 @@ def noise_level(view: View, estimated: PyTree) -> jax.Array:
     """Estimated standard deviation of noise on every entry of the update; 0 for none."""
     level = 0.0 if view.noise_std is None else view.noise_std(estimated)
     return jnp.asarray(level, jnp.float32)
+
+
+def check_rounds(view: View, rounds: int) -> None:
+    """Raise :class:`GGLError` where several rounds' updates cannot be attacked together."""
+    if rounds > 1 and view.rounds is None:
+        raise GGLError(
+            f"rounds: got {rounds}, allowed: 1 for {view.name}, which draws in each round what the "
+            "mean of several updates does not keep; attack one round, or let noise come last"
+        )
+
+
+def pooled(
+    view: View, update: PyTree, params: PyTree, head: Path, rounds: int
+) -> tuple[PyTree, PyTree, jax.Array]:
+    """What a client shared as one update, the defense's parameters, and the noise in it.
+
+    Of several rounds at the same weights the one update is their mean. Under independent noise of
+    level s nothing is lost by that: the squared distances of the R updates to any candidate's add
+    up to R times that of their mean, and a constant. So what R rounds tell is what one round of
+    noise ``s / sqrt(R)`` tells.
+
+    Args:
+        view: the server's side of the defense.
+        update: as :class:`ggl_jax.types.Shared` has it.
+        params: ``variables["params"]``.
+        head: ``Model.head``.
+        rounds: how many there were.
+
+    Returns:
+        ``(update, estimated, noise)``: the one update, parameters by which candidates are
+        simulated (see :attr:`ggl_jax.types.View.rounds`), and :func:`noise_level` of the update.
+
+    Raises:
+        GGLError: the view has no such way, or the update is not of so many rounds.
+    """
+    if rounds == 1:
+        estimated = estimate(view, update, head)
+        return update, estimated, noise_level(view, estimated)
+    check_rounds(view, rounds)
+    wanted = [(rounds, *jnp.shape(leaf)) for leaf in jax.tree.leaves(params)]
+    if [jnp.shape(leaf) for leaf in jax.tree.leaves(update)] != wanted:
+        raise GGLError(
+            f"rounds: got {rounds}, but the update is not of so many: each leaf needs an axis of "
+            "them in front; stack the rounds' updates, or give their mean and rounds=1"
+        )
+    mean = jax.tree.map(lambda leaf: jnp.mean(leaf, axis=0), update)
+    if view.rounds == "mean":
+        estimated = estimate(view, mean, head)
+        return mean, estimated, noise_level(view, estimated)
+    each = [estimate(view, of_round(update, number), head) for number in range(rounds)]
+    estimated = jax.tree.map(lambda *found: jnp.mean(jnp.stack(found), axis=0), *each)
+    return mean, estimated, noise_level(view, estimated) / rounds**0.5
+
+
+def of_round(update: PyTree, number: int) -> PyTree:
+    """One round's update, of several."""
+    return jax.tree.map(lambda leaf: leaf[number], update)
 
 
 def compare(record: Mapping | tuple, estimated: Mapping | tuple) -> dict[str, float]:

@@ -46,7 +46,7 @@ class Reconstruction(NamedTuple):
         point: [p], the result in the space that the search's last stage searched.
         attack: of that stage.
         problem: what the search worked on.
-        estimated: the defense's estimated parameters.
+        estimated: the defense's estimated parameters; of several rounds those of the first.
     """
 
     images: np.ndarray
@@ -126,9 +126,13 @@ def expectations(key: jax.Array, public: Public) -> dict[str, jax.Array]:
 
 def _problem(public: Public, one: Shared, view: View, client: Client, search: Search) -> Problem:
     """What a client shared, with the labels and the defense's parameters that it tells."""
+    model, known = public.model, (public.variables, public.prior_params)
     estimation.check_finite(one.update)
-    check_told(public.model, one.update, searched=search.labels == "searched")
-    update, head = softmax_form(public.model, one.update)
+    observed, estimated, noise = estimation.pooled(
+        view, one.update, public.variables["params"], model.head, client.rounds
+    )
+    check_told(model, observed, searched=search.labels == "searched")
+    update, head = softmax_form(model, observed)
     if search.labels == "smallest":
         labels = smallest_labels(update, head, client.batch_size)
     else:
@@ -140,10 +144,7 @@ def _problem(public: Public, one: Shared, view: View, client: Client, search: Se
             # Only the labels of several images need them; one image's is read off directly.
             **(public.expected or {} if client.batch_size > 1 else {}),
         )
-    estimated = estimation.estimate(view, one.update, public.model.head)
-    noise = estimation.noise_level(view, estimated)
-    known = public.variables, public.prior_params
-    return Problem(one.update, *known, labels, estimated, noise, one.statistics)
+    return Problem(observed, *known, labels, estimated, noise, one.statistics)
 
 
 def _as_compared(
@@ -187,7 +188,9 @@ def reconstruct(
             and several images are behind an update.
         shared: ``i`` updates of clients that did the same.
         view: of the kind of defense that the server takes the clients to use.
-        client: how many images and local steps are behind an update.
+        client: how many images and local steps are behind an update, and in how many rounds the
+            client shared one; these are attacked as their mean
+            (:func:`ggl_jax.adversary.estimation.pooled`).
         search: how to search; None for GGL as published.
         speed: how losses are computed.
         mesh: as for :func:`ggl_jax.run_search`, like ``checkpoints``.
@@ -199,7 +202,7 @@ def reconstruct(
 
     Raises:
         GGLError: an update with NaN or infinity, or one that tells nothing; a setting out of its
-            range.
+            range; several rounds that cannot be attacked together.
     """
     client, search, speed = client or Client(), search or Search(), speed or Speed()
     view = view.comparing(search.support)
@@ -226,6 +229,9 @@ def reconstruct(
         )
         problems[number] = problem._replace(guess=readings[-1].guess)
     estimates = [problem.estimated for problem in problems]
+    if client.rounds > 1:  # as one round shows them, beside which the client's record stands
+        firsts = [estimation.of_round(one.update, 0) for one in shared]
+        estimates = [estimation.estimate(view, one, public.model.head) for one in firsts]
     compared, problems = _as_compared(public, problems, view, search)
     report("compiling the search")
     began = time.perf_counter()

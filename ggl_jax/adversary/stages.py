@@ -11,6 +11,7 @@ import numpy as np
 
 from ggl_jax.adversary.attack import finalists_of, refinement_of, search_attack
 from ggl_jax.adversary.attacks import ATTACKS
+from ggl_jax.adversary.estimation import check_rounds
 from ggl_jax.adversary.regression import rank_of
 from ggl_jax.adversary.search import SearchResult, Stage
 from ggl_jax.client.local import check_client, gradients_summed, shares_gradient
@@ -75,12 +76,15 @@ def make_stages(
         speed: how losses are computed; ``instances`` searches will run in one batch on a device.
 
     Raises:
-        GGLError: for an option out of its range, or a defense of single gradients where there are
-            several local steps.
+        GGLError: for an option out of its range, a defense of single gradients where there are
+            several local steps, or one whose rounds cannot be attacked together.
     """
     search, client, speed = checked(search), checked(client or Client()), checked(speed or Speed())
     view = view.comparing(search.support)
     check_client(client)
+    check_rounds(view, client.rounds)
+    # Their mean is searched for as one round's update is, by the same compiled programs.
+    client = replace(client, rounds=1)
     if client.clients > 1 and view.rewire is not None:
         raise GGLError(
             f"clients: what {view.name} did is read off each client's own update, which the mean "

@@ -251,8 +251,12 @@ class Noisy(NamedTuple):
     reason: str
 
 
-def noisy(defense: Defense) -> Noisy:
+def noisy(defense: Defense, rounds: int = 1) -> Noisy:
     """Read a defense as ``y = f(x) + sigma N(0, I)``, and what is made of y.
+
+    Of several rounds at the same weights, with noise drawn anew, f is the same in each, so that
+    their mean tells all that they tell: sigma is that of the mean. Where what comes before the
+    noise is drawn anew as well, it is not the same, and there is no bound.
 
     Any stages before the noise make f, clips among them as the client does them (what the server
     simulates with estimates differs). Noise that follows noise adds to it in variance; what follows
@@ -264,7 +268,11 @@ def noisy(defense: Defense) -> Noisy:
             sigma, again = privacy.noise_from(stages[number:])
             if again:
                 return Noisy((), 0.0, f"{again} after the noise may look at the image again")
-            return Noisy(stages[:number], sigma, "")
+            before = stages[:number]
+            for one in before if rounds > 1 else ():
+                if one.view.adds_noise or one.view.rounds != "mean":
+                    return Noisy((), 0.0, f"{one.name} before the noise differs between rounds")
+            return Noisy(before, sigma / math.sqrt(rounds), "")
         if stage.facts.replaces_update:
             return Noisy((), 0.0, f"not computed for {stage.name}, whose update is costly")
     return Noisy((), 0.0, "no Gaussian noise")
@@ -336,7 +344,7 @@ class Bounds:
 
     def error(self, defense: Defense, client: Client, label: int) -> ErrorBound:
         """:func:`squared_error` of an image of that label; the defense must be :func:`noisy`."""
-        before, sigma, _ = noisy(defense)
+        before, sigma, _ = noisy(defense, client.rounds)
         name = (defense.name, client, label)
         if name not in self._errors:
             secant, variables = _programs(self.public.model, client, before).secant, self.variables
@@ -378,7 +386,7 @@ class Bounds:
 
         The centre is the mean of their updates, all at one label.
         """
-        before, sigma, _ = noisy(defense)
+        before, sigma, _ = noisy(defense, client.rounds)
         points = [_floats(np.ravel(image)) for image in images]
         name = (tuple(stage.name for stage in before), client, label, digest(*points))
         if name not in self._radii:
@@ -417,7 +425,7 @@ class Bounds:
             :func:`squared_error`. ``bound_identified``: of :func:`identification` among these
             suspects; ``bound_identified_any``: among as many of any images, by the clip.
         """
-        found = noisy(defense)
+        found = noisy(defense, client.rounds)
         if found.reason or len(jnp.asarray(images)) > 1 or client.share_statistics:
             return {}
         (image,), label = np.asarray(images), int(jnp.asarray(labels)[0])
@@ -434,7 +442,8 @@ class Bounds:
             row["bound_identified"] = identification(num, mu)
         known = privacy.mechanism(defense, len(jax.tree.leaves(self.public.variables["params"])))
         if not known.reason:
-            row["bound_identified_any"] = identification(num, known.bound / known.sigma)
+            mu = math.sqrt(client.rounds) * known.bound / known.sigma
+            row["bound_identified_any"] = identification(num, mu)
         return row
 
 

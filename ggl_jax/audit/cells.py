@@ -60,8 +60,8 @@ class Inputs:
             (:mod:`ggl_jax.audit.bounds`); 0 for none.
         speed: how losses are computed; no result depends on it but for rounding.
         mesh: of devices to share the searches out to, see :func:`ggl_jax.run_search`; None for one.
-        fit: whether rows get a ``mismatch``, by which one may choose among attacks without the
-            truth (:func:`ggl_jax.audit.judge.mismatch`).
+        fit: whether rows (of one round) get a ``mismatch``, by which one may choose among attacks
+            without the truth (:func:`ggl_jax.audit.judge.mismatch`).
         about: entries for the folder's ``config.json``: under "options" what was asked for (by
             default these arguments), and the command, say.
 
@@ -293,7 +293,10 @@ class Cells:
                     )
                 self._searches[program] = ready.evaluations, own
         evaluations, own = self._searches[program]
-        parts: list[Any] = [searched, own, dataclasses.asdict(client)]
+        shared = dataclasses.asdict(client)
+        if client.rounds == 1:  # so that cells of one round keep their names
+            del shared["rounds"]
+        parts: list[Any] = [searched, own, shared]
         parts += [defense.name, self.defenses[defense.name], seed, names]
         if self.told_apart:
             known = dict(inputs.digests)

@@ -114,7 +114,8 @@ def defense_digest(defense: Defense, model: Model) -> str:
         rewire = view.rewire
         if rewire is not None:
             add(lambda e, v, rewire=rewire: rewire(e, v, model.head), estimated, variables)
-    return digest(parts, defense.view.adds_noise)[:_DIGITS]
+    rounds = defense.view.rounds
+    return digest(parts, defense.view.adds_noise, *([] if rounds == "mean" else [rounds]))[:_DIGITS]
 
 
 def names_own(*specifications: Any) -> bool:

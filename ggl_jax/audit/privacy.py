@@ -2,7 +2,8 @@
 
 What is protected is a client, in the local model: the server sees each client's defended update in
 each round, as in an audit, and not the mean alone. Epsilon bounds what *any* attack can learn from
-all of these updates; the audit's leakage is what one attack did learn from one of them.
+all of these updates; the audit's leakage is what one attack did learn from one of them, or from as
+many as its clients' ``rounds``.
 """
 
 import math

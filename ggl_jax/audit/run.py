@@ -288,7 +288,7 @@ class _Work:
         ):
             report("controls")
             more = {}
-            if inputs.fit:
+            if inputs.fit and first.client.rounds == 1:
                 more["mismatch"] = mismatch(
                     one, public=self.public, view=first.defense.view, client=first.client
                 )

@@ -65,9 +65,10 @@ def threat_model(search: Search, client: Client, model: Model, prior: Prior) -> 
     ):
         letter = found if own else letter
     num = client.batch_size
+    update = "update" if client.rounds == 1 else f"updates in {client.rounds} rounds at one state"
     knows = [
         f"the model ({model.name}) and its weights",
-        "the update of one image" if num == 1 else f"the update of {num} images and their number",
+        f"the {update} of " + ("one image" if num == 1 else f"{num} images and their number"),
         f"the client's training ({', '.join(training)})" if training else "that it is a gradient",
         _statistics(client, model),
         _labels(search),
@@ -87,7 +88,7 @@ def threat_model(search: Search, client: Client, model: Model, prior: Prior) -> 
 def _training(client: Client) -> list[str]:
     """What of the client's training is not the default, but for what is told elsewhere."""
     usual = Client()
-    apart = ("batch_size", "share_statistics")
+    apart = ("batch_size", "share_statistics", "rounds")
     found = {
         field.name: getattr(client, field.name)
         for field in dataclasses.fields(client)

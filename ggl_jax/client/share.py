@@ -67,6 +67,9 @@ def share(
 ) -> tuple[Shared, Mapping[str, Any] | tuple]:
     """What a client with these images sends; of several clients, the mean of what they send.
 
+    In each of ``client.rounds`` rounds it sends the update of the same images at the same weights,
+    each time defended with a key of its own: the server has made no step in between.
+
     Args:
         key: typed key of the defense's randomness.
         public: the global model and its weights; the prior is not looked at.
@@ -74,13 +77,13 @@ def share(
             other, as many of each.
         labels: [b] its class indices.
         defense: what is done to the update before it is sent.
-        client: local steps, number of clients, and whether BatchNorm statistics are sent as well;
-            its batch size is not looked at.
+        client: local steps, number of clients, rounds, and whether BatchNorm statistics are sent
+            as well; its batch size is not looked at.
 
     Returns:
         What crosses to the server, and the defense's own record of what it did, which stays with
         the client (the audit compares it with what the server estimates); of several clients its
-        mean.
+        mean, of several rounds that of the first.
 
     Raises:
         GGLError: statistics of a model that has none or of several clients, images that these do
@@ -97,12 +100,20 @@ def share(
             f"share_statistics: model {public.model.name} has no BatchNorm layers, so there are "
             "none to share; leave it out"
         )
-    private = public.variables, images, labels
+    private: tuple = (public.variables, images, labels)
+    once = replace(client, rounds=1)
     if client.clients > 1:
-        update, record = _mean_defended(public.model, defense, client)(key, *private)
+        defended = _mean_defended(public.model, defense, once)
     else:
-        update = update_program(public.model, client)(*private)
-        update, record = _defended(public.model, defense)(key, update, *private)
+        private = (update_program(public.model, once)(*private), *private)
+        defended = _defended(public.model, defense)
+    if client.rounds == 1:
+        update, record = defended(key, *private)
+    else:
+        keys = [jax.random.fold_in(key, number) for number in range(client.rounds)]
+        sent = [defended(own, *private) for own in keys]
+        update = jax.tree.map(lambda *each: jnp.stack(each), *(one for one, _ in sent))
+        record = sent[0][1]
     trees.check_finite(update, f"the update shared under {defense.name}")
     statistics = None
     if client.share_statistics:

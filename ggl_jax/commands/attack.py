@@ -107,6 +107,11 @@ def run(command: AttackCommand, argv: list[str]) -> int:
     if command.learning_rate is not None:
         command = replace(command, local_learning_rate=command.learning_rate)
     search, client = command.search, command.client
+    if client.rounds > 1:
+        raise GGLError(
+            f"rounds: got {client.rounds}, allowed: 1, since one update is read; several of the "
+            "same images and weights are attacked as their mean, so give that"
+        )
     if command.image is not None and client.batch_size > 1:
         raise GGLError("image: judged for one image only; use --batch-size 1, or ggl-jax audit")
     prior, prior_params, card = load_prior(command.prior)

@@ -7,6 +7,7 @@ in :data:`STRENGTHS`; the first hyper-parameter is the one that ``"name:value"``
 
 import functools
 import inspect
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 
 import jax
@@ -92,6 +93,9 @@ def from_function(
         noise_std: ``noise_std(estimated)`` -> standard deviation of that noise on every entry, for
             estimators of earlier stages and for the comparison by likelihood.
         facts: what an accountant of differential privacy may rely on; None for nothing.
+
+    Of several rounds the mean of what ``fn`` gives is attacked as one update of it; where that is
+    wrong, say so by ``rounds`` of the defense's :class:`ggl_jax.types.View`.
 
     Returns:
         A Defense with an empty record; factored (as the identity) only where ``simulate`` is None.
@@ -239,7 +243,19 @@ def _chain_views(views: Sequence[View]) -> View:
         None if noisy or not others else _chain_views([view.comparing(True) for view in views]),
         noisy,
         noise_std if any(view.noise_std is not None for view in views) else None,
+        _rounds(views),
     )
+
+
+def _rounds(views: Sequence[View]) -> str | None:
+    """:attr:`ggl_jax.types.View.rounds` of a chain."""
+    kinds = [view.rounds for view in views]
+    for view, after in itertools.pairwise(views):
+        # Of what is drawn anew, a later stage has to keep the mean, as noise does.
+        drawn = view.adds_noise or view.rounds == "each"
+        if drawn and not (after.simulate is unchanged and after.rounds == "mean"):
+            return None
+    return None if None in kinds else "each" if "each" in kinds else "mean"
 
 
 def _compose(first: Factored, second: Factored) -> Factored | None:

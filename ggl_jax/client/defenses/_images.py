@@ -45,7 +45,7 @@ def of_images(name: str, change: Callable) -> Defense:
 
 def image_view(kind: str) -> View:
     """The server's side of :func:`of_images`."""
-    return View(kind, nothing_estimated, unchanged, lambda estimated: Factored())
+    return View(kind, nothing_estimated, unchanged, lambda estimated: Factored(), rounds=None)
 
 
 @functools.lru_cache(maxsize=8)

@@ -35,7 +35,7 @@ def unchanged(estimated: PyTree, update: PyTree) -> PyTree:
     return update
 
 
-def in_expectation(name: str, estimate, noise_std) -> View:
+def in_expectation(name: str, estimate, noise_std, rounds: str = "mean") -> View:
     """Of a defense whose result is the update on average: candidates are compared as they are."""
     return View(
         name,
@@ -44,6 +44,7 @@ def in_expectation(name: str, estimate, noise_std) -> View:
         lambda estimated: Factored(),
         adds_noise=True,
         noise_std=noise_std,
+        rounds=rounds,
     )
 
 

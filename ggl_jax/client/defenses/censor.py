@@ -129,11 +129,12 @@ def censor_view(exact: bool) -> View:
         return jax.tree.map(jnp.multiply, estimated["weights"], update)
 
     if exact:
-        return View("censor", estimate, simulate)
+        return View("censor", estimate, simulate, rounds=None)
     return View(
         "censor",
         estimate,
         simulate,
         adds_noise=True,
         noise_std=lambda estimated: estimated["sigma"],
+        rounds=None,
     )

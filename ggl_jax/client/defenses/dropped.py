@@ -104,7 +104,10 @@ def dropping_view(name: str, by_count: bool) -> View:
     def simulate(estimated, update):
         return jax.tree.map(jnp.multiply, estimated["mask"], update)
 
-    return View(name, estimate, simulate, lambda estimated: Factored(mask=estimated["mask"]))
+    def factor(estimated):
+        return Factored(mask=estimated["mask"])
+
+    return View(name, estimate, simulate, factor, rounds="each")
 
 
 def dropped_share(update: PyTree, *, pooled: bool) -> jax.Array:

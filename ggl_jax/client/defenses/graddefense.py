@@ -177,7 +177,7 @@ def graddefense_view() -> View:
     def factor(estimated):
         return Factored(mask=estimated["mask"])
 
-    return View("graddefense", estimate, simulate, factor)
+    return View("graddefense", estimate, simulate, factor, rounds=None)
 
 
 def _blocks(leaf: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -181,7 +181,14 @@ def svt_view() -> View:
 
         return jax.tree.map(one, update, estimated["support"])
 
-    return View("svt", estimate, simulate, adds_noise=True, noise_std=lambda found: found["sigma"])
+    return View(
+        "svt",
+        estimate,
+        simulate,
+        adds_noise=True,
+        noise_std=lambda found: found["sigma"],
+        rounds="each",
+    )
 
 
 def mean_of_cut(g: jax.Array, gamma: jax.Array, scale: jax.Array) -> jax.Array:

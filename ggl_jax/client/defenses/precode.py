@@ -75,7 +75,7 @@ def precode_view() -> View:
         del head
         return with_noise(variables, noise_of(estimated, variables))
 
-    return View("precode", estimate, unchanged, lambda estimated: Factored(), rewire)
+    return View("precode", estimate, unchanged, lambda estimated: Factored(), rewire, rounds=None)
 
 
 def noise_of(estimated: dict, variables: PyTree) -> jax.Array:

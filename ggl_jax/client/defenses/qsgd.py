@@ -71,7 +71,7 @@ def rounding_view(name: str) -> View:
         squares = jax.tree.map(lambda y, q: y.size * rounding_noise(y, q), update, quanta)
         return {"sigma": root_mean(squares, update), "quanta": quanta}
 
-    return in_expectation(name, estimate, lambda estimated: estimated["sigma"])
+    return in_expectation(name, estimate, lambda estimated: estimated["sigma"], rounds="each")
 
 
 def least_step(values: jax.Array) -> jax.Array:

@@ -73,4 +73,5 @@ def ternary_view() -> View:
         simulate,
         adds_noise=True,
         noise_std=lambda estimated: estimated["sigma"],
+        rounds="each",
     )
