@@ -169,6 +169,8 @@ def _parse(argv: list[str]):
         "still leak about the image behind it? Start with: ggl-jax audit\n\n" + _plugins.known(),
         config=(tyro.conf.OmitArgPrefixes,),
     )
+    if own and choice_of(rest).attack == "strongest":
+        command = replace(command, attack=own[name].search.attack)  # with the preset's name
     if own and choice_of(rest).optimizer is not None:
         # with the preset's options of that optimiser, in its canonical spelling
         command = replace(command, optimizer=own[name].search.optimizer)

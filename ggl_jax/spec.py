@@ -105,7 +105,8 @@ class Search:
     attack: str = "ggl"
     """Attack: map (regression from gradients, then the most probable image), regression alone, ggl
     (generative gradient leakage), or a baseline on pixels: dlg, idlg, ig (inverting gradients), gi
-    (GradInversion), with the options below as its authors published them."""
+    (GradInversion), with the options below as its authors published them. Or strongest: several of
+    the preset's, without options of its own; the result nearest to the update is kept."""
     space: Literal["latents", "pixels", "whitened"] = "latents"
     """What is searched: the prior's latents; pixels, without a prior; or whitened, pixels in the
     coordinates of what the bank leaves uncertain."""

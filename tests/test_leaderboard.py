@@ -14,8 +14,8 @@ from test_utility import write_utility
 import ggl_jax as gx
 from ggl_jax import checkpoint
 from ggl_jax.adversary.attacks import ATTACKS
+from ggl_jax.adversary.reconstruct import mismatch
 from ggl_jax.audit import leaderboard, utility
-from ggl_jax.audit.judge import mismatch
 from ggl_jax.audit.sweep import check_axes
 from ggl_jax.audit.tables import by_fit, leakage
 from ggl_jax.cli import run

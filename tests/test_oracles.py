@@ -17,8 +17,9 @@ from conftest import DEFENSE_SPECS
 
 import ggl_jax as gx
 from ggl_jax import adversary
+from ggl_jax.adversary import attacks
 from ggl_jax.adversary.estimation import estimate
-from ggl_jax.adversary.reconstruct import prepare, reconstruct
+from ggl_jax.adversary.reconstruct import _nearest, mismatch, prepare, reconstruct
 from ggl_jax.adversary.stages import make_stages
 from ggl_jax.audit import landscape, run
 from ggl_jax.audit.cells import Inputs
@@ -52,7 +53,8 @@ def test_what_crosses_cannot_hold_the_private_batch():
     assert Public._fields == ("model", "variables", "prior", "prior_params", "expected")
     known = {"observed", "variables", "prior_params", "labels", "estimated", "noise", "statistics"}
     assert set(Problem._fields) == known | {"guess"}  # read off the update with public samples
-    for function in (reconstruct, prepare, make_stages, estimate, gx.infer_labels):
+    choosing = attacks.members, mismatch, _nearest
+    for function in (reconstruct, prepare, make_stages, estimate, gx.infer_labels, *choosing):
         parameters = inspect.signature(function).parameters
         assert not parameters.keys() & {"defense", "image", "images", "original", "record"}
         assert Defense not in [p.annotation for p in parameters.values()]
@@ -136,18 +138,20 @@ def conditional_prior(prior, params, num_classes):
 
 #: What an adversary ends up with, among a row's values.
 FOUND = ["label_inferred", "loss", "distance", "loss_curve", "evaluations", "defense_estimated"]
+FOUND += ["won", "mismatches"]  # of attack strongest
 
 
 @pytest.mark.parametrize(("batch_size", "rounds"), [(1, 1), (2, 1), (1, 3)])
-@pytest.mark.parametrize("attack", ["ggl", "dlg"])
+@pytest.mark.parametrize("attack", ["ggl", "dlg", "strongest"])
 def test_the_private_batch_changes_nothing_but_the_update(
     attack, batch_size, rounds, monkeypatch, tiny_model, tiny_prior, tiny_prior_params, tiny_images
 ):
     """Behind one and the same update: other images, other labels. The result is bit-equal."""
+    rounds = 1 if attack == "strongest" else rounds  # which is for one
     prior = conditional_prior(tiny_prior, tiny_prior_params, tiny_model.num_classes)
     if attack == "dlg":
         prior = pixels(tiny_model.image_shape)
-    defense = gx.parse("clip:0.2+noise:0.001")
+    defense = gx.parse("clip:0.2" if attack == "strongest" else "clip:0.2+noise:0.001")
     sent, controls_of = {}, []
     real_share, real_controls = run.share, run.batch_controls
 
@@ -163,8 +167,14 @@ def test_the_private_batch_changes_nothing_but_the_update(
     monkeypatch.setattr(run, "share", share_once)
     monkeypatch.setattr(landscape, "share", share_once)
     monkeypatch.setattr(run, "batch_controls", controls)
+    few = {"steps": 2, "refine": "none"}
     options = {"optimizer": "adam", "pool": 6, "restarts": 3} if attack == "ggl" else {}
-    settings = gx.search_of("paper", attack, steps=2, refine="none", **options)
+    settings = gx.search_of("paper", "dlg" if attack == "strongest" else attack, **few, **options)
+    if attack == "strongest":
+        for one in ("ig", "ggl"):
+            monkeypatch.setitem(attacks.PRESETS["quick"], one, few)
+        monkeypatch.setitem(attacks.MEMBERS, "quick", ("ig", "ggl"))
+        settings = gx.search_of("quick", attack)
     batch = jnp.concatenate([tiny_images, 1 - tiny_images])[:batch_size]
     true = [1, 2][:batch_size]
     results = [
@@ -185,7 +195,7 @@ def test_the_private_batch_changes_nothing_but_the_update(
     # In the order of the private images, which only the audit knows: so their order is taken off.
     as_set = [sorted(np.asarray(i).tobytes() for i in r.reconstructions) for r in results]
     assert as_set[0] == as_set[1]
-    first, second = ([{k: row[k] for k in FOUND} for row in r.rows] for r in results)
+    first, second = ([{k: row.get(k) for k in FOUND} for row in r.rows] for r in results)
     assert sorted(map(repr, first)) == sorted(map(repr, second))
     if attack == "ggl":
         # The controls have the labels that the attack inferred, not the true ones.

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from ggl_jax import grammar
+from ggl_jax.adversary.attacks import members
 from ggl_jax.adversary.losses import (
     batch_norm_distance,
     parse_regularizer,
@@ -227,6 +228,8 @@ def search_attack(
             classes than the model's.
     """
     search, client, speed = checked(search), client or Client(), speed or Speed()
+    if members(search) != [search]:
+        raise GGLError(f"attack: got {search.attack!r}, which is several searches; choose one")
     if search.space == "pixels":
         prior = pixels(model.image_shape)
     _check(model, prior, search)

@@ -5,14 +5,14 @@ not a search of candidates is a function there, ``build(model, prior, search, *,
 speed) -> Attack``.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from ggl_jax import grammar
 from ggl_jax.adversary.optimizers import OPTIMIZERS
 from ggl_jax.errors import GGLError, did_you_mean
-from ggl_jax.spec import Search, replace
-from ggl_jax.types import Attack
+from ggl_jax.spec import Search, flat, replace
+from ggl_jax.types import Attack, View
 
 #: What the attacks on pixels share; the baselines' 4 trials are the paper's.
 _PIXELS = Search(space="pixels", adaptive=False, start="normal", restarts=4, regularizer="none")
@@ -77,6 +77,15 @@ ATTACKS: dict[str, Search | Callable[..., Attack]] = {
 
 #: The attack of a preset that is asked for none; ggl of the others.
 STRONGEST = {"quick": "map", "standard": "map"}
+
+#: What attack strongest runs, by preset; of what these find it keeps, in each cell, what explains
+#: the update best.
+MEMBERS = {
+    "quick": ("map", "ggl", "ig"),
+    "standard": ("map", "ggl", "ig"),
+    "paper": ("ggl", "ig", "gi"),
+    "code": ("ggl", "ig", "gi"),
+}
 
 #: GGL's budgets by another optimiser than its own: of Adam and TuRBO (100 rounds of 10) the
 #: paper's; the others get the evaluations of Adam or CMA-ES.
@@ -149,8 +158,9 @@ def search_of(
 
     Args:
         preset: quick, standard, paper (as published), or code (as the published code has it).
-        attack: a key of :data:`ATTACKS`; None for the preset's own (map of quick and standard, else
-            ggl) or, beside an optimiser, for ggl.
+        attack: a key of :data:`ATTACKS`, or strongest (:func:`members`), which has no options;
+            None for the preset's own (map of quick and standard, else ggl) or, beside an
+            optimiser, for ggl.
         optimizer: a name with options, see :mod:`ggl_jax.grammar`; options that it does not name
             are the preset's, where that has the same optimiser. None for the preset's own.
         **changes: further options, see :class:`ggl_jax.spec.Search`.
@@ -167,7 +177,15 @@ def search_of(
     """
     if attack is None:
         attack = "ggl" if optimizer is not None else STRONGEST.get(preset, "ggl")
-    choices = (("preset", preset, list(PRESETS)), ("attack", attack, list(ATTACKS)))
+    if attack.partition(":")[0] == "strongest":
+        found = Search(attack=attack if ":" in attack else f"{attack}:{preset}")
+        members(found)  # for its errors
+        _no_options([*([] if optimizer is None else ["optimizer"]), *changes], preset)
+        return found
+    choices = (
+        ("preset", preset, list(PRESETS)),
+        ("attack", attack, [*ATTACKS, "strongest"]),
+    )
     for what, one, allowed in choices:
         if one not in allowed:
             hint = did_you_mean(one, allowed, before="; ")
@@ -199,3 +217,41 @@ def search_of(
 
 def _read(optimizer: str) -> tuple[str, dict[str, Any]]:
     return grammar.read(OPTIMIZERS, optimizer, what="optimizer", offered=_OFFERED)
+
+
+def members(search: Search, view: View | None = None) -> list[Search]:
+    """The searches that an attack runs: itself, or those of :data:`MEMBERS` that are strongest's.
+
+    Under noise, which free pixels would fit, strongest runs those on pixels only if it has no
+    others.
+
+    Args:
+        search: "strongest:PRESET" as attack, or any other.
+        view: of the defense; None for one without noise.
+
+    Raises:
+        GGLError: strongest of no preset, or with options of its own.
+
+    >>> [one.attack for one in members(search_of("quick", "strongest"))]
+    ['map', 'ggl', 'ig']
+    """
+    name, _, preset = search.attack.partition(":")
+    if name != "strongest":
+        return [search]
+    if preset not in MEMBERS:
+        allowed = ", ".join(f"strongest:{one}" for one in MEMBERS)
+        raise GGLError(f"attack: got {search.attack!r}, allowed: {allowed}")
+    usual = flat(Search(attack=search.attack))
+    changed = [option for option, value in flat(search).items() if value != usual[option]]
+    _no_options(changed, preset)
+    found = [search_of(preset, one) for one in MEMBERS[preset]]
+    noisy = view is not None and view.adds_noise
+    return [one for one in found if not (noisy and one.space == "pixels")] or found
+
+
+def _no_options(given: Sequence[str], preset: str) -> None:
+    if given:
+        raise GGLError(
+            f"{given[0]}: attack strongest has no options, and its attacks those of preset "
+            f"{preset}; leave it out, or choose one attack"
+        )

@@ -9,7 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ggl_jax import trees
 from ggl_jax.adversary import estimation
+from ggl_jax.adversary.attacks import members
 from ggl_jax.adversary.labels import (
     check_told,
     infer_labels,
@@ -23,6 +25,8 @@ from ggl_jax.adversary.resume import Checkpoints
 from ggl_jax.adversary.search import Stage, run_stages
 from ggl_jax.adversary.stages import combines, denoises, make_stages, refines, result_images
 from ggl_jax.client.local import gradients_summed
+from ggl_jax.client.share import update_program
+from ggl_jax.errors import GGLError
 from ggl_jax.spec import Client, Search, Speed, replace
 from ggl_jax.types import Attack, Model, Prior, Problem, Public, PyTree, Shared, View
 
@@ -42,7 +46,9 @@ class Reconstruction(NamedTuple):
         seconds: wall-clock time of the search, shared evenly by those of its batch.
         search: whether it was "adaptive", its "optimizer" and "bound", and whether the result is
             the restarts' mean ("combined"), was refined in pixels ("refined", in the last
-            "refinement_steps"), and is the generator's fit ("denoised").
+            "refinement_steps"), and is the generator's fit ("denoised"); of attack strongest, whose
+            it is ("won") and each attack's :func:`mismatch` ("mismatches"), and evaluations and
+            seconds are those of all.
         point: [p], the result in the space that the search's last stage searched.
         attack: of that stage.
         problem: what the search worked on.
@@ -84,6 +90,19 @@ class Prepared(NamedTuple):
         )
 
 
+def _several(search: Search, view: View, client: Client) -> list[Search]:
+    """The searches of attack strongest; none of any other."""
+    found = members(search, view)
+    if found == [search]:
+        return []
+    if client.rounds > 1:
+        raise GGLError(
+            f"rounds: got {client.rounds}, allowed: 1 under attack strongest, which compares the "
+            "updates of one round; choose one attack"
+        )
+    return found
+
+
 # Searches of the same objects, one after the other, share their compiled programs.
 @functools.lru_cache(maxsize=64)
 def prepare(
@@ -100,6 +119,10 @@ def prepare(
     Raises:
         GGLError: an option out of its range, or options that do not go together.
     """
+    several = _several(search, view, client)
+    if several:
+        each = [prepare(model, prior, view, client, one, speed) for one in several]
+        return Prepared([stage for one in each for stage in one.stages], {})
     stages = make_stages(search, model, prior, view, compared=compared, client=client, speed=speed)
     refined = refines(search, view)
     return Prepared(
@@ -164,6 +187,52 @@ def _as_compared(
     return FACTORED, [problem._replace(estimated=form) for problem, form in found]
 
 
+def mismatch(found: Reconstruction, *, public: Public, view: View, client: Client) -> float:
+    """How far a result's own update lies from the observed one, in one way for every attack.
+
+    The squared l2 distance of the result's update, put through the estimated defense (on the
+    support, where there is one), to the observed update, over the squared norm of that. It takes
+    what a server knows, so that one may choose among attacks by it; attacks' own losses differ in
+    distances and penalties.
+
+    Args:
+        found: of :func:`reconstruct`.
+        public: as there, like ``view`` and ``client``.
+        view: of the kind of defense.
+        client: what is behind an update.
+
+    Returns:
+        At least 0; 0 where the update is met, 1 for an update of zero. Under noise, of the private
+        image itself the noise's share.
+    """
+    observed, view = found.problem.observed, view.comparing(True)
+    estimated = estimation.estimate(view, observed, public.model.head)
+    variables = public.variables
+    if view.rewire is not None:
+        variables = view.rewire(estimated, variables, public.model.head)
+    own = update_program(public.model, client)(variables, found.images, found.labels)
+    own = view.simulate(estimated, own)
+    return float(trees.sq_distance(own, observed) / trees.total(trees.sq_norms(observed)))
+
+
+def _nearest(
+    names: Sequence[str],
+    found: Sequence[Reconstruction],
+    public: Public,
+    view: View,
+    client: Client,
+) -> Reconstruction:
+    """The result, of several attacks on one update, of lowest mismatch."""
+    misfits = [mismatch(one, public=public, view=view, client=client) for one in found]
+    number = int(np.argmin(np.where(np.isnan(misfits), np.inf, misfits)))
+    about = {"won": names[number], "mismatches": dict(zip(names, misfits, strict=True))}
+    return found[number]._replace(
+        evaluations=sum(one.evaluations for one in found),
+        seconds=sum(one.seconds for one in found),
+        search={**found[number].search, **about},
+    )
+
+
 def reconstruct(
     keys: jax.Array,
     public: Public,
@@ -205,7 +274,6 @@ def reconstruct(
             range; several rounds that cannot be attacked together.
     """
     client, search, speed = client or Client(), search or Search(), speed or Speed()
-    view = view.comparing(search.support)
 
     def report(phase, fraction=0.0, loss=None):
         if progress is not None:
@@ -214,6 +282,21 @@ def reconstruct(
     report("label and defense estimation")
     if client.batch_size > 1 and public.expected is None:
         public = public._replace(expected=expectations(jax.random.fold_in(keys[0], 1), public))
+    several = _several(search, view, client)
+    if several:
+        found = []
+        for number, one in enumerate(several):
+
+            def part(phase, fraction, loss, number=number, name=one.attack):
+                report(f"{name}: {phase}", (number + fraction) / len(several), loss)
+
+            options: dict[str, Any] = {"client": client, "speed": speed, "mesh": mesh}
+            own = None if checkpoints is None else checkpoints.part(one.attack)
+            options |= {"search": one, "checkpoints": own, "progress": part}
+            found.append(reconstruct(keys, public, shared, view=view, **options))
+        names = [one.attack for one in several]
+        return [_nearest(names, each, public, view, client) for each in zip(*found, strict=True)]
+    view = view.comparing(search.support)
     problems = [_problem(public, one, view, client, search) for one in shared]
     readings = []
     for number, problem in enumerate(problems if search.bank else []):

@@ -41,7 +41,11 @@ class Checkpoints:
 
     def stage(self, number: int) -> "Checkpoints":
         """Those of one stage of a search."""
-        return Checkpoints(self.folder / f"stage-{number}", seconds=self.seconds, write=self.write)
+        return self.part(f"stage-{number}")
+
+    def part(self, name: str) -> "Checkpoints":
+        """Those of one of several searches."""
+        return Checkpoints(self.folder / name, seconds=self.seconds, write=self.write)
 
     def due(self, last: bool) -> bool:
         """Whether it is time for the next; a search that kept any also keeps its last state."""

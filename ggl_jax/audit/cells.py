@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from ggl_jax import grammar, machine
+from ggl_jax.adversary.attacks import members
 from ggl_jax.adversary.optimizers import OPTIMIZERS
 from ggl_jax.adversary.reconstruct import Prepared, prepare
 from ggl_jax.audit import identity, metrics
@@ -61,7 +62,7 @@ class Inputs:
         speed: how losses are computed; no result depends on it but for rounding.
         mesh: of devices to share the searches out to, see :func:`ggl_jax.run_search`; None for one.
         fit: whether rows (of one round) get a ``mismatch``, by which one may choose among attacks
-            without the truth (:func:`ggl_jax.audit.judge.mismatch`).
+            without the truth (:func:`ggl_jax.adversary.reconstruct.mismatch`).
         about: entries for the folder's ``config.json``: under "options" what was asked for (by
             default these arguments), and the command, say.
 
@@ -257,6 +258,9 @@ class Cells:
             GGLError: options that do not go together, or a part that does not keep its contract.
         """
         inputs, view = self.inputs, defense.view
+        for one in members(search, view):
+            if one != search:
+                self.ready(one, client, defense)
         own = identity.names_own(*dataclasses.asdict(search).values())
         if own:
             steps = search.steps
@@ -297,6 +301,9 @@ class Cells:
         if client.rounds == 1:  # so that cells of one round keep their names
             del shared["rounds"]
         parts: list[Any] = [searched, own, shared]
+        for one in members(search, defense.view):
+            if one != search:  # of several, each is what it would be alone
+                parts.append(self.make(axes, one, client, defense, seed, batch).id)
         parts += [defense.name, self.defenses[defense.name], seed, names]
         if self.told_apart:
             known = dict(inputs.digests)

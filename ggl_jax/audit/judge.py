@@ -8,16 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from ggl_jax import trees
 from ggl_jax.adversary import estimation
 from ggl_jax.adversary.reconstruct import Reconstruction
 from ggl_jax.audit import metrics
 from ggl_jax.audit.controls import Controls
 from ggl_jax.client import defenses as client_defenses
-from ggl_jax.client.share import update_program
 from ggl_jax.images import assign
-from ggl_jax.spec import Client
-from ggl_jax.types import OK, STATUS_MESSAGES, Public, View
+from ggl_jax.types import OK, STATUS_MESSAGES, Public
 
 
 def jsonable(value: Any) -> Any:
@@ -95,6 +92,8 @@ def judge(
         "distance": found.distance,
         "loss_curve": _curve(found.history),
     }
+    # of attack strongest: which attack's result it is, and how far each one's update was off
+    whole |= {name: found.search[name] for name in ("won", "mismatches") if name in found.search}
     if record is not None:
         whole["defense_true"] = client_defenses.summary(record)
         whole["estimation_error"] = estimation.compare(record, found.estimated)
@@ -122,34 +121,6 @@ def judge(
             row |= perceptual.row(np.asarray(image), private, pictures)
         rows.append(jsonable(row))
     return rows
-
-
-def mismatch(found: Reconstruction, *, public: Public, view: View, client: Client) -> float:
-    """How far a result's own update lies from the observed one, in one way for every attack.
-
-    The squared l2 distance of the result's update, put through the estimated defense (on the
-    support, where there is one), to the observed update, over the squared norm of that. It takes
-    what a server knows, so that one may choose among attacks by it; attacks' own losses differ in
-    distances and penalties.
-
-    Args:
-        found: of :func:`ggl_jax.reconstruct`.
-        public: as there, like ``view`` and ``client``.
-        view: of the kind of defense.
-        client: what is behind an update.
-
-    Returns:
-        At least 0; 0 where the update is met, 1 for an update of zero. Under noise, of the private
-        image itself the noise's share.
-    """
-    observed, view = found.problem.observed, view.comparing(True)
-    estimated = estimation.estimate(view, observed, public.model.head)
-    variables = public.variables
-    if view.rewire is not None:
-        variables = view.rewire(estimated, variables, public.model.head)
-    own = update_program(public.model, client)(variables, found.images, found.labels)
-    own = view.simulate(estimated, own)
-    return float(trees.sq_distance(own, observed) / trees.total(trees.sq_norms(observed)))
 
 
 def _curve(history: np.ndarray, points: int = 48) -> list[list[float]]:

@@ -13,6 +13,7 @@ import numpy as np
 from scipy import stats
 
 from ggl_jax import files
+from ggl_jax.adversary.attacks import members
 from ggl_jax.adversary.reconstruct import Reconstruction, reconstruct
 from ggl_jax.audit import metrics
 from ggl_jax.audit.cells import Inputs
@@ -77,7 +78,7 @@ def find_center(
         GGLError: an attack on pixels, or unusable input.
     """
     search = replace(search or Search(), refine="none")
-    if search.space != "latents":
+    if search.space != "latents" or members(search) != [search]:
         raise GGLError(
             f"attack: got {search.attack!r}, allowed: those on latents, such as ggl; attacks on "
             "pixels have no latents"

@@ -185,7 +185,7 @@ def make(records: Records) -> Report:
     groups = tables.leakage(records.rows)
     report = Report(f"Privacy audit: {records.folder.resolve().name}", {}, {})
     add = report.sections
-    told = [_progress(records), *tables.sentences(groups)]
+    told = [_progress(records), *tables.sentences(groups), *map(escape, tables.won(groups))]
     played = threat.as_read(records.config.get("threat_model", ()))
     told += [escape(threat.declared(played))] if played else []
     add[""] = ["\n".join(f"- {line}" for line in told)]

@@ -21,14 +21,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ggl_jax.adversary.reconstruct import expectations, reconstruct
+from ggl_jax.adversary.attacks import members
+from ggl_jax.adversary.reconstruct import expectations, mismatch, reconstruct
 from ggl_jax.adversary.resume import Checkpoints
 from ggl_jax.adversary.search import release_programs
 from ggl_jax.audit import folder as folders
 from ggl_jax.audit.bounds import Bounds
 from ggl_jax.audit.cells import BOUND_STREAM, PUBLIC_STREAM, Cell, Cells, Inputs, image_batches
 from ggl_jax.audit.controls import Controls, batch_controls, read_controls, write_controls
-from ggl_jax.audit.judge import in_order, jsonable, judge, mismatch
+from ggl_jax.audit.judge import in_order, jsonable, judge
 from ggl_jax.audit.threat import threat_model
 from ggl_jax.client.share import share
 from ggl_jax.errors import GGLError, StorageError
@@ -170,7 +171,9 @@ def config_of(cells: Sequence[Cell], inputs: Inputs, options: Mapping[str, Any])
         each = list(dict.fromkeys(cell.inputs.digests[name] for cell in cells))
         known[name] = each if len(each) > 1 else each[0]
     played = dict.fromkeys(
-        threat_model(c.search, c.client, c.inputs.model, c.inputs.prior) for c in cells
+        threat_model(one, c.client, c.inputs.model, c.inputs.prior)
+        for c in cells
+        for one in members(c.search, c.defense.view)
     )
     return {
         "options": {**options, **judged, **names},

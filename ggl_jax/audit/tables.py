@@ -231,7 +231,7 @@ def _axes(row: Row) -> Row:
 def variant_of(row: Row, names: Sequence[str]) -> str:
     """A row's attack in words."""
     if not names:
-        return f"{row['attack']} by {row['optimizer']}"
+        return row["attack"] if "won" in row else f"{row['attack']} by {row['optimizer']}"
     plain = ("attack", "optimizer")
     return ", ".join(
         str(_axes(row).get(name, "-")) if name in plain else f"{name} {_axes(row).get(name, '-')}"
@@ -270,7 +270,7 @@ def strongest(groups: Sequence[Leakage]) -> list[Leakage]:
 def by_fit(rows: Sequence[dict[str, Any]]) -> list[Leakage]:
     """For each defense, of each image and seed the result of lowest mismatch: no truth chooses.
 
-    Where a row has none (:func:`ggl_jax.audit.judge.mismatch`), :func:`strongest`.
+    Where a row has none (:func:`ggl_jax.adversary.reconstruct.mismatch`), :func:`strongest`.
     """
     groups = leakage(rows)
     several = len({group.variant for group in groups}) > 1
@@ -295,6 +295,16 @@ def by_fit(rows: Sequence[dict[str, Any]]) -> list[Leakage]:
         shown = ", ".join(f"{variant} ({n} of {len(part)})" for variant, n in number.most_common())
         found.append(_leakage(defense, shown, part))
     return found
+
+
+def won(groups: Sequence[Leakage]) -> list[str]:
+    """A sentence on which attacks' results attack strongest kept; none where it did not run."""
+    told = []
+    for group in groups:
+        number = collections.Counter(row["won"] for row in group.rows if "won" in row)
+        names = ", ".join(f"{name} ({n} of {number.total()})" for name, n in number.most_common())
+        told += [f"{spoken(group.defense)}: {names}"] if names else []
+    return [f"Kept by attack strongest, as nearest to the update: {'; '.join(told)}."] * bool(told)
 
 
 def family_of(defense: str) -> tuple[str, float | None]:

@@ -97,6 +97,7 @@ def run(command: AttackCommand, argv: list[str]) -> int:
     """``ggl-jax attack``."""
     import jax
 
+    from ggl_jax.adversary.attacks import members
     from ggl_jax.adversary.reconstruct import expectations, prepare, reconstruct
     from ggl_jax.client import updates
     from ggl_jax.client.defenses import parse, summary
@@ -112,6 +113,8 @@ def run(command: AttackCommand, argv: list[str]) -> int:
             f"rounds: got {client.rounds}, allowed: 1, since one update is read; several of the "
             "same images and weights are attacked as their mean, so give that"
         )
+    if members(search) != [search]:
+        raise GGLError("attack: strongest is for audits and sweeps; choose one attack")
     if command.image is not None and client.batch_size > 1:
         raise GGLError("image: judged for one image only; use --batch-size 1, or ggl-jax audit")
     prior, prior_params, card = load_prior(command.prior)
