@@ -201,7 +201,7 @@ def test_the_private_batch_changes_nothing_but_the_update(
         # The controls have the labels that the attack inferred, not the true ones.
         inferred = sorted(row["label_inferred"] for row in first)
         assert [sorted(labels) for labels in controls_of] == [inferred, inferred]
-    if attack == "ggl" and batch_size == 1:
+    if attack == "ggl" and batch_size == rounds == 1:
         centers = [
             landscape.find_center(
                 Inputs(image[None], [label], tiny_model, prior, {}),
