@@ -228,7 +228,7 @@ def search_attack(
             classes than the model's.
     """
     search, client, speed = checked(search), client or Client(), speed or Speed()
-    if members(search) != [search]:
+    if members(search):
         raise GGLError(f"attack: got {search.attack!r}, which is several searches; choose one")
     if search.space == "pixels":
         prior = pixels(model.image_shape)

@@ -220,7 +220,7 @@ def _read(optimizer: str) -> tuple[str, dict[str, Any]]:
 
 
 def members(search: Search, view: View | None = None) -> list[Search]:
-    """The searches that an attack runs: itself, or those of :data:`MEMBERS` that are strongest's.
+    """The searches that attack strongest runs, of :data:`MEMBERS`; none of any other attack.
 
     Under noise, which free pixels would fit, strongest runs those on pixels only if it has no
     others.
@@ -237,7 +237,7 @@ def members(search: Search, view: View | None = None) -> list[Search]:
     """
     name, _, preset = search.attack.partition(":")
     if name != "strongest":
-        return [search]
+        return []
     if preset not in MEMBERS:
         allowed = ", ".join(f"strongest:{one}" for one in MEMBERS)
         raise GGLError(f"attack: got {search.attack!r}, allowed: {allowed}")

@@ -93,9 +93,7 @@ class Prepared(NamedTuple):
 def _several(search: Search, view: View, client: Client) -> list[Search]:
     """The searches of attack strongest; none of any other."""
     found = members(search, view)
-    if found == [search]:
-        return []
-    if client.rounds > 1:
+    if found and client.rounds > 1:
         raise GGLError(
             f"rounds: got {client.rounds}, allowed: 1 under attack strongest, which compares the "
             "updates of one round; choose one attack"
@@ -233,6 +231,29 @@ def _nearest(
     )
 
 
+def _strongest(
+    several: Sequence[Search],
+    keys: jax.Array,
+    public: Public,
+    shared: Sequence[Shared],
+    checkpoints: Checkpoints | None,
+    report: Callable,
+    options: Mapping[str, Any],
+) -> list[Reconstruction]:
+    """Every attack on every update, by :func:`reconstruct` with the other options as they are."""
+    found = []
+    for number, one in enumerate(several):
+
+        def part(phase, fraction, loss, number=number, name=one.attack):
+            report(f"{name}: {phase}", (number + fraction) / len(several), loss)
+
+        own = None if checkpoints is None else checkpoints.part(one.attack)
+        given = {**options, "search": one, "checkpoints": own, "progress": part}
+        found.append(reconstruct(keys, public, shared, **given))
+    names, known = [one.attack for one in several], (public, options["view"], options["client"])
+    return [_nearest(names, each, *known) for each in zip(*found, strict=True)]
+
+
 def reconstruct(
     keys: jax.Array,
     public: Public,
@@ -284,18 +305,8 @@ def reconstruct(
         public = public._replace(expected=expectations(jax.random.fold_in(keys[0], 1), public))
     several = _several(search, view, client)
     if several:
-        found = []
-        for number, one in enumerate(several):
-
-            def part(phase, fraction, loss, number=number, name=one.attack):
-                report(f"{name}: {phase}", (number + fraction) / len(several), loss)
-
-            options: dict[str, Any] = {"client": client, "speed": speed, "mesh": mesh}
-            own = None if checkpoints is None else checkpoints.part(one.attack)
-            options |= {"search": one, "checkpoints": own, "progress": part}
-            found.append(reconstruct(keys, public, shared, view=view, **options))
-        names = [one.attack for one in several]
-        return [_nearest(names, each, public, view, client) for each in zip(*found, strict=True)]
+        options = {"view": view, "client": client, "speed": speed, "mesh": mesh}
+        return _strongest(several, keys, public, shared, checkpoints, report, options)
     view = view.comparing(search.support)
     problems = [_problem(public, one, view, client, search) for one in shared]
     readings = []

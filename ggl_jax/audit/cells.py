@@ -259,8 +259,7 @@ class Cells:
         """
         inputs, view = self.inputs, defense.view
         for one in members(search, view):
-            if one != search:
-                self.ready(one, client, defense)
+            self.ready(one, client, defense)
         own = identity.names_own(*dataclasses.asdict(search).values())
         if own:
             steps = search.steps
@@ -301,9 +300,8 @@ class Cells:
         if client.rounds == 1:  # so that cells of one round keep their names
             del shared["rounds"]
         parts: list[Any] = [searched, own, shared]
-        for one in members(search, defense.view):
-            if one != search:  # of several, each is what it would be alone
-                parts.append(self.make(axes, one, client, defense, seed, batch).id)
+        for one in members(search, defense.view):  # each is what it would be alone
+            parts.append(self.make(axes, one, client, defense, seed, batch).id)
         parts += [defense.name, self.defenses[defense.name], seed, names]
         if self.told_apart:
             known = dict(inputs.digests)

@@ -16,14 +16,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 
 from ggl_jax.audit.maps import Map, silent
-from ggl_jax.audit.tables import (
-    Leakage,
-    Mean,
-    family_of,
-    score_text,
-    spoken,
-    strongest,
-)
+from ggl_jax.audit.tables import Leakage, Mean, family_of, score_text, spoken, strongest
 
 #: Inches; a page of 400 pixels shows it at nearly its own size.
 WIDTH = 3.9

@@ -78,7 +78,7 @@ def find_center(
         GGLError: an attack on pixels, or unusable input.
     """
     search = replace(search or Search(), refine="none")
-    if search.space != "latents" or members(search) != [search]:
+    if search.space != "latents" or members(search):
         raise GGLError(
             f"attack: got {search.attack!r}, allowed: those on latents, such as ggl; attacks on "
             "pixels have no latents"

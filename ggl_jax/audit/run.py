@@ -173,7 +173,7 @@ def config_of(cells: Sequence[Cell], inputs: Inputs, options: Mapping[str, Any])
     played = dict.fromkeys(
         threat_model(one, c.client, c.inputs.model, c.inputs.prior)
         for c in cells
-        for one in members(c.search, c.defense.view)
+        for one in members(c.search, c.defense.view) or [c.search]
     )
     return {
         "options": {**options, **judged, **names},

@@ -113,7 +113,7 @@ def run(command: AttackCommand, argv: list[str]) -> int:
             f"rounds: got {client.rounds}, allowed: 1, since one update is read; several of the "
             "same images and weights are attacked as their mean, so give that"
         )
-    if members(search) != [search]:
+    if members(search):
         raise GGLError("attack: strongest is for audits and sweeps; choose one attack")
     if command.image is not None and client.batch_size > 1:
         raise GGLError("image: judged for one image only; use --batch-size 1, or ggl-jax audit")

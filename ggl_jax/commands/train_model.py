@@ -22,8 +22,8 @@ class TrainModelCommand:
 
     By federated averaging, under a defense if one is given; with --clients 1 centrally. Each
     checkpoint (out/round-20) is for --weights of ggl-jax audit, sweep, reproduce, utility and
-    attack, and has a card with its accuracy. After Ctrl-C the same
-    command goes on.
+    attack, and has a card with its accuracy. After Ctrl-C the same command
+    goes on.
     """
 
     data: str
