@@ -139,9 +139,9 @@ def board(tmp_path, monkeypatch):
     card = {"name": "tiny", "kind": "dcgan", "arguments": arguments, "trained_on": [], "data": []}
     checkpoint.save(tmp_path / "tiny", dcgan(**arguments).init(jax.random.key(0)), card)
     rng = np.random.default_rng(0)
-    pictures = rng.integers(0, 255, (90, 32, 32, 3)).astype(np.uint8)
+    pictures = rng.integers(0, 255, (120, 32, 32, 3)).astype(np.uint8)
     np.savez(tmp_path / "few.npz", images=pictures[:8], labels=np.arange(8) % 2)
-    np.savez(tmp_path / "many.npz", images=pictures, labels=np.arange(90) % 2)
+    np.savez(tmp_path / "many.npz", images=pictures, labels=np.arange(120) % 2)
     short = gx.search_of("quick", "ig", steps=2, restarts=1, optimizer="adam:box=1")
     own = {"attack": "swift", "regularizer": "none"}
     monkeypatch.setitem(ATTACKS, "swift", gx.Search(**{**vars(short), **own}))
@@ -160,12 +160,17 @@ def test_command(board, capsys):
     assert not out.exists()
     assert run([*given, "--dry-run", "--skip-utility"]) == 0
     assert "4 cells (0 finished)" in capsys.readouterr().out
-    given += ["--utility-data", str(folder / "many.npz")]
+    given += ["--utility-data", str(folder / "many.npz"), "--learning-rate", "0.03"]
+    assert run([*given, "0.03"]) == 2
+    assert "learning_rate: got 0.03 0.03, allowed: different" in capsys.readouterr().err
+    assert not out.exists()
+    given += ["0.01"]
     assert run(given) == 0
     table = (out / "leaderboard.md").read_text()
     assert "| none | " in table
     assert "| clip:1 | " in table
     assert "Accuracy kept" in table
+    assert "| Test accuracy | Learning rate |" in table
     assert table.split("\n\n")[0] in (out / "report.md").read_text()
     rows = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
     assert len(rows) == 4

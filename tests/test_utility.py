@@ -1,6 +1,8 @@
 """Federated training under defenses, epsilon of a clip followed by noise, and their report."""
 
+import dataclasses
 import json
+import re
 
 import jax
 import jax.numpy as jnp
@@ -36,7 +38,7 @@ def toy():
     labels = (np.arange(100) % 5 < 2).astype(np.int32)
     noise = rng.uniform(-0.2, 0.2, size=(100, 4, 4, 1))
     images = (np.where(labels, 0.7, 0.3)[:, None, None, None] + noise).astype(np.float32)
-    settings = utility.UtilitySettings(rounds=20, clients=2, batch_size=8, learning_rate=0.1)
+    settings = utility.UtilitySettings(rounds=20, clients=2, batch_size=8, learning_rate=(0.1,))
     return {
         "images": images,
         "labels": labels,
@@ -291,10 +293,18 @@ def split_of(test_images, clients, seed=0):
 
 
 def test_splits_are_disjoint_and_depend_on_the_seed():
-    train, test = utility.split(103, split_of(20, 4))
+    train, test, none = utility.split(103, split_of(20, 4))
     assert train.shape == (4, 20)
     assert len(np.unique([*train.ravel(), *test])) == 100
+    assert len(none) == 0
     assert not np.array_equal(test, utility.split(103, split_of(20, 4, 1))[1])
+    several = utility.UtilitySettings(4, 1, test_images=20, learning_rate=(0.1, 0.2))
+    parts = utility.split(103, several)
+    assert parts.train.shape == (4, 15)
+    np.testing.assert_array_equal(parts.test, test)
+    assert len(np.unique([*parts.train.ravel(), *parts.test, *parts.validation])) == 60 + 20 + 20
+    with pytest.raises(gx.GGLError, match=r"got 52 of 103 images \(and as many .*allowed: 1 to 51"):
+        utility.split(103, dataclasses.replace(several, test_images=52))
     assert len(utility.split(10_000, split_of(None, 4))[1]) == 1000
     with pytest.raises(gx.GGLError, match="test_images: got 3 of 3 images, allowed: 1 to 2"):
         utility.split(3, split_of(3, 1))
@@ -305,9 +315,16 @@ def test_splits_are_disjoint_and_depend_on_the_seed():
 
 
 def test_settings_are_refused_before_any_work(toy, tmp_path):
-    for name, value in {"rounds": 0, "clients": -1, "batch_size": 0, "learning_rate": -1.0}.items():
+    for name, value, shown in [
+        ("rounds", 0, "0, allowed: whole numbers of at least 1"),
+        ("clients", -1, "-1"),
+        ("batch_size", 0, "0"),
+        ("learning_rate", (0.1, -1.0), "(0.1, -1.0), allowed: a list of numbers above 0"),
+        ("learning_rate", (0.1, 0.03, 0.1), "0.1 0.03 0.1, allowed: different numbers"),
+        ("learning_rate", (), "none, allowed: different numbers above 0, at least one; name each"),
+    ]:
         bad = toy | {"settings": utility.UtilitySettings(**{name: value})}
-        with pytest.raises(gx.GGLError, match=f"{name}: got {value}"):
+        with pytest.raises(gx.GGLError, match=re.escape(f"{name}: got {shown}")):
             utility.measure(**bad, defenses=["none"], out=tmp_path / "new")
     assert not (tmp_path / "new").exists()
 
@@ -350,6 +367,88 @@ def test_interrupted_resumed_and_refused(toy, tmp_path):
     assert path.read_text().count("\n") == 2
     with folders.lock(tmp_path, "lock-utility"), pytest.raises(gx.GGLError, match="in use"):
         utility.measure(**toy, defenses=defenses, out=tmp_path)
+
+
+def at_rates(toy, *rates):
+    """The toy problem at several learning rates."""
+    return toy | {"settings": dataclasses.replace(toy["settings"], learning_rate=rates)}
+
+
+def test_each_defense_keeps_the_rate_that_is_best_on_validation_images(toy, tmp_path):
+    """An update a thousand times as long wants a rate a thousand times as small."""
+    long = gx.from_function(
+        lambda key, update: jax.tree.map(lambda g: 1e3 * g, update), name="long"
+    )
+    endless = gx.from_function(
+        lambda key, update: jax.tree.map(lambda g: jnp.inf * g, update), name="endless"
+    )
+    several = at_rates(toy, 3e38, 1e-4, 0.1)
+    found = utility.measure(**several, defenses=[long, endless], out=tmp_path / "a")
+    none, longer, never = found.rows
+    assert (none["learning_rate"], longer["learning_rate"]) == (0.1, 1e-4)
+    assert longer["curve"] == none["curve"]
+    assert none["accuracy"] == none["curve"][1][-1] > 0.95
+    assert never["accuracy"] is None  # at every rate: one that survives is enough for the others
+    text = (tmp_path / "a" / "utility.jsonl").read_text()
+    lines = [json.loads(line) for line in text.splitlines()]
+    assert [line["learning_rate"] for line in lines] == 3 * [3e38, 1e-4, 0.1]
+    assert lines[0]["diverged_round"] == 2
+    assert utility.read(tmp_path / "a").rows == found.rows
+    said = utility.legend(found.config)
+    assert "learning rate of 3e+38, 0.0001, 0.1 whose accuracy on 20 further images" in said
+    assert "costs privacy" in said
+
+    # Labels that are wrong on the validation images alone turn the choice, test images do not.
+    parts = utility.split(100, several["settings"])
+    for at, rate in (parts.validation, 1e-4), (parts.test, 0.1):
+        labels = toy["labels"].copy()
+        labels[at] = 1 - labels[at]
+        wrong = at_rates(toy, 1e-4, 0.1) | {"labels": labels}
+        (row,) = utility.measure(**wrong, defenses=[], out=tmp_path / str(rate)).rows
+        assert row["learning_rate"] == rate
+
+
+def test_equal_rates_keep_the_first_and_what_is_finished_stays(toy, tmp_path):
+    calls = []
+
+    def stop(label, number, total, fraction, loss):
+        calls.append(label)
+        if "at 2e-09" in label and fraction > 0.3:
+            raise KeyboardInterrupt
+
+    several = at_rates(toy, 1e-9, 2e-9) | {"defenses": ["none"]}
+    broken = utility.measure(**several, out=tmp_path / "a", progress=stop)
+    assert broken.interrupted
+    assert broken.rows == utility.read(tmp_path / "a").rows == []
+    kept = (tmp_path / "a" / "utility.jsonl").read_text()
+    calls.clear()
+    whole = utility.measure(
+        **several, out=tmp_path / "a", progress=lambda label, *_: calls.append(label)
+    )
+    assert all(label.startswith("none at 2e-09: ") for label in calls)
+    lines = (tmp_path / "a" / "utility.jsonl").read_text()
+    assert lines.startswith(kept)
+    assert lines.count("\n") == 2
+    assert whole.rows[0]["learning_rate"] == 1e-9
+    turned = at_rates(toy, 2e-9, 1e-9) | {"defenses": ["none"]}
+    with pytest.raises(gx.GGLError, match="learning_rate: in another order"):
+        utility.measure(**turned, out=tmp_path / "a")
+    with pytest.raises(gx.GGLError, match=r"learning_rate: \[1e-09, 2e-09\] -> 0.1"):
+        utility.measure(**toy, defenses=[], out=tmp_path / "a")
+    assert utility.measure(**turned, out=tmp_path / "b").rows[0]["learning_rate"] == 2e-9
+
+
+def test_a_folder_from_before_there_were_several_rates_goes_on(toy, tmp_path):
+    made = utility.measure(**toy, defenses=[], out=tmp_path)
+    config = json.loads((tmp_path / "utility.json").read_text())
+    assert config["options"]["learning_rate"] == 0.1
+    for name in ("num_validation", "validation_indices"):
+        del config[name]
+    files.write_json(tmp_path / "utility.json", config)
+    old = {k: v for k, v in made.rows[0].items() if k not in ("learning_rate", "validation")}
+    (tmp_path / "utility.jsonl").write_text(json.dumps(old) + "\n")
+    assert utility.read(tmp_path).rows == [old]
+    assert utility.measure(**toy, defenses=[], out=tmp_path).rows == [old]
 
 
 def test_epsilon_comes_later_where_the_accountant_was_missing(toy, tmp_path, monkeypatch):
@@ -451,6 +550,8 @@ def test_command_on_its_own(faces, tmp_path, capsys):
     assert len((out / "utility.jsonl").read_text().splitlines()) == 3
     assert run([*given, "--defenses", "clip:1", "--learning-rate", "0.5"]) == 2
     assert "learning_rate: 0.03 -> 0.5" in capsys.readouterr().err
+    assert run([*given, "--defenses", "clip:1", "--learning-rate", "0.5", "0.1"]) == 2
+    assert "learning_rate: 0.03 -> [0.5, 0.1]" in capsys.readouterr().err
 
 
 def test_command_on_a_sweep(faces, tmp_path, capsys):

@@ -80,9 +80,11 @@ _LEAK = (
     Column("Identified", _score("identified_pixels", False)),
 )
 _ATTACK = Column("Attack", lambda p: "–" if p.leakage is None else escape(p.leakage.variant), True)
+_RATE = Column("Learning rate", _of_row(lambda row: f"{row['learning_rate']:g}"))
 _UTILITY = (
     Column("Accuracy kept", lambda p: _KEPT[p.kept], True),
     Column("Test accuracy", _of_row(utility.accuracy_text)),
+    _RATE,
     Column("ε (add or remove)", _of_row(utility.epsilon_text)),
     Column("ε (replace)", _of_row(lambda row: utility.epsilon_text(row, "epsilon_replace"))),
     Column("Note on ε", _of_row(lambda row: escape(row["epsilon_note"])), True),
@@ -117,7 +119,9 @@ def text(ranked: Sequence[Point], found: utility.Utility | None) -> str:
     columns = [_DEFENSE]
     columns += [one for one in _LEAK if audited and (told or one.heading != "Identified")]
     columns += [_ATTACK] if several else []
-    columns += _UTILITY if found is not None and audited else _UTILITY[1:] if found else ()
+    if found is not None:
+        own = _UTILITY if audited else _UTILITY[1:]
+        columns += [one for one in own if one is not _RATE or utility.chooses(found.config)]
     words = []
     if audited:
         legend = "Gain is PSNR in dB above the stronger blind guess"

@@ -41,6 +41,8 @@ CONFIG = "training.json"
 class CheckpointSettings(TrainingSettings):
     """How the federated model is trained, and when its weights are kept."""
 
+    learning_rate: Positive = 0.03
+    """Step size of the server's SGD; as for ggl-jax utility, but one."""
     local_steps: Count = 1
     """Local steps behind each client's update, as for ggl-jax audit."""
     local_learning_rate: Positive = 0.01
@@ -102,7 +104,7 @@ def train_model(
     local = {k: v for k, v in dataclasses.asdict(settings).items() if k.startswith("local_")}
     client = Client(**local)
     images, labels = admit(model, images, labels, variables)
-    train_at, test_at = split(len(images), settings)
+    train_at, test_at, _ = split(len(images), settings)
     parsed = client_defenses.parse(defense) if isinstance(defense, str) else defense
     check_defense(parsed, model)
     client_defenses.check_local_steps(parsed, client)

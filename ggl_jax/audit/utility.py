@@ -1,7 +1,7 @@
 """What a defense costs: test accuracy after federated training under it, and its epsilon.
 
 A folder holds ``utility.json`` (what was asked for) and ``utility.jsonl`` (a line for each finished
-defense), beside an audit's or sweep's results or alone.
+training), beside an audit's or sweep's results or alone.
 """
 
 import dataclasses
@@ -42,9 +42,6 @@ class TrainingSettings:
     """Clients; each has its own part of the images and takes part in every round."""
     batch_size: Count = 16
     """Images that a client draws in each round."""
-    learning_rate: Positive = 0.03
-    """Step size of the server's SGD. The default suits convnet; resnet18 wants 0.001 (and many
-    rounds), and resnet18:batch_norm=train 0.01."""
     momentum: Share = 0.9
     """Momentum of the server's SGD."""
     test_images: Count | None = None
@@ -52,15 +49,47 @@ class TrainingSettings:
     seed: Number = 0
     """Seed of the model's weights, the batches, the noise and the choice of test images."""
 
+    @property
+    def validates(self) -> bool:
+        """Whether further images are held out of training, to choose among settings by."""
+        return False
+
 
 @dataclasses.dataclass(frozen=True)
 class UtilitySettings(TrainingSettings):
     """How each defense's training is measured."""
 
+    learning_rate: tuple[Positive, ...] = (0.03,)
+    """Step sizes of the server's SGD. Of several, each defense is trained at each and keeps the one
+    that is best on validation images, held out of training like the test images and as many. 0.03
+    suits convnet without a defense; resnet18 wants 0.001 (and many rounds),
+    resnet18:batch_norm=train 0.01."""
     rounds: Count = 100
     """Rounds of federated SGD."""
     delta: Positive = 1e-5
     """Probability with which epsilon's bound may fail."""
+
+    @property
+    def validates(self) -> bool:
+        """Whether there are several learning rates."""
+        return len(self.learning_rate) > 1
+
+
+def usable(settings: UtilitySettings) -> UtilitySettings:
+    """The settings themselves, checked.
+
+    Raises:
+        GGLError: one is out of its range, or the learning rates are none or not different.
+    """
+    settings = checked(settings)
+    privacy.check_delta(settings.delta)
+    rates = settings.learning_rate
+    if not rates or len(set(rates)) < len(rates):
+        raise GGLError(
+            f"learning_rate: got {' '.join(f'{rate:g}' for rate in rates) or 'none'}, allowed: "
+            "different numbers above 0, at least one; name each once"
+        )
+    return settings
 
 
 class Utility(NamedTuple):
@@ -81,16 +110,30 @@ class Utility(NamedTuple):
         return next((row for row in self.rows if row["defense"] == defense), None)
 
 
-def split(num_images: int, settings: TrainingSettings) -> tuple[np.ndarray, np.ndarray]:
-    """Share images out to the clients, and hold some out for the test.
+class Split(NamedTuple):
+    """Disjoint sorted positions of images.
+
+    Attributes:
+        train: [m n], a row for each client.
+        test: [t].
+        validation: [t], or [0] where nothing is chosen.
+    """
+
+    train: np.ndarray
+    test: np.ndarray
+    validation: np.ndarray
+
+
+def split(num_images: int, settings: TrainingSettings) -> Split:
+    """Share images out to the clients, and hold some out for the test and for choices.
 
     Args:
         num_images: how many there are.
         settings: how many are held out, clients, and the seed of the shuffling.
 
     Returns:
-        ``(train [m n], test [t])``, disjoint sorted positions: a row for each client, all of the
-        same length, so that up to m - 1 images are left over.
+        A :class:`Split`. Clients have the same number, so that up to m - 1 images are left over.
+        The test images are the same with and without validation images.
 
     Raises:
         GGLError: there are too few images.
@@ -100,13 +143,16 @@ def split(num_images: int, settings: TrainingSettings) -> tuple[np.ndarray, np.n
         num_test = min(1000, num_images // 5)
     if num_images < 2:
         raise GGLError(f"images: got {num_images}, needed: some to train on, others to test on")
-    if num_test < 1 or num_test >= num_images:
+    num_validation = num_test if settings.validates else 0
+    most = (num_images - 1) // (2 if settings.validates else 1)
+    if not 1 <= num_test <= most:
+        also = " (and as many to choose the learning rate by)" if settings.validates else ""
         raise GGLError(
-            f"test_images: got {num_test} of {num_images} images, allowed: 1 to {num_images - 1}; "
+            f"test_images: got {num_test} of {num_images} images{also}, allowed: 1 to {most}; "
             "give that many, or more images"
         )
     order = np.random.default_rng(settings.seed).permutation(num_images)
-    test, rest = order[:num_test], order[num_test:]
+    test, validation, rest = np.split(order, [num_test, num_test + num_validation])
     each = len(rest) // num_clients
     if each < settings.batch_size:
         raise GGLError(
@@ -114,7 +160,14 @@ def split(num_images: int, settings: TrainingSettings) -> tuple[np.ndarray, np.n
             "client; give more images, fewer test images or fewer clients"
         )
     train = rest[: each * num_clients].reshape(num_clients, each)
-    return np.sort(train, axis=1), np.sort(test)
+    return Split(np.sort(train, axis=1), np.sort(test), np.sort(validation))
+
+
+def _options(settings: UtilitySettings) -> dict[str, Any]:
+    """The settings for ``utility.json``, where a single learning rate is a number."""
+    rates = settings.learning_rate
+    own = dataclasses.asdict(settings)
+    return own | {"learning_rate": list(rates) if settings.validates else rates[0]}
 
 
 def asked_for(about: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -162,22 +215,24 @@ def measure(
         progress: called as it goes on.
 
     Returns:
-        A :class:`Utility`; Ctrl-C returns one, too. A row has ``defense``, ``accuracy``
-        (on the test images; None where the training diverged, and then ``diverged_round`` says
-        when), ``curve`` ([rounds, accuracies] on the way), ``bound`` and
+        A :class:`Utility`; Ctrl-C returns one, too. A row has ``defense``, ``learning_rate``,
+        ``accuracy`` (on the test images; None where the training diverged, and then
+        ``diverged_round`` says when), ``curve`` ([rounds, accuracies] on the way), ``bound`` and
         ``sigma`` of the Gaussian mechanism, ``rounds`` that compose, ``delta``, ``epsilon`` and
         ``epsilon_replace`` (see :data:`ggl_jax.audit.privacy.ADJACENCIES`; None where there is
-        none, and ``epsilon_note`` says why), and ``seconds``.
+        none, and ``epsilon_note`` says why), and ``seconds``. Of several learning rates it is the
+        training of best ``validation`` (accuracy on the validation images), of equal ones the first
+        asked for; one that diverged is the last choice.
 
     Raises:
         GGLError: unusable images or labels, too few of them, an unknown defense, or the folder is
             in use or holds another configuration.
         StorageError: the disk is full; nothing that was finished is lost.
     """
-    settings, client = checked(settings or UtilitySettings()), client or Client()
-    privacy.check_delta(settings.delta)
+    settings, client = usable(settings or UtilitySettings()), client or Client()
     images, labels = admit(model, images, labels, variables)
-    train_at, test_at = split(len(images), settings)
+    parts = split(len(images), settings)
+    rates = settings.learning_rate
     named: dict[str, Defense] = {}
     for one in ("none", *map(as_defense, defenses)):
         defense = client_defenses.parse(one) if isinstance(one, str) else one
@@ -188,7 +243,7 @@ def measure(
     asked = asked_for(about)
     local = {k: v for k, v in dataclasses.asdict(client).items() if k.startswith("local_")}
     config = {
-        "options": {**dataclasses.asdict(settings), **local, "model": model.name, **asked},
+        "options": {**_options(settings), **local, "model": model.name, **asked},
         **{name: value for name, value in (about or {}).items() if name not in asked},
         "inputs": {"data": files.digest(images, labels, jax.tree.leaves(variables))[:12]},
         "model": model.name,
@@ -196,43 +251,59 @@ def measure(
         "clients": settings.clients,
         "batch_size": settings.batch_size,
         "delta": settings.delta,
-        "num_train": int(train_at.size),
-        "num_test": len(test_at),
-        "majority": majority_accuracy(labels[train_at], labels[test_at]),
-        "test_indices": test_at.tolist(),
+        **{f"num_{name}": at.size for name, at in parts._asdict().items()},
+        "majority": majority_accuracy(labels[parts.train], labels[parts.test]),
+        "test_indices": parts.test.tolist(),
+        "validation_indices": parts.validation.tolist(),
     }
     folder, interrupted = Path(out), False
     with folders.lock(folder, "lock-utility"):
         if (folder / ROWS).exists() and not (folder / CONFIG).exists():
             raise GGLError(f"out: {folder} has {ROWS} without {CONFIG}; move it away")
         files.claim(folder, config, name=CONFIG, guest=True)
-        rows = _read_rows(folder)
-        known = {row["defense"] for row in rows}
-        todo = [defense for name, defense in named.items() if name not in known]
+        lines = _read_lines(folder)
+        # A line of a folder that had one rate may lack it.
+        known = {(line["defense"], line.get("learning_rate", rates[0])) for line in lines}
+        todo = [(one, rate) for one in named.values() for rate in rates]
+        todo = [(one, rate) for one, rate in todo if (one.name, rate) not in known]
         key = jax.random.key(settings.seed)
         if variables is None:
             variables = jax.jit(model.init)(jax.random.fold_in(key, MODEL_STREAM))
-        data = (images[train_at], labels[train_at], images[test_at], labels[test_at])
+        data = [(images[at], labels[at]) for at in parts]
         try:
-            for number, defense in enumerate(todo):
+            for number, (defense, rate) in enumerate(todo):
+                label = f"{defense.name} at {rate:g}" if settings.validates else defense.name
 
-                def report(phase, fraction, number=number, defense=defense):
+                def report(phase, fraction, number=number, label=label):
                     if progress is not None:
-                        label = f"{defense.name}: {phase}"
-                        progress(label, number, len(todo), fraction, None)
+                        progress(f"{label}: {phase}", number, len(todo), fraction, None)
 
-                row: dict[str, Any] = {"defense": defense.name}
+                line: dict[str, Any] = {"defense": defense.name, "learning_rate": rate}
                 stream = jax.random.fold_in(key, TRAINING_STREAM)
-                row |= _train(stream, model, defense, variables, data, settings, client, report)
-                row |= _privacy(defense, variables, settings)
-                rows.append(jsonable(row))
-                files.write_text(folder / ROWS, "".join(json.dumps(r) + "\n" for r in rows))
+                how = dataclasses.replace(settings, learning_rate=(rate,))
+                line |= _train(stream, model, defense, variables, data, how, client, report)
+                line |= _privacy(defense, variables, settings)
+                lines.append(jsonable(line))
+                files.write_text(folder / ROWS, "".join(json.dumps(r) + "\n" for r in lines))
         except KeyboardInterrupt:
             interrupted = True
-    return Utility(config, rows, interrupted)
+    return Utility(config, _chosen(lines, len(rates)), interrupted)
 
 
-def _read_rows(folder: Path) -> list[dict[str, Any]]:
+def _chosen(lines: Sequence[dict[str, Any]], num_rates: int) -> list[dict[str, Any]]:
+    """For each defense that was trained at every rate, the training that is best on validation."""
+    tried: dict[str, list[dict[str, Any]]] = {}
+    for line in lines:
+        tried.setdefault(line["defense"], []).append(line)
+
+    def merit(line: dict[str, Any]) -> float:
+        found = line.get("validation")
+        return -1.0 if found is None else found
+
+    return [max(each, key=merit) for each in tried.values() if len(each) == num_rates]
+
+
+def _read_lines(folder: Path) -> list[dict[str, Any]]:
     path = folder / ROWS
     try:
         lines = path.read_text().splitlines() if path.exists() else []
@@ -253,47 +324,51 @@ def read(folder: str | Path) -> Utility | None:
     if not (folder / ROWS).exists():
         return None
     config = files.read_json(folder / CONFIG, f"{folder} is damaged")
-    rows = _read_rows(folder)
+    num_rates = len(config["options"]["learning_rate"]) if chooses(config) else 1
+    rows = _chosen(_read_lines(folder), num_rates)
     for row in rows:
         if row["epsilon_note"] == _MISSING:
             row.update(_epsilons(row["bound"], row["sigma"], row["rounds"], row["delta"]))
     return Utility(config, rows)
 
 
+def chooses(config: Mapping[str, Any]) -> bool:
+    """Whether a folder's learning rates were chosen; ``config`` is the one of :class:`Utility`."""
+    return config.get("num_validation", 0) > 0
+
+
 def _train(key, model, defense, variables, data, settings, client, report) -> dict[str, Any]:
-    began = time.perf_counter()
+    """One training, at one rate; ``data`` are the images and labels of each part of a split."""
+    began, num_rounds = time.perf_counter(), settings.rounds
     federated = training.federated(
         model,
         defense,
         num_clients=settings.clients,
         batch_size=settings.batch_size,
-        learning_rate=settings.learning_rate,
+        learning_rate=settings.learning_rate[0],
         momentum=settings.momentum,
         client=client,
     )
-    images, labels, test_images, test_labels = data
-    rounds, accuracies, diverged = [], [], 0
+    train, test, validation = data
+    rounds, accuracies, diverged, validated = [], [], 0, None
     report("compiling", 0.0)
-    each = math.ceil(settings.rounds / 10)
-    for state in training.train(
-        federated,
-        key,
-        variables,
-        images,
-        labels,
-        stops=[*range(each, settings.rounds, each), settings.rounds],
-    ):
+    each = math.ceil(num_rounds / 10)
+    stops = [*range(each, num_rounds, each), num_rounds]
+    for state in training.train(federated, key, variables, *train, stops=stops):
         diverged = int(state.diverged)
         if diverged:
             break
         rounds.append(int(state.round))
-        accuracies.append(training.accuracy(model, state.variables, test_images, test_labels))
+        accuracies.append(training.accuracy(model, state.variables, *test))
         report(
-            f"{rounds[-1]} of {settings.rounds} rounds, accuracy {100 * accuracies[-1]:.1f} %",
-            rounds[-1] / settings.rounds,
+            f"{rounds[-1]} of {num_rounds} rounds, accuracy {100 * accuracies[-1]:.1f} %",
+            rounds[-1] / num_rounds,
         )
+        if rounds[-1] == num_rounds and len(validation[0]):
+            validated = training.accuracy(model, state.variables, *validation)
     return {
         "accuracy": None if diverged else accuracies[-1],
+        "validation": validated,
         "diverged_round": diverged or None,
         "curve": [rounds, accuracies],
         "seconds": time.perf_counter() - began,
@@ -363,6 +438,14 @@ def warnings(found: Utility) -> list[str]:
 
 def legend(config: Mapping[str, Any]) -> str:
     """What accuracy and epsilon mean here, in a few sentences."""
+    chosen = ""
+    if chooses(config):
+        rates = ", ".join(f"{rate:g}" for rate in config["options"]["learning_rate"])
+        chosen = (
+            f" Each defense has that learning rate of {rates} whose accuracy on "
+            f"{config['num_validation']:,} further images, held out of training, too, was best; "
+            "that choice costs privacy, which epsilon does not count."
+        )
     return (
         f"Accuracy on {config['num_test']:,} images held out of training, after "
         f"{config['rounds']:,} rounds of federated SGD of {config['model']}: "
@@ -371,5 +454,5 @@ def legend(config: Mapping[str, Any]) -> str:
         "mechanism, for all that one client shares in all rounds, with the server seeing each "
         "client's update; neighbours differ in whether the client's update is there or zero (add "
         "or remove), or in what it is (replace). Without a clip before Gaussian noise there is "
-        "none."
+        f"none.{chosen}"
     )

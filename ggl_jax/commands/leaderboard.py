@@ -12,7 +12,7 @@ from ggl_jax.commands import utility as utility_command
 from ggl_jax.commands._options import Choice, Preset
 from ggl_jax.commands._shared import about, console, load_labelled, say
 from ggl_jax.errors import GGLError
-from ggl_jax.spec import Count, Judge, Setup, Speed, checked, flat
+from ggl_jax.spec import Count, Judge, Positive, Setup, Speed, checked, flat
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +42,9 @@ class LeaderboardCommand:
     """The model to train, from random weights; resnet18 does not learn in so few rounds."""
     rounds: Count = utility.UtilitySettings().rounds
     """Rounds of federated SGD."""
+    learning_rate: tuple[Positive, ...] = utility.UtilitySettings().learning_rate
+    """Step sizes to train at. Of several, each defense keeps the one that is best on validation
+    images, as for ggl-jax utility: 0.03 suits the undefended update, not signs and sums."""
     setup: Setup = dataclasses.field(default_factory=Setup)
     judge: Judge = dataclasses.field(default_factory=Judge)
     speed: Speed = dataclasses.field(default_factory=Speed)
@@ -92,10 +95,13 @@ def run(command: LeaderboardCommand, argv: list[str]) -> int:
             f"images: got {command.images}, but {command.setup.data} has {found}; give --images "
             f"{found} or other --data"
         )
-    training = utility.UtilitySettings(rounds=command.rounds, seed=command.setup.seed)
+    training = utility.UtilitySettings(
+        rounds=command.rounds, learning_rate=command.learning_rate, seed=command.setup.seed
+    )
     if not command.skip_utility:  # for its errors, before hours of work
         data, size = command.utility_data or command.setup.data, grid.inputs.model.image_shape[0]
-        utility.split(len(load_labelled(data, size, command.setup.label).images), training)
+        found = len(load_labelled(data, size, command.setup.label).images)
+        utility.split(found, utility.usable(training))
     code = sweep.carry_out(grid, command.out, command.running)
     if command.running.dry_run or code == 130:
         return code
