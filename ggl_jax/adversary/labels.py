@@ -4,6 +4,7 @@ from typing import Annotated
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from ggl_jax import trees
 from ggl_jax.client.defenses.noise import estimate_sigma
@@ -105,9 +106,14 @@ def softmax_form(model: Model, update: PyTree) -> tuple[PyTree, Path]:
     return {"head": layer}, ("head",)
 
 
+@jax.jit
+def _squared_norm(update: PyTree) -> jax.Array:
+    return trees.total(trees.sq_norms(update))
+
+
 def check_told(model: Model, update: PyTree, *, searched: bool) -> None:
     """Refuse an update that tells nothing, or not the labels although they are to be inferred."""
-    squares = float(trees.total(trees.sq_norms(update)))
+    squares = float(_squared_norm(update))
     if squares == 0:
         raise GGLError(
             "update: zero in every entry, or nearly, so it tells nothing of the images behind it"
@@ -118,7 +124,7 @@ def check_told(model: Model, update: PyTree, *, searched: bool) -> None:
             "the loss was multiplied by"
         )
     kernel, bias = trees.head_parts(update, model.head)
-    if not (searched or jnp.any(kernel) or (bias is not None and jnp.any(bias))):
+    if not (searched or np.any(kernel) or (bias is not None and np.any(bias))):
         raise GGLError(
             f"labels: the update of the last layer {'/'.join(model.head)} is zero, so the label "
             "cannot be told; search it: labels='searched', refine='none' (as attack dlg)"

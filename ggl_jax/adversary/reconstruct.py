@@ -138,6 +138,7 @@ def prepare(
 
 
 _expectations = jax.jit(public_expectations, static_argnums=(0, 2))
+_labels = jax.jit(infer_labels, static_argnums=1, static_argnames=("batch_size", "num_steps"))
 
 
 def expectations(key: jax.Array, public: Public) -> dict[str, jax.Array]:
@@ -157,9 +158,9 @@ def _problem(public: Public, one: Shared, view: View, client: Client, search: Se
     if search.labels == "smallest":
         labels = smallest_labels(update, head, client.batch_size)
     else:
-        labels = infer_labels(
+        labels = _labels(
             update,
-            head,
+            tuple(head),
             batch_size=client.batch_size,
             num_steps=gradients_summed(client) or 1,
             # Only the labels of several images need them; one image's is read off directly.

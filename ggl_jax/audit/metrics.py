@@ -120,6 +120,11 @@ def ssim(reconstruction: jax.Array, original: jax.Array) -> jax.Array:
     return jnp.mean(luminance * structure, axis=_IMAGE_AXES)
 
 
+@partial(jax.jit, static_argnums=0)
+def _features(model: Model, variables: PyTree, images: jax.Array) -> jax.Array:
+    return model.apply(variables, images)[1]
+
+
 def mse_r(
     reconstruction: jax.Array, original: jax.Array, model: Model, variables: PyTree
 ) -> jax.Array:
@@ -139,8 +144,8 @@ def mse_r(
     """
     shape = jnp.shape(original)
     batched = (-1, *shape[-3:])
-    _, ours = model.apply(variables, jnp.reshape(reconstruction, batched))
-    _, theirs = model.apply(variables, jnp.reshape(original, batched))
+    ours = _features(model, variables, jnp.reshape(reconstruction, batched))
+    theirs = _features(model, variables, jnp.reshape(original, batched))
     return jnp.mean((ours - theirs) ** 2, axis=-1).reshape(shape[:-3])
 
 

@@ -124,9 +124,11 @@ def decode_each(
     size = min(num, images_at_once(prior, params))
     results = []
     for start in range(0, num, size):
-        # the last is filled up with copies, whose images are dropped
-        chosen = jnp.minimum(jnp.arange(start, start + size), num - 1)
-        images = _apply(prior, params, latents[chosen], labels[chosen])
+        part = latents, labels
+        if size < num:  # the last is filled up with copies, whose images are dropped
+            chosen = jnp.minimum(jnp.arange(start, start + size), num - 1)
+            part = latents[chosen], labels[chosen]
+        images = _apply(prior, params, *part)
         results.append(use(images[: num - start], start))
     return results
 
