@@ -1,6 +1,7 @@
 """Fixtures shared by the tests: tiny models and priors that compile in a second."""
 # ruff: noqa: E402, I001  (the environment comes before JAX)
 
+import gc
 import os
 import tempfile
 
@@ -30,6 +31,10 @@ from flax import linen as nn
 from ggl_jax.adversary.search import release_programs
 from ggl_jax.client.models import from_flax
 from ggl_jax.types import Prior
+
+# Tracing makes many objects that live on: collect seldom, and never what the imports made.
+gc.freeze()
+gc.set_threshold(20_000)
 
 TINY_SHAPE = (8, 8, 3)
 
