@@ -5,6 +5,8 @@ data), ``priors`` (public knowledge of images), ``adversary`` (sees only the sha
 ``audit`` (sees both sides and judges).
 """
 
+from types import ModuleType as _ModuleType
+
 from ggl_jax import _environment as _environment  # isort: skip (before JAX is imported)
 
 from ggl_jax.adversary.attack import search_attack
@@ -67,81 +69,9 @@ from ggl_jax.types import (
 
 __version__ = "0.1.0"
 
+#: All that is imported above.
 __all__ = [
-    "ATTACKS",
-    "DEFENSES",
-    "DISTANCES",
-    "LOSSES",
-    "METRICS",
-    "MODELS",
-    "OPTIMIZERS",
-    "PRESETS",
-    "PRIORS",
-    "REGULARIZERS",
-    "Attack",
-    "AuditResult",
-    "Client",
-    "Context",
-    "Defense",
-    "Factored",
-    "Facts",
-    "GGLError",
-    "Info",
-    "Model",
-    "Optimizer",
-    "Prior",
-    "Problem",
-    "Public",
-    "Reconstruction",
-    "RunResult",
-    "Search",
-    "Shared",
-    "Speed",
-    "Stage",
-    "View",
-    "adam",
-    "audit",
-    "best_so_far",
-    "chain",
-    "clip",
-    "cma_es",
-    "convnet",
-    "dcgan",
-    "estimate",
-    "fit_latents",
-    "from_flax",
-    "from_function",
-    "from_function_model",
-    "from_nnx",
-    "from_optax",
-    "gradient",
-    "hybrid",
-    "infer_labels",
-    "judge",
-    "lbfgs",
-    "lbfgs_wolfe",
-    "lenet",
-    "load",
-    "load_prior",
-    "local_update",
-    "make_stages",
-    "matching_loss",
-    "mlp",
-    "noise",
-    "parse",
-    "pixels",
-    "psnr",
-    "reconstruct",
-    "resnet18",
-    "run_search",
-    "run_stages",
-    "search_attack",
-    "search_of",
-    "share",
-    "soteria",
-    "sparsify",
-    "ssim",
-    "sweep",
-    "turbo",
-    "vit",
+    name
+    for name, value in list(vars().items())
+    if not name.startswith("_") and not isinstance(value, _ModuleType)
 ]

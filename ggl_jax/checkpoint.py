@@ -19,7 +19,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from ggl_jax import machine
+from ggl_jax import machine, trees
 from ggl_jax.errors import GGLError, did_you_mean, explaining
 
 CARD, WEIGHTS = "card.json", "weights"
@@ -27,9 +27,7 @@ CARD, WEIGHTS = "card.json", "weights"
 
 def _named_leaves(tree) -> dict[str, np.ndarray]:
     """Leaves by slash-separated path, sorted by that name."""
-    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
-    named = {jax.tree_util.keystr(p, simple=True, separator="/"): np.asarray(x) for p, x in leaves}
-    return dict(sorted(named.items()))
+    return dict(sorted(trees.named(jax.tree.map(np.asarray, tree)).items()))
 
 
 def _describe(array) -> str:

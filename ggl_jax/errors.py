@@ -1,7 +1,7 @@
 """The one exception type that users are meant to see, and what its messages share."""
 
 import difflib
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 
 
@@ -25,6 +25,22 @@ def did_you_mean(name: str, known: Iterable[str], *, before: str = "", after: st
     """
     near = difflib.get_close_matches(name, list(known), n=1)
     return f"{before}did you mean {near[0]!r}?{after}" if near else ""
+
+
+def check_known(what: str, name: str, known: Collection[str], *, given: str = "") -> None:
+    """Refuse a name that is none of the known ones.
+
+    Args:
+        what: the argument that names it.
+        name: as given, or taken out of ``given``, which errors then show.
+        known: the names.
+
+    Raises:
+        GGLError: it names those that are known, and the nearest.
+    """
+    if name not in known:
+        hint = did_you_mean(name, known, before="; ")
+        raise GGLError(f"{what}: got {given or repr(name)}, allowed: {', '.join(known)}{hint}")
 
 
 def first_line(error: BaseException) -> str:

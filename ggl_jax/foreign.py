@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from flax import traverse_util
 
-from ggl_jax.errors import GGLError, explaining, first_line
+from ggl_jax.errors import GGLError, explaining
 from ggl_jax.types import Path as TreePath
 from ggl_jax.types import PyTree
 
@@ -95,13 +96,9 @@ def as_arrays(tensors: Mapping[str, Any], *, source: str = "state_dict") -> dict
         )
     arrays = {}
     for name, value in tensors.items():
-        try:
+        what = f"{source}: entry {name!r} is no tensor"
+        with explaining(what, "save a plain state_dict", (TypeError, ValueError)):
             arrays[str(name)] = _to_numpy(value)
-        except (TypeError, ValueError) as error:
-            raise GGLError(
-                f"{source}: entry {name!r} is no tensor ({first_line(error)}); save a plain "
-                "state_dict"
-            ) from error
     return unprefixed(arrays)
 
 
@@ -237,7 +234,7 @@ def convert(
     """
     arrays = {k: np.asarray(v) for k, v in tensors.items() if not k.endswith(COUNTER)}
     check_shapes(arrays, {name: tensor.shape for name, tensor in layout.items()}, what=what)
-    tree: dict[str, Any] = {}
+    kept: dict[TreePath, np.ndarray] = {}
     for name, tensor in layout.items():
         if not tensor.path:
             continue
@@ -247,9 +244,5 @@ def convert(
                 f"tensor {name} of {what} is not of finite real numbers; give one from before "
                 "NaN or infinity came up"
             )
-        *parents, last = tensor.path
-        place = tree
-        for parent in parents:
-            place = place.setdefault(parent, {})
-        place[last] = np.array(array, np.float32, order="C")
-    return tree
+        kept[tensor.path] = np.array(array, np.float32, order="C")
+    return traverse_util.unflatten_dict(kept)

@@ -8,12 +8,18 @@ option. Parts that work together are joined by ``+``: ``clip:4+noise:0.1``.
 import inspect
 import re
 from collections.abc import Callable, Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
-from ggl_jax.errors import GGLError, did_you_mean
+from ggl_jax.errors import GGLError, check_known
 from ggl_jax.spec import AtLeast, check
 
+Factory = TypeVar("Factory", bound=Callable[..., Any])
 _WORDS: dict[str, Any] = {"true": True, "false": False, "none": None}
+
+
+def named(*factories: Factory) -> dict[str, Factory]:
+    """A registry of parts, each factory by its own name."""
+    return {one.__name__: one for one in factories}
 
 
 def split(text: str) -> list[str]:
@@ -72,9 +78,7 @@ def read(
         GGLError: an unknown name or option, or one that is given twice.
     """
     name, _, values = text.strip().partition(":")
-    if name not in registry:
-        hint = did_you_mean(name, registry, before="; ")
-        raise GGLError(f"{what}: got {text!r}, allowed: {', '.join(registry)}{hint}")
+    check_known(what, name, registry, given=repr(text))
     known = [
         parameter
         for parameter, about in inspect.signature(registry[name]).parameters.items()

@@ -6,6 +6,7 @@ leaves are called tensors or, as in the literature on clipping, layers.
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +30,11 @@ def names(tree: PyTree) -> list[str]:
     return [_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
 
 
+def named(tree: PyTree) -> dict[str, Any]:
+    """The leaves by their :func:`names`."""
+    return dict(zip(names(tree), jax.tree.leaves(tree), strict=True))
+
+
 def head_parts(update: PyTree, head: Path) -> tuple[jax.Array, jax.Array | None]:
     """The last Dense layer's part of an update.
 
@@ -42,7 +48,7 @@ def head_parts(update: PyTree, head: Path) -> tuple[jax.Array, jax.Array | None]
     Raises:
         GGLError: there is no such layer, or its kernel is not a matrix.
     """
-    leaves = dict(zip(names(update), jax.tree.leaves(update), strict=True))
+    leaves = named(update)
     base = "/".join(head)
     kernel = leaves.get(f"{base}/kernel")
     if kernel is None or jnp.ndim(kernel) != 2:
@@ -125,7 +131,7 @@ def check_finite(
     "images",
 ) -> None:
     """Raise :class:`GGLError` naming the first tensor that holds NaN or infinity. Host side."""
-    for name, leaf in zip(names(tree), jax.tree.leaves(tree), strict=True):
+    for name, leaf in named(tree).items():
         bad = int(np.sum(~np.isfinite(np.asarray(leaf))))  # in numpy: nothing to compile
         if bad:
             raise GGLError(

@@ -14,16 +14,6 @@ from ggl_jax.errors import GGLError
 from ggl_jax.trees import check_finite, head_parts, names
 from ggl_jax.types import Path, PyTree, View
 
-__all__ = [
-    "check_finite",
-    "check_rounds",
-    "compare",
-    "estimate",
-    "noise_level",
-    "of_round",
-    "pooled",
-]
-
 
 def estimate(view: View, update: PyTree, head: Path) -> PyTree:
     """Estimate a defense's parameters from the observed update alone.

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from ggl_jax import grammar
-from ggl_jax.errors import GGLError, did_you_mean
+from ggl_jax.errors import GGLError, check_known, did_you_mean
 from ggl_jax.images import to_signed
 from ggl_jax.types import PyTree
 
@@ -227,14 +227,9 @@ def _inverse_norm(square):
 
 
 #: Distance factories by name.
-DISTANCES: dict[str, Callable[[], Distance]] = {
-    "squared_l2": squared_l2,
-    "mean_squared_l2": mean_squared_l2,
-    "likelihood": likelihood,
-    "cosine": cosine,
-    "scaled_l2": scaled_l2,
-    "posterior": posterior,
-}
+DISTANCES: dict[str, Callable[[], Distance]] = grammar.named(
+    squared_l2, mean_squared_l2, likelihood, cosine, scaled_l2, posterior
+)
 
 
 def resolve_distance(distance: str | Distance) -> Distance:
@@ -245,9 +240,7 @@ def resolve_distance(distance: str | Distance) -> Distance:
     """
     if isinstance(distance, Distance):
         return distance
-    if distance not in DISTANCES:
-        hint = did_you_mean(distance, DISTANCES, before="; ")
-        raise GGLError(f"distance: got {distance!r}, allowed: {', '.join(DISTANCES)}{hint}")
+    check_known("distance", distance, DISTANCES)
     return DISTANCES[distance]()
 
 

@@ -135,7 +135,7 @@ def _by_samples(key, public, update, client, part) -> float:
             latents, labels = one
             images = prior.apply(params, latents, labels)
             found = client_update(client, model, variables, images, labels)
-            squares = zip(trees.names(found), jax.tree.leaves(trees.sq_norms(found)), strict=True)
+            squares = trees.named(trees.sq_norms(found)).items()
             return sum(square for name, square in squares if part is None or name in part)
 
         return jax.lax.map(size, (latents, labels))

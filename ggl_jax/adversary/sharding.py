@@ -6,6 +6,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ggl_jax.types import PyTree
@@ -84,17 +85,13 @@ class Layout:
     def whole(self, tree: PyTree) -> PyTree:
         """Arrays on this process's host, whole, with what was padded."""
         if self._mesh is not None and jax.process_count() > 1:
-            from jax.experimental import multihost_utils
-
             tree = multihost_utils.process_allgather(tree, tiled=True)
         return jax.tree.map(np.asarray, tree)
 
     def agree(self, flag: bool) -> bool:
         """Process 0's flag: what follows has to be done by all processes or by none."""
-        if self._mesh is None or jax.process_count() == 1:
+        if self._mesh is None:
             return flag
-        from jax.experimental import multihost_utils
-
         return bool(multihost_utils.broadcast_one_to_all(np.asarray(flag)))
 
 

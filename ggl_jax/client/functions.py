@@ -1,10 +1,11 @@
 """Models that are functions of their parameters: plain JAX, Equinox, Flax NNX."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from flax import traverse_util
 
 from ggl_jax import trees
 from ggl_jax.client.gradients import loss_named
@@ -102,20 +103,6 @@ def _followed(function: Callable, leaves: list, images: jax.Array) -> tuple[_Val
     return found[0], seen
 
 
-def _path(path: tuple) -> Path:
-    return tuple(trees.names_of_path(path))
-
-
-def _nested(entries: Mapping[Path, Any]) -> dict:
-    tree: dict = {}
-    for path, value in entries.items():
-        inner = tree
-        for name in path[:-1]:
-            inner = inner.setdefault(name, {})
-        inner[path[-1]] = value
-    return tree
-
-
 def _head_places(
     paths: list[Path], kernel: int, bias: int | None, transposed: bool
 ) -> tuple[list[Path], Path]:
@@ -209,7 +196,8 @@ def from_function_model(
         raise GGLError(f"{what}: apply is {type(apply).__name__}, allowed: apply(params, images)")
     name = name or getattr(apply, "__name__", type(apply).__name__).strip("<>")
     flat, treedef = jax.tree_util.tree_flatten_with_path(params)
-    paths, leaves = [_path(path) or ("params",) for path, _ in flat], [leaf for _, leaf in flat]
+    paths = [tuple(trees.names_of_path(path)) or ("params",) for path, _ in flat]
+    leaves = [leaf for _, leaf in flat]
     for path, leaf in zip(paths, leaves, strict=True):
         array = hasattr(leaf, "dtype") and hasattr(leaf, "shape")
         if not array or not jnp.issubdtype(leaf.dtype, jnp.floating):
@@ -256,15 +244,11 @@ def from_function_model(
     def arranged(own):
         values = list(own)
         values[kernel] = values[kernel].T if transposed else values[kernel]
-        return _nested(dict(zip(places, values, strict=True)))
+        return traverse_util.unflatten_dict(dict(zip(places, values, strict=True)))
 
     def flattened(tree):
-        values = []
-        for place in places:
-            value = tree
-            for part in place:
-                value = value[part]
-            values.append(value)
+        flat = traverse_util.flatten_dict(tree)
+        values = [flat[place] for place in places]
         values[kernel] = values[kernel].T if transposed else values[kernel]
         return values
 

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ggl_jax import grammar
 from ggl_jax.client.local import local_optimizer
 from ggl_jax.errors import GGLError
 from ggl_jax.grammar import at_least
@@ -119,11 +120,9 @@ def _targets(logits: jax.Array, labels: jax.Array, num_classes: int) -> jax.Arra
 
 
 #: Losses by name, ``loss(logits[b k], labels) -> scalar``.
-LOSSES: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
-    "cross_entropy": cross_entropy,
-    "binary_cross_entropy": binary_cross_entropy,
-    "mean_squared_error": mean_squared_error,
-}
+LOSSES: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = grammar.named(
+    cross_entropy, binary_cross_entropy, mean_squared_error
+)
 
 
 def loss_named(loss: str | Callable | None) -> Callable | None:

@@ -41,10 +41,7 @@ def adam(
 
 
 #: Local optimisers by name.
-LOCAL_OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
-    "sgd": sgd,
-    "adam": adam,
-}
+LOCAL_OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = grammar.named(sgd, adam)
 
 
 @functools.lru_cache(maxsize=64)

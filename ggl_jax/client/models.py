@@ -509,14 +509,7 @@ def vit(
 
 
 #: The built-in models by name: ``MODELS[name](num_classes, image_shape, **options) -> Model``.
-MODELS: dict[str, Callable[..., Model]] = {
-    "resnet18": resnet18,
-    "lenet": lenet,
-    "convnet": convnet,
-    "mlp": mlp,
-    "vit": vit,
-    "precode": precode,
-}
+MODELS: dict[str, Callable[..., Model]] = grammar.named(resnet18, lenet, convnet, mlp, vit, precode)
 
 
 def get_model(text: str, num_classes: int = 2, image_shape: Sequence[int] = (32, 32, 3)) -> Model:

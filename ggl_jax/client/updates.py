@@ -67,8 +67,7 @@ def read_part(source: Source, params: PyTree, *, complete: bool = False) -> dict
 def _read(source: Source) -> dict[str, Any]:
     """Named tensors of any source."""
     if isinstance(source, str | os.PathLike) and FilePath(source).is_dir():
-        tree, _ = checkpoint.load(source)
-        return dict(zip(trees.names(tree), jax.tree.leaves(tree), strict=True))
+        return trees.named(checkpoint.load(source)[0])
     return foreign.read_or_take(source)
 
 
@@ -82,9 +81,9 @@ def _told(source: Source) -> str:
 
 def whole(part: Mapping[str, np.ndarray], params: PyTree) -> PyTree:
     """A pytree like ``params`` of tensors by name; those that are not there are 0."""
-    shapes = zip(trees.names(params), jax.tree.leaves(params), strict=True)
     leaves = [
-        jnp.asarray(part.get(name, np.zeros(leaf.shape, np.float32))) for name, leaf in shapes
+        jnp.asarray(part.get(name, np.zeros(leaf.shape, np.float32)))
+        for name, leaf in trees.named(params).items()
     ]
     return jax.tree.unflatten(jax.tree.structure(params), leaves)
 
@@ -101,14 +100,13 @@ def _named(
         tensors, layout = networks.torchvision_names(tensors), networks.torch_layout(variables)
     else:
         tensors = foreign.unprefixed({_plain(name): value for name, value in tensors.items()})
-        named = zip(trees.names(variables), jax.tree.leaves(variables), strict=True)
+        named = trees.named(variables).items()
         layout = {_plain(k): foreign.Tensor(v.shape, (k,), lambda x: x) for k, v in named}
         layout = foreign.unprefixed(layout)
     if not complete and set(tensors) & set(layout):
         layout = {name: tensor for name, tensor in layout.items() if name in tensors}
     found = foreign.convert(tensors, layout, what=what)
-    leaves = zip(trees.names(found), jax.tree.leaves(found), strict=True)
-    return {name.removeprefix("params/"): leaf for name, leaf in leaves}
+    return {name.removeprefix("params/"): leaf for name, leaf in trees.named(found).items()}
 
 
 def _plain(name: str) -> str:
@@ -231,25 +229,19 @@ def shared_part(view: View, params: PyTree, part: Sequence[str], head: Path) -> 
         )
 
     def taken(tree: PyTree) -> dict[str, Any]:
-        leaves = zip(names, jax.tree.leaves(tree), strict=True)
-        own = {name: leaf for name, leaf in leaves if name in part}
+        own = {name: leaf for name, leaf in trees.named(tree).items() if name in part}
         # Without the last layer, estimates that sum over its classes find one of a single class.
         return own if kernel in own else {**own, kernel: jnp.zeros((1, 1))}
 
     def put_back(some: Mapping[str, Any], otherwise: Callable) -> PyTree:
-        leaves = [some[n] if n in part else otherwise(n) for n in names]
+        leaves = [some[n] if n in part else otherwise(x) for n, x in trees.named(params).items()]
         return jax.tree.unflatten(treedef, leaves)
-
-    shapes = dict(zip(names, [leaf.shape for leaf in jax.tree.leaves(params)], strict=True))
-
-    def zeros(name):
-        return jnp.zeros(shapes[name])
 
     def estimate(update, head, noise=0.0):
         return view.estimate(taken(update), head, noise)
 
     def simulate(estimated, update):
-        return put_back(view.simulate(estimated, taken(update)), zeros)
+        return put_back(view.simulate(estimated, taken(update)), jnp.zeros_like)
 
     def factor(estimated):
         assert view.factor is not None
@@ -262,9 +254,9 @@ def shared_part(view: View, params: PyTree, part: Sequence[str], head: Path) -> 
             own = taken(sq_norms)
             own |= {kernel: jnp.sum(own[kernel])}  # of the one that stands in for it, too
             assert inner.scale is not None
-            return put_back(inner.scale(own), lambda name: jnp.ones(()))
+            return put_back(inner.scale(own), lambda leaf: jnp.ones(()))
 
-        return Factored(put_back(mask, lambda name: 0.0), None if inner.scale is None else scale)
+        return Factored(put_back(mask, lambda leaf: 0.0), None if inner.scale is None else scale)
 
     return view._replace(
         estimate=estimate,

@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from ggl_jax.errors import GGLError, first_line
+from ggl_jax.errors import GGLError, explaining
 from ggl_jax.gate.trying import brief
 from ggl_jax.grammar import at_least
 from ggl_jax.types import Model
@@ -58,13 +58,9 @@ def as_images(name: str, given: Any) -> np.ndarray:
     Raises:
         GGLError: they are no array of numbers.
     """
-    try:
+    what = f"{name}: got {brief(given)}, which is no array of numbers"
+    with explaining(what, "give floats in [0, 1] of shape (n, h, w, c)"):
         return np.asarray(given, np.float32)
-    except Exception as error:
-        raise GGLError(
-            f"{name}: got {brief(given)}, which is no array of numbers ({first_line(error)}); "
-            "give floats in [0, 1] of shape (n, h, w, c)"
-        ) from error
 
 
 def as_suspects(given: Any, model: Model) -> np.ndarray:
@@ -84,13 +80,9 @@ def as_labels(given: Any) -> np.ndarray:
     Raises:
         GGLError: they are no array.
     """
-    try:
+    what = f"labels: got {brief(given)}, which is no array"
+    with explaining(what, "give one integer for each image"):
         return np.asarray(given)
-    except Exception as error:
-        raise GGLError(
-            f"labels: got {brief(given)}, which is no array ({first_line(error)}); give one "
-            "integer for each image"
-        ) from error
 
 
 def check_data(model: Model, images: np.ndarray, labels: np.ndarray) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 
 from ggl_jax import trees
-from ggl_jax.errors import GGLError, first_line
+from ggl_jax.errors import GGLError, explaining, first_line
 from ggl_jax.files import digest
 
 #: What exceptions of JAX and Flax mean here, by the exception's (or a base class's) name.
@@ -168,7 +168,7 @@ def check_array(what: str, found: Any, shape: tuple, allowed: str) -> None:
 
 def check_floats(what: str, tree: Any, remedy: str) -> None:
     """Refuse a tree with an array of anything but floats."""
-    for name, leaf in zip(trees.names(tree), jax.tree.leaves(tree), strict=True):
+    for name, leaf in trees.named(tree).items():
         if not jnp.issubdtype(leaf.dtype, jnp.floating):
             of = f" for {name}" if name else ""
             raise GGLError(f"{what}: gave {leaf.dtype}{of}, allowed: floats; {remedy}")
@@ -176,9 +176,7 @@ def check_floats(what: str, tree: Any, remedy: str) -> None:
 
 def check_like(what: str, found: Any, wanted: Any, allowed: str, *, exact: bool = True) -> None:
     """Refuse a tree of other names or shapes than the wanted one's, or, if exact, other nodes."""
-    names, known = (
-        dict(zip(trees.names(tree), jax.tree.leaves(tree), strict=True)) for tree in (found, wanted)
-    )
+    names, known = trees.named(found), trees.named(wanted)
     for name in [*(n for n in known if n not in names), *(n for n in names if n not in known)]:
         there = "has no" if name in known else "has an unknown"
         raise GGLError(f"{what}: {there} {name or 'array'}, allowed: {allowed}")
@@ -197,12 +195,10 @@ def check_like(what: str, found: Any, wanted: Any, allowed: str, *, exact: bool 
 
 def check_hashable(what: str, given: Any) -> None:
     """Refuse a named tuple that holds what cannot be hashed, by which programs are cached."""
+    remedy = (
+        "use tuples for lists, and functions that hold arrays by a closure or functools.partial"
+    )
     for name, value in given._asdict().items():
-        try:
+        said = f"{what}: {name} is {brief(value)}, which cannot be hashed"
+        with explaining(said, remedy, TypeError):
             hash(value)
-        except TypeError as error:
-            raise GGLError(
-                f"{what}: {name} is {brief(value)}, which cannot be hashed ({first_line(error)}); "
-                "use tuples for lists, and functions that hold arrays by a closure or "
-                "functools.partial"
-            ) from error

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ggl_jax import checkpoint
+from ggl_jax import checkpoint, grammar
 from ggl_jax.errors import GGLError
 from ggl_jax.priors.biggan import BIGGAN_DEEP, BigGANConfig, biggan_deep
 from ggl_jax.priors.ceiling import fit_latents, project
@@ -20,12 +20,7 @@ from ggl_jax.priors.samples import image_grid, samples, save_grid
 from ggl_jax.types import Prior
 
 #: Priors by the name that a checkpoint's card gives as its `kind`.
-PRIORS: dict[str, Callable[..., Prior]] = {
-    "biggan_deep": biggan_deep,
-    "convolutional": convolutional,
-    "dcgan": dcgan,
-    "pixels": pixels,
-}
+PRIORS: dict[str, Callable[..., Prior]] = grammar.named(biggan_deep, convolutional, dcgan, pixels)
 
 
 @functools.lru_cache(maxsize=64)
@@ -61,25 +56,3 @@ def load_prior(path_or_name) -> tuple[Prior, Any, dict[str, Any]]:
     if jax.tree.map(jnp.shape, tree) != jax.tree.map(jnp.shape, expected):
         raise GGLError(f"checkpoint {path}: its arrays are not those of {kind} {card['arguments']}")
     return prior, jax.tree.map(jnp.asarray, tree), card
-
-
-__all__ = [
-    "BIGGAN_DEEP",
-    "GENERATORS",
-    "PRIORS",
-    "BigGANConfig",
-    "Critic",
-    "Generator",
-    "Prior",
-    "biggan_deep",
-    "convolutional",
-    "dcgan",
-    "fit_latents",
-    "image_grid",
-    "import_prior",
-    "load_prior",
-    "pixels",
-    "project",
-    "samples",
-    "save_grid",
-]

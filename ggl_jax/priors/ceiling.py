@@ -15,7 +15,7 @@ import optax
 
 from ggl_jax.errors import GGLError
 from ggl_jax.grammar import at_least
-from ggl_jax.priors.decoding import check_labels, decode_each, images_at_once
+from ggl_jax.priors.decoding import check_labels, decode_each, draw, images_at_once
 from ggl_jax.spec import Positive, check
 from ggl_jax.types import Prior
 
@@ -25,11 +25,6 @@ class _FitState(NamedTuple):
     optimizer: Any
     best_latents: jax.Array  # [m z]
     best_error: jax.Array  # [m]
-
-
-@partial(jax.jit, static_argnames=("prior", "num"))
-def _sample(prior: Prior, key, *, num: int):
-    return prior.sample_latent(key, num)
 
 
 @jax.jit
@@ -44,14 +39,12 @@ def _relative_errors(pool, flat):
 
 def _start(prior: Prior, params, images, labels, key, *, num: int, restarts: int):
     """The ``restarts`` best of ``num`` random latents for each image, the same pool for all."""
-    latents = _sample(prior, key, num=num)
+    latents = draw(prior, key, num=num)
     flat = images.reshape(len(images), -1)
 
     def errors(flat, label):
-        def compare(pool, start):
-            return _relative_errors(pool, flat)
-
-        return jnp.concatenate(decode_each(prior, params, latents, label, compare), axis=1)
+        parts = decode_each(prior, params, latents, label, lambda x: _relative_errors(x, flat))
+        return jnp.concatenate(parts, axis=1)
 
     if labels is None:
         ranked = errors(flat, 0)
@@ -153,7 +146,7 @@ def fit_latents(
     )
     best = jnp.argmin(errors, axis=1)
     latents = jnp.take_along_axis(found, best[:, None, None], axis=1)[:, 0]
-    fitted = jnp.concatenate(decode_each(prior, params, latents, labels, lambda x, _: x))
+    fitted = jnp.concatenate(decode_each(prior, params, latents, labels))
     return latents, fitted, _psnr(fitted, jnp.asarray(images, jnp.float32))
 
 
@@ -181,7 +174,7 @@ def project(
         prior, params, images, key, restarts, steps, 0.1, num_candidates, labels
     )
     rows = found.reshape(-1, found.shape[-1])
-    fitted = decode_each(prior, params, rows, jnp.repeat(labels, restarts), lambda x, _: x)
+    fitted = decode_each(prior, params, rows, jnp.repeat(labels, restarts))
     return jnp.concatenate(fitted).reshape(found.shape[:2] + tuple(prior.image_shape)).mean(1)
 
 

@@ -97,15 +97,25 @@ def decode(prior: Prior, params: PyTree, latents: jax.Array, labels: jax.Array) 
     return in_chunks(function, at_once, latents, labels)
 
 
+@functools.partial(jax.jit, static_argnames=("prior", "num"))
+def draw(prior: Prior, key: jax.Array, *, num: int) -> jax.Array:
+    """So many random latents [num z], compiled."""
+    return prior.sample_latent(key, num)
+
+
 @functools.partial(jax.jit, static_argnames=("prior",))
 def _apply(prior: Prior, params: PyTree, latents: jax.Array, labels: jax.Array):
     return prior.apply(params, latents, labels)
 
 
 def decode_each(
-    prior: Prior, params: PyTree, latents: jax.Array, labels: jax.Array | int, use: Callable
+    prior: Prior,
+    params: PyTree,
+    latents: jax.Array,
+    labels: jax.Array | int,
+    use: Callable = lambda images: images,
 ) -> list:
-    """``use(images[m h w c], start)`` for all images, as many at once as memory allows.
+    """``use(images[m h w c])`` for all images, as many at once as memory allows.
 
     Driven from the host: XLA's CPU backend runs a compiled loop's body on one thread.
 
@@ -114,7 +124,7 @@ def decode_each(
         params: its parameters.
         latents: [n z], n >= 1.
         labels: int [n], or a scalar for all.
-        use: called with the images ``start`` to ``start + m - 1``.
+        use: called with each part of the images; by default they are returned.
 
     Returns:
         What ``use`` returned, in order.
@@ -129,7 +139,7 @@ def decode_each(
             chosen = jnp.minimum(jnp.arange(start, start + size), num - 1)
             part = latents[chosen], labels[chosen]
         images = _apply(prior, params, *part)
-        results.append(use(images[: num - start], start))
+        results.append(use(images[: num - start]))
     return results
 
 

@@ -74,7 +74,7 @@ def samples(
         labels = jnp.arange(num) * (prior.num_classes or 1) // num
     check_labels(prior, labels)
     latents = prior.sample_latent(key, num)
-    images = jnp.concatenate(decode_each(prior, params, latents, labels, lambda x, _: x))
+    images = jnp.concatenate(decode_each(prior, params, latents, labels))
     if path is not None:
         save_grid(path, images, num_columns=num_columns)
     return images

@@ -127,7 +127,7 @@ def load_data(data: Sequence, config: Config) -> Dataset:
 # --- a run's folder ---------------------------------------------------------------------------
 
 
-def _claim_folder(out_dir: Path, config: Config, sources: list[dict], resume: bool) -> None:
+def _claim_folder(out_dir: Path, config: Config, sources: list[dict]) -> None:
     """Write ``config.json``, or check that the one there is this run's, but for its steps."""
 
     def shown(run):
@@ -137,8 +137,6 @@ def _claim_folder(out_dir: Path, config: Config, sources: list[dict], resume: bo
     path = out_dir / "config.json"
     mine = {"config": asdict(config), "data": sources}
     if path.exists():
-        if not resume:
-            raise GGLError(f"{out_dir} already holds a run; give another folder, or resume it")
         with explaining(f"{path} is not a training configuration", "give another folder"):
             old, new = shown(json.loads(path.read_text())), shown(mine)
         changed = [f"{n}: {old.get(n)} there, {new[n]} here" for n in new if old.get(n) != new[n]]
@@ -206,7 +204,6 @@ def train(
     data: Sequence,
     out_dir,
     *,
-    resume: bool = True,
     progress: Callable[[int, dict], None] | None = None,
     log_every: int = 50,
     sample_every: int = 500,
@@ -224,7 +221,6 @@ def train(
         data: .npz paths or ``(path, weight)`` pairs (see :func:`load_data`); images are held out of
             the first.
         out_dir: folder of the run; made if absent.
-        resume: whether a run found in the folder is continued; otherwise it is an error.
         progress: called as ``progress(step, metrics)`` about every ``log_every`` steps with a dict
             of floats (:class:`ggl_jax.priors.wgan_gp.Metrics`).
         log_every: steps per row of ``losses.csv`` (means over those steps).
@@ -243,7 +239,7 @@ def train(
     dataset = load_data(data, config)
     with explaining(f"cannot write to {out_dir}", "mend that or choose another", OSError):
         out_dir.mkdir(parents=True, exist_ok=True)
-        _claim_folder(out_dir, config, dataset.sources, resume)
+        _claim_folder(out_dir, config, dataset.sources)
         with _manager(out_dir) as manager:
             run = _Run(config, dataset, out_dir, manager)
             with contextlib.suppress(KeyboardInterrupt):

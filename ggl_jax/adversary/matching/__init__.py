@@ -31,8 +31,6 @@ CPU_CHUNK_BYTES = 2**28
 #: The same where the backend does not tell how much memory it has.
 OTHER_CHUNK_BYTES = 2**32
 
-__all__ = ["matching_loss", "plan"]
-
 
 def matching_loss(
     model: Model,

@@ -6,6 +6,7 @@ A new optimiser is one file that returns an :class:`ggl_jax.types.Optimizer` and
 
 from collections.abc import Callable
 
+from ggl_jax import grammar
 from ggl_jax.adversary.optimizers.adam import adam
 from ggl_jax.adversary.optimizers.base import BestState, best_so_far
 from ggl_jax.adversary.optimizers.cma_es import cma_es
@@ -15,24 +16,6 @@ from ggl_jax.adversary.optimizers.lbfgs_wolfe import lbfgs_wolfe
 from ggl_jax.adversary.optimizers.turbo import turbo
 from ggl_jax.types import Optimizer
 
-OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
-    "adam": adam,
-    "cma_es": cma_es,
-    "hybrid": hybrid,
-    "lbfgs": lbfgs,
-    "lbfgs_wolfe": lbfgs_wolfe,
-    "turbo": turbo,
-}
-
-
-__all__ = [
-    "OPTIMIZERS",
-    "BestState",
-    "adam",
-    "best_so_far",
-    "cma_es",
-    "hybrid",
-    "lbfgs",
-    "lbfgs_wolfe",
-    "turbo",
-]
+OPTIMIZERS: dict[str, Callable[..., Optimizer]] = grammar.named(
+    adam, cma_es, hybrid, lbfgs, lbfgs_wolfe, turbo
+)

@@ -39,23 +39,6 @@ from ggl_jax.errors import GGLError
 from ggl_jax.spec import Client
 from ggl_jax.types import Defense, Estimate, Factored, Facts, View
 
-__all__ = [
-    "DEFENSES",
-    "STRENGTHS",
-    "chain",
-    "check_local_steps",
-    "clip",
-    "from_function",
-    "merged",
-    "noise",
-    "none",
-    "parse",
-    "soteria",
-    "sparsify",
-    "stages_of",
-    "summary",
-]
-
 
 def none() -> Defense:
     """No defense: the update is shared as it is. Record and estimate are empty."""
@@ -322,30 +305,11 @@ def merged(stages: Sequence[Mapping[str, float]]) -> dict[str, float]:
 
 
 #: Factories by the name used in specifications; hyper-parameters are keyword-only.
-DEFENSES: dict[str, Callable[..., Defense]] = {
-    "none": none,
-    "noise": noise,
-    "clip": clip,
-    "sparsify": sparsify,
-    "soteria": soteria,
-    "sign": sign,
-    "qsgd": qsgd,
-    "ternary": ternary,
-    "topk": topk,
-    "randomk": randomk,
-    "dropout": dropout,
-    "laplace": laplace,
-    "dpsgd": dpsgd,
-    "flower": flower,
-    "percentile": percentile,
-    "svt": svt,
-    "outpost": outpost,
-    "censor": censor,
-    "mixup": mixup,
-    "ats": ats,
-    "precode": precode,
-    "graddefense": graddefense,
-}
+DEFENSES: dict[str, Callable[..., Defense]] = grammar.named(
+    *(none, noise, clip, sparsify, soteria, sign, qsgd, ternary),
+    *(topk, randomk, dropout, laplace, dpsgd, flower, percentile, svt),
+    *(outpost, censor, mixup, ats, precode, graddefense),
+)
 
 #: What ``ggl-jax leaderboard`` tries: three strengths of each defense, the weakest first, in the
 #: braces of a sweep; fewer where no option is one. A defense that is not here is tried as its name

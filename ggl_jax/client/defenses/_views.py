@@ -1,12 +1,13 @@
 """What several defenses' server sides share."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ggl_jax.types import Factored, Path, PyTree, View
+from ggl_jax.types import Estimate, Factored, Path, PyTree, View
 
 
 def with_slope_of(like: jax.Array, value: jax.Array) -> jax.Array:
@@ -46,6 +47,15 @@ def in_expectation(name: str, estimate, noise_std, rounds: str = "mean") -> View
         noise_std=noise_std,
         rounds=rounds,
     )
+
+
+def masking(name: str, estimate: Estimate, entry: str, **options: Any) -> View:
+    """Of a defense that multiplies entries by what is estimated as ``entry``, and so candidates."""
+
+    def simulate(estimated, update):
+        return jax.tree.map(jnp.multiply, estimated[entry], update)
+
+    return View(name, estimate, simulate, lambda found: Factored(mask=found[entry]), **options)
 
 
 def add_draw(update: PyTree, draw: Callable[[int], jax.Array]) -> PyTree:

@@ -5,10 +5,10 @@ from typing import Annotated
 import jax
 import jax.numpy as jnp
 
-from ggl_jax.client.defenses._views import nonzero, split_keys
+from ggl_jax.client.defenses._views import masking, nonzero, split_keys
 from ggl_jax.client.defenses.sparsify import zero_count
 from ggl_jax.spec import AtLeast, Share, ranged
-from ggl_jax.types import Defense, Factored, Facts, PyTree, View
+from ggl_jax.types import Defense, Facts, PyTree, View
 
 
 @ranged
@@ -101,13 +101,7 @@ def dropping_view(name: str, by_count: bool) -> View:
             "mask": jax.tree.map(mask, update, nonzero(update, noise)),
         }
 
-    def simulate(estimated, update):
-        return jax.tree.map(jnp.multiply, estimated["mask"], update)
-
-    def factor(estimated):
-        return Factored(mask=estimated["mask"])
-
-    return View(name, estimate, simulate, factor, rounds="each")
+    return masking(name, estimate, "mask", rounds="each")
 
 
 def dropped_share(update: PyTree, *, pooled: bool) -> jax.Array:

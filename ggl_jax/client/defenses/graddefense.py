@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from ggl_jax.client.defenses._images import EMBEDDED, check_source, public_set
-from ggl_jax.client.defenses._views import add_draw
+from ggl_jax.client.defenses._views import add_draw, masking
 from ggl_jax.client.gradients import loss_of
 from ggl_jax.errors import GGLError, about
 from ggl_jax.spec import Count, Positive, ranged
-from ggl_jax.types import Defense, Factored, Facts, Model, PyTree, View
+from ggl_jax.types import Defense, Facts, Model, PyTree, View
 
 #: The server looks at so many neighbouring entries at once.
 _BLOCK = 256
@@ -171,13 +171,7 @@ def graddefense_view() -> View:
             "mask": jax.tree.unflatten(treedef, kept),
         }
 
-    def simulate(estimated, update):
-        return jax.tree.map(jnp.multiply, estimated["mask"], update)
-
-    def factor(estimated):
-        return Factored(mask=estimated["mask"])
-
-    return View("graddefense", estimate, simulate, factor, rounds=None)
+    return masking("graddefense", estimate, "mask", rounds=None)
 
 
 def _blocks(leaf: jax.Array) -> tuple[jax.Array, jax.Array]:

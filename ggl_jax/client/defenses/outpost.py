@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
-from ggl_jax.client.defenses._views import nonzero, split_keys
+from ggl_jax.client.defenses._views import masking, nonzero, split_keys
 from ggl_jax.client.defenses.soteria import percentile
 from ggl_jax.spec import AtLeast, ranged
-from ggl_jax.types import Defense, Factored, Facts, View
+from ggl_jax.types import Defense, Facts
 
 #: Below 100, so that something is left.
 Percent = Annotated[float, AtLeast(0.0, below=100.0)]
@@ -74,11 +74,5 @@ def outpost(
         del head
         return {"support": nonzero(update, noise)}
 
-    def simulate(estimated, update):
-        return jax.tree.map(jnp.multiply, estimated["support"], update)
-
-    def factor(estimated):
-        return Factored(mask=estimated["support"])
-
-    view = View("outpost", estimate, simulate, factor, adds_noise=True)
+    view = masking("outpost", estimate, "support", adds_noise=True)
     return Defense(f"outpost:{noise:g},phi={phi:g},prune={prune:g}", apply, view, Facts())

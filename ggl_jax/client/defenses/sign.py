@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from ggl_jax.client.defenses._views import with_slope_of
+from ggl_jax.client.defenses._views import nothing_estimated, with_slope_of
 from ggl_jax.spec import ranged
 from ggl_jax.types import Defense, Facts, View
 
@@ -45,10 +45,6 @@ def sign(*, scaled: bool = False, straight_through: bool = True) -> Defense:
 def sign_view(scaled: bool, straight: bool) -> View:
     """The server's side of :func:`sign`."""
 
-    def estimate(update, head, noise=0.0):
-        del update, head, noise
-        return {}
-
     def simulate(estimated, update):
         del estimated
 
@@ -58,7 +54,7 @@ def sign_view(scaled: bool, straight: bool) -> View:
 
         return jax.tree.map(one, update)
 
-    return View("sign", estimate, simulate)
+    return View("sign", nothing_estimated, simulate)
 
 
 def _signs(g, scaled):

@@ -6,10 +6,11 @@ import jax
 import jax.numpy as jnp
 
 from ggl_jax import trees
+from ggl_jax.client.defenses._views import masking
 from ggl_jax.client.defenses.sparsify import zero_count
 from ggl_jax.client.gradients import loss_of
 from ggl_jax.spec import Count, Share, ranged
-from ggl_jax.types import Defense, Factored, Facts, Model, Path, PyTree, View
+from ggl_jax.types import Defense, Facts, Model, Path, PyTree, View
 
 
 @ranged
@@ -90,7 +91,8 @@ def soteria(
                 context.model, context.variables, context.images, context.labels, kept
             )
             return pruned, record
-        return _apply_mask(mask_tree(update, context.model.head, kept[0]), update), record
+        mask = mask_tree(update, context.model.head, kept[0])
+        return jax.tree.map(jnp.multiply, mask, update), record
 
     name = f"soteria:{rate:g}" + ("" if representation else ",representation=False")
     facts = Facts(replaces_update=representation, shrinks=not representation)
@@ -105,16 +107,10 @@ def soteria_view(representation: bool) -> View:
         rate = jnp.mean(1 - kept, dtype=jnp.float32)
         return {"rate": rate, "mask": mask_tree(update, head, kept)}
 
-    def simulate(estimated, update):
-        return _apply_mask(estimated["mask"], update)
-
-    def factor(estimated):
-        return Factored(mask=estimated["mask"])
-
     def rewire(estimated, variables, head):
         return pruned_variables(variables, head, estimated)
 
-    return View("soteria", estimate, simulate, factor, rewire if representation else None)
+    return masking("soteria", estimate, "mask", rewire=rewire if representation else None)
 
 
 def jacobian_norms(
@@ -215,10 +211,6 @@ def mask_tree(update: PyTree, head: Path, kept: jax.Array) -> PyTree:
         update,
         head,
     )
-
-
-def _apply_mask(mask, update):
-    return jax.tree.map(jnp.multiply, mask, update)
 
 
 def estimate_mask(

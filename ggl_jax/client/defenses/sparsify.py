@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from ggl_jax import trees
+from ggl_jax.client.defenses._views import masking
 from ggl_jax.selection import zero_smallest
 from ggl_jax.spec import Share, ranged
-from ggl_jax.types import Defense, Factored, Facts, PyTree, View
+from ggl_jax.types import Defense, Facts, PyTree, View
 
 #: Tensors with fewer entries say too little about the rate: floor(0.9 * 2) / 2 is 0.5.
 _MIN_ENTRIES = 1000
@@ -87,13 +88,7 @@ def sparsify_view(percentile: bool) -> View:
             estimated["support"],
         )
 
-    def mask(estimated, update):
-        return jax.tree.map(jnp.multiply, estimated["support"], update)
-
-    def factor(estimated):
-        return Factored(mask=estimated["support"])
-
-    on_support = View("sparsify", estimate, mask, factor)
+    on_support = masking("sparsify", estimate, "support")
     return View("sparsify", estimate, simulate, on_support=on_support)
 
 
