@@ -15,7 +15,6 @@ import operator
 import os
 import re
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -47,30 +46,17 @@ from ggl_jax.commands._options import choice_of
 from ggl_jax.errors import GGLError, did_you_mean
 from ggl_jax.spec import allowed, options_of, replace
 
-#: Subcommands: their options, and ``run(options, argv) -> exit code``. A new one is one file in
-#: ``ggl_jax/commands`` and one line here.
-COMMANDS: dict[str, tuple[type, Callable[[Any, list[str]], int]]] = {
-    "audit": (audit.AuditCommand, audit.run),
-    "attack": (attack.AttackCommand, attack.run),
-    "sweep": (sweep.SweepCommand, sweep.run),
-    "status": (status.StatusCommand, status.run),
-    "report": (report.ReportCommand, report.run),
-    "check": (check.CheckCommand, check.run),
-    "reproduce": (reproduce.ReproduceCommand, reproduce.run),
-    "leaderboard": (leaderboard.LeaderboardCommand, leaderboard.run),
-    "utility": (utility.UtilityCommand, utility.run),
-    "landscape": (landscape.LandscapeCommand, landscape.run),
-    "train-model": (train_model.TrainModelCommand, train_model.run),
-    "train-prior": (train_prior.TrainPriorCommand, train_prior.run),
-    "sample-prior": (sample_prior.SamplePriorCommand, sample_prior.run),
-    "score-prior": (score_prior.ScorePriorCommand, score_prior.run),
-    "import-prior": (import_prior.ImportPriorCommand, import_prior.run),
-    "weights": (weights.WeightsCommand, weights.run),
-    "info": (info.InfoCommand, info.run),
+#: Subcommands: a module's ``run(options, argv) -> exit code``, whose annotation says the options.
+#: Its ``defaults(argv)``, if any, are the options before the user's own, on which they hang. A new
+#: one is one file in ``ggl_jax/commands`` and its name here.
+_MODULES = (
+    *(audit, attack, sweep, status, report, check, reproduce, leaderboard, utility, landscape),
+    *(train_model, train_prior, sample_prior, score_prior, import_prior, weights, info),
+)
+COMMANDS = {one.__name__.rpartition(".")[2].replace("_", "-"): one for one in _MODULES}
+OPTIONS: dict[str, type] = {
+    name: inspect.get_annotations(one.run)["command"] for name, one in COMMANDS.items()
 }
-
-#: Those with a search, whose defaults hang on the user's own options.
-_SEARCHING = {"audit": audit.defaults, "attack": attack.defaults, "landscape": landscape.defaults}
 
 
 def _hint(value: str) -> str:
@@ -91,7 +77,7 @@ def _without_none(kind: Any) -> None:
             owner.__annotations__[field.name] = Annotated[hint, own]
 
 
-for _options, _ in COMMANDS.values():
+for _options in OPTIONS.values():
     _without_none(_options)
 
 
@@ -101,7 +87,7 @@ def _refusal(said: str, argv: list[str]) -> str:
     inside = itertools.dropwhile(lambda line: not line.strip("-"), lines)
     text = " ".join(itertools.takewhile(lambda line: line.strip("-─"), inside))
     command = argv[0] if argv and argv[0] in COMMANDS else ""
-    hints = options_of(COMMANDS[command][0]) if command else {}
+    hints = options_of(OPTIONS[command]) if command else {}
     refused = r"(?:Error parsing|Missing value|invalid choice).*?(--|t '(?!-))([\w-]+)"
     wrong = re.match(refused, text)
     name = "" if wrong is None else wrong[2].replace("-", "_")
@@ -148,17 +134,14 @@ def _read(argv: list[str]):
 def _parse(argv: list[str]):
     # A subcommand's default is given to tyro so that --help shows what will be used.
     name, rest = (argv or [""])[0], argv[1:]
-    own: dict[str, Any] = {name: _SEARCHING[name](rest)} if name in _SEARCHING else {}
+    defaults = getattr(COMMANDS.get(name), "defaults", None)
+    own = None if defaults is None else defaults(rest)
+    given = {name: {"default": own}} if own else {}
     commands: Any = functools.reduce(
         operator.or_,
         (
-            Annotated[
-                options,
-                tyro.conf.subcommand(one, default=own[one])
-                if one in own
-                else tyro.conf.subcommand(one),
-            ]
-            for one, (options, _) in COMMANDS.items()
+            Annotated[options, tyro.conf.subcommand(one, **given.get(one, {}))]
+            for one, options in OPTIONS.items()
         ),
     )
     command: Any = tyro.cli(
@@ -170,10 +153,10 @@ def _parse(argv: list[str]):
         config=(tyro.conf.OmitArgPrefixes,),
     )
     if own and choice_of(rest).attack == "strongest":
-        command = replace(command, attack=own[name].search.attack)  # with the preset's name
+        command = replace(command, attack=own.search.attack)  # with the preset's name
     if own and choice_of(rest).optimizer is not None:
         # with the preset's options of that optimiser, in its canonical spelling
-        command = replace(command, optimizer=own[name].search.optimizer)
+        command = replace(command, optimizer=own.search.optimizer)
     return command
 
 
@@ -216,10 +199,8 @@ def run(argv: list[str] | None = None) -> int:
     try:
         command = _read(_plugins.load(argv))
         _set_up_jax()
-        for options, run_command in COMMANDS.values():
-            if type(command) is options:
-                return run_command(command, argv)
-        raise AssertionError(command)
+        (name,) = (name for name, options in OPTIONS.items() if type(command) is options)
+        return COMMANDS[name].run(command, argv)
     except GGLError as error:
         return say(str(error))
     except OSError as error:

@@ -1,6 +1,9 @@
 """Devices and hosts of a command: JAX's own mesh and ``jax.distributed``."""
 
-from ggl_jax.errors import GGLError
+import jax
+import numpy as np
+
+from ggl_jax.errors import GGLError, explaining
 
 
 def join(
@@ -17,7 +20,6 @@ def join(
     Raises:
         GGLError: some of the three without the others, or the processes do not find each other.
     """
-    import jax
 
     given = (coordinator, num_processes, process_id)
     if all(value is None for value in given):
@@ -28,20 +30,14 @@ def join(
             "coordinator, num_processes, process_id: give all three, or --distributed where "
             "JAX can find them itself (SLURM, Kubernetes, TPU)"
         )
-    try:
+    what = f"coordinator: {coordinator or 'as JAX detects it'} could not be joined"
+    remedy = "start every process with the same --coordinator and --num-processes"
+    with explaining(what, remedy, (RuntimeError, ValueError)):
         jax.distributed.initialize(coordinator, num_processes, process_id)
-    except (RuntimeError, ValueError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise GGLError(
-            f"coordinator: {coordinator or 'as JAX detects it'} could not be joined ({reason}); "
-            "start every process with the same --coordinator and --num-processes"
-        ) from error
 
 
 def mesh(shard: bool):
     """All devices of all processes as a mesh; None where one device is to do the work."""
-    import jax
-    import numpy as np
 
     if not shard and jax.process_count() == 1:
         return None

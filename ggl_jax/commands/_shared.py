@@ -1,5 +1,7 @@
 """What several subcommands share: the console, their inputs, the environment, folders, progress."""
 
+import dataclasses
+import importlib.metadata as metadata
 import os
 import platform
 import shlex
@@ -8,12 +10,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from ggl_jax import machine
+from ggl_jax.audit import data as audit_data
+from ggl_jax.client.models import get_model
+from ggl_jax.client.updates import read_variables
 from ggl_jax.errors import GGLError, did_you_mean
-from ggl_jax.spec import Judge, Setup, Speed
+from ggl_jax.priors import load_prior
+from ggl_jax.spec import Judge, Setup, Speed, flat
 
 # Without emoji: in text of the user's, ":100:" is a range.
 console = Console(emoji=False)
@@ -38,6 +45,21 @@ def command_of(argv: list[str]) -> str:
 def about(argv: list[str]) -> dict[str, Any]:
     """What results tell of where they come from."""
     return {"command": command_of(argv), "environment": environment()}
+
+
+def determining(command: Any, *left_out: str) -> dict[str, Any]:
+    """A command's options as ``config.json`` has them, without those that change no result."""
+    without = ("out", "shard", *flat(Speed()), *left_out)
+    plain = {k: str(v) if isinstance(v, Path) else v for k, v in flat(command).items()}
+    return {k: v for k, v in plain.items() if k not in without}
+
+
+def check_number(images: int, found: int, data: str) -> None:
+    """Raise :class:`GGLError` where data have fewer images than were asked for."""
+    if found < images:
+        raise GGLError(
+            f"images: got {images}, but {data} has {found}; give --images {found} or other --data"
+        )
 
 
 #: Where progress is not live, no longer than this without a line.
@@ -79,19 +101,18 @@ class Loaded(NamedTuple):
 
     def given(self, judge: Judge, speed: Speed, **more: Any) -> dict[str, Any]:
         """The arguments of :class:`ggl_jax.audit.cells.Inputs`."""
+        judged = dataclasses.asdict(judge)
+        del judged["suspects"]  # images, of :func:`suspects`, are among the rest
         return {
             "images": self.dataset.images,
             "labels": self.dataset.labels,
+            "names": self.dataset.names,
+            "instance_ids": self.dataset.indices,
             "model": self.model,
             "variables": self.variables,
             "prior": self.prior,
             "prior_params": self.prior_params,
-            "names": self.dataset.names,
-            "instance_ids": self.dataset.indices,
-            "num_controls": judge.num_controls,
-            "ceiling_steps": judge.ceiling_steps,
-            "lpips": judge.lpips,
-            "bound_samples": judge.bound_samples,
+            **judged,
             "speed": speed,
             **more,
         }
@@ -116,10 +137,6 @@ def load_inputs(
         GGLError: what cannot be loaded, images that the prior was trained on, no labels, or weights
             of another number of classes.
     """
-    import numpy as np
-
-    from ggl_jax.audit import data as audit_data
-    from ggl_jax.priors import load_prior
 
     prior, prior_params, card = load_prior(setup.prior)
     size = prior.image_shape[0]
@@ -141,7 +158,6 @@ def load_labelled(data: str, size: int, label: int | None = None) -> Any:
     Raises:
         GGLError: what cannot be loaded, or has no labels.
     """
-    from ggl_jax.audit import data as audit_data
 
     dataset = audit_data.load(data, image_size=size, labels=label)
     if dataset.labels is None:
@@ -156,8 +172,6 @@ def load_model(setup: Setup, num_classes: int, image_shape: tuple[int, int, int]
         GGLError: an unknown model, weights that are not its own, or another number of classes in
             them than the setup's.
     """
-    from ggl_jax.client.models import get_model
-    from ggl_jax.client.updates import read_variables
 
     if setup.weights == "random":
         return get_model(setup.model, num_classes=num_classes, image_shape=image_shape), None
@@ -178,9 +192,6 @@ def load_model(setup: Setup, num_classes: int, image_shape: tuple[int, int, int]
 
 def suspects(setup: Setup, judge: Judge, loaded: Loaded) -> Any:
     """Images [m h w c] of the same data, none of them audited; None where there are none."""
-    import numpy as np
-
-    from ggl_jax.audit import data as audit_data
 
     left = np.setdiff1d(np.arange(loaded.dataset.size), loaded.dataset.indices)
     chosen = np.random.default_rng(setup.seed).permutation(left)[: judge.suspects]
@@ -196,7 +207,6 @@ def suspects(setup: Setup, judge: Judge, loaded: Loaded) -> Any:
 
 def environment() -> dict[str, str]:
     """Versions and hardware that numbers depend on."""
-    import importlib.metadata as metadata
 
     packages = ("ggl-jax", "jax", "jaxlib", "flax", "optax", "evosax", "orbax-checkpoint", "numpy")
     versions = {}

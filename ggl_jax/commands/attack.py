@@ -1,29 +1,31 @@
 """``ggl-jax attack``: audit an update that came from elsewhere."""
 
 import dataclasses
-import shlex
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import tyro
 
 from ggl_jax import checkpoint, files, trees
+from ggl_jax.adversary.attacks import members
+from ggl_jax.adversary.reconstruct import expectations, prepare, reconstruct
+from ggl_jax.adversary.scale import Scale, read_scale
+from ggl_jax.audit import data, metrics
+from ggl_jax.audit.controls import prior_controls
+from ggl_jax.audit.judge import jsonable, judge
+from ggl_jax.client import updates
+from ggl_jax.client.defenses import parse, summary
 from ggl_jax.commands import _devices
 from ggl_jax.commands._options import Preset, choice_of
-from ggl_jax.commands._shared import AuditBar, console, environment
+from ggl_jax.commands._shared import AuditBar, about, console, determining, say
 from ggl_jax.errors import GGLError
 from ggl_jax.gate.models import check_values
-from ggl_jax.spec import (
-    Client,
-    Count,
-    Number,
-    Positive,
-    Search,
-    Speed,
-    checked,
-    flat,
-    replace,
-)
+from ggl_jax.priors import load_prior
+from ggl_jax.spec import Client, Count, Number, Positive, Search, Speed, checked, replace
+from ggl_jax.types import STATUS_MESSAGES, Public, Shared
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,15 +97,6 @@ def defaults(argv: list[str]) -> AttackCommand:
 
 def run(command: AttackCommand, argv: list[str]) -> int:
     """``ggl-jax attack``."""
-    import jax
-
-    from ggl_jax.adversary.attacks import members
-    from ggl_jax.adversary.reconstruct import expectations, prepare, reconstruct
-    from ggl_jax.client import updates
-    from ggl_jax.client.defenses import parse, summary
-    from ggl_jax.priors import load_prior
-    from ggl_jax.types import STATUS_MESSAGES, Public, Shared
-
     command = checked(command)
     if command.learning_rate is not None:
         command = replace(command, local_learning_rate=command.learning_rate)
@@ -148,16 +141,15 @@ def run(command: AttackCommand, argv: list[str]) -> int:
             f"The update has no {last}, so the labels are unknown: they are searched with the "
             "images, which are not refined."
         )
-    options = {k: _plain(v) for k, v in flat(command).items() if k not in _NO_OPTIONS}
+    # What the files' contents stand for is no option.
+    options = determining(command, "weights", "gradient", "after", "image")
     sources = [getattr(command, n) for n in ("weights", "gradient", "after", "image", "statistics")]
     digests = [None if path is None else _sha256(path) for path in sources]
-    shown = "ggl-jax " + shlex.join(argv)
-    about = {"command": shown, "environment": environment()}
-    inputs = {"files": digests, "prior": card["sha256"]}
+    told, inputs = about(argv), {"files": digests, "prior": card["sha256"]}
     update = updates.whole(part, variables["params"])
-    config = {**about, "options": options, "inputs": inputs}
+    config = {**told, "options": options, "inputs": inputs}
     for note in notes:
-        console.print(f"Note: {note}", markup=False, soft_wrap=True)
+        say(f"Note: {note}")
     with files.claimed(command.out, config), AuditBar() as bar:
         (found,) = reconstruct(
             keys[0][None],
@@ -186,7 +178,7 @@ def run(command: AttackCommand, argv: list[str]) -> int:
         "evaluations": found.evaluations,
         "status": STATUS_MESSAGES[found.status],
         "loss_history": [float(f"{loss:.5g}") for loss in found.history],
-        **about,
+        **told,
     }
     for number, image in enumerate(found.images):
         files.write_png(command.out / f"reconstruction-{number}.png", image)
@@ -210,12 +202,8 @@ def run(command: AttackCommand, argv: list[str]) -> int:
         lines.append("Whether it shows the private image cannot be told without it (--image).")
     for line in lines:
         console.print(line, markup=False)
-    console.print(f"Pictures and numbers: {command.out}/", markup=False, soft_wrap=True)
+    say(f"Pictures and numbers: {command.out}/")
     return 0
-
-
-#: What does not change the result, and what the files' contents stand for.
-_NO_OPTIONS = ("out", "shard", *flat(Speed()), *("weights", "gradient", "after", "image"))
 
 
 def _sha256(path: Path) -> str:
@@ -223,13 +211,8 @@ def _sha256(path: Path) -> str:
     return checkpoint.load_card(path)["sha256"] if path.is_dir() else files.sha256(path)
 
 
-def _plain(value: Any) -> Any:
-    return str(value) if isinstance(value, Path) else value
-
-
 def _read_part(command: AttackCommand, params) -> dict[str, Any]:
     """The tensors that the client shared, without those that are all zero."""
-    from ggl_jax.client import updates
 
     if (command.gradient is None) == (command.after is None):
         raise GGLError("gradient: give --gradient, or --after with --learning-rate; one of the two")
@@ -254,8 +237,6 @@ def _read_part(command: AttackCommand, params) -> dict[str, Any]:
 
 def _scaled(command: AttackCommand, key, public, part) -> tuple[dict, dict[str, Any], list[str]]:
     """The update of a loss that was not scaled, what is known of the scale, and what to say."""
-    from ggl_jax.adversary.scale import Scale, read_scale
-    from ggl_jax.client import updates
 
     params, total = public.variables["params"], len(trees.names(public.variables["params"]))
     notes = []
@@ -308,16 +289,12 @@ def _distance_line(found, search: Search, norm: float) -> str:
 
 
 def _write(command: AttackCommand, content: dict) -> None:
-    from ggl_jax.audit.judge import jsonable
 
     files.write_json(command.out / "result.json", jsonable(content))
 
 
 def _private_image(command: AttackCommand, prior):
     """The private image [h w c] in [0, 1]."""
-    import jax.numpy as jnp
-
-    from ggl_jax.audit import data
 
     assert command.image is not None
     if not command.image.exists():
@@ -330,12 +307,6 @@ def _private_image(command: AttackCommand, prior):
 
 def _judge(command: AttackCommand, found, original, public) -> dict:
     """Scores and controls, as in an audit."""
-    import jax
-    import numpy as np
-
-    from ggl_jax.audit import metrics
-    from ggl_jax.audit.controls import prior_controls
-    from ggl_jax.audit.judge import judge
 
     controls = prior_controls(
         public.prior,

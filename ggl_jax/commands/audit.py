@@ -4,11 +4,25 @@ import dataclasses
 import json
 from pathlib import Path
 
+import jax
+
 from ggl_jax import files
+from ggl_jax.adversary.reconstruct import prepare
+from ggl_jax.audit import folder as folders
+from ggl_jax.audit.cells import image_batches
+from ggl_jax.audit.run import AuditInterrupted, audit
 from ggl_jax.client.defenses import in_code, parse
 from ggl_jax.commands import _devices
 from ggl_jax.commands._options import Preset, choice_of
-from ggl_jax.commands._shared import AuditBar, about, console, load_inputs, say, suspects
+from ggl_jax.commands._shared import (
+    AuditBar,
+    about,
+    console,
+    determining,
+    load_inputs,
+    say,
+    suspects,
+)
 from ggl_jax.errors import GGLError
 from ggl_jax.spec import Client, Judge, Search, Setup, Speed, checked, flat, replace
 
@@ -95,22 +109,9 @@ def read_config(path: Path) -> AuditCommand:
         raise GGLError(f"config: {path} is not a config.json of ggl-jax audit") from None
 
 
-def _options(command: AuditCommand) -> dict:
-    """The options that determine the results, as they go into ``config.json``."""
-    left_out = ("out", "config", "shard", "retry_failed", *flat(Speed()))
-    options = {k: v for k, v in flat(command).items() if k not in left_out}
-    return {**options, "defenses": list(command.defenses)}
-
-
 def run(command: AuditCommand, argv: list[str]) -> int:
     """``ggl-jax audit``."""
-    import jax
-
-    from ggl_jax.adversary.reconstruct import prepare
-    from ggl_jax.audit import folder as folders
     from ggl_jax.audit import report
-    from ggl_jax.audit.cells import image_batches
-    from ggl_jax.audit.run import AuditInterrupted, audit
 
     # Cheap checks first: a typing error should cost no work, and leave no folder behind.
     if not command.defenses:
@@ -124,7 +125,7 @@ def run(command: AuditCommand, argv: list[str]) -> int:
     image_batches(len(dataset.images), client.batch_size)
     for defense in parsed:  # for their errors
         prepare(model, loaded.prior, defense.view, client, search)
-    options = _options(command)
+    options = determining(command, "config", "retry_failed")
     known = (dataset.images, dataset.labels, loaded.card["sha256"])
     weights = () if loaded.variables is None else (jax.tree.leaves(loaded.variables),)
     content = files.digest(options, *known, *weights)

@@ -6,6 +6,8 @@ from typing import Annotated
 
 import tyro
 
+from ggl_jax.audit import folder, tables
+from ggl_jax.audit.check import canonical, check
 from ggl_jax.commands._shared import say
 from ggl_jax.errors import GGLError
 
@@ -39,9 +41,6 @@ class CheckCommand:
 
 def run(command: CheckCommand, argv: list[str]) -> int:
     """``ggl-jax check``."""
-    from ggl_jax.audit import folder, tables
-    from ggl_jax.audit.check import canonical, check
-
     records = folder.read(command.folder)
     given = {"gain": command.max_psnr_over_control, "ssim": command.max_ssim}
     bounds = {name: bound for name, bound in given.items() if bound is not None}

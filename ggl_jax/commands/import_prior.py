@@ -8,6 +8,7 @@ import tyro
 
 from ggl_jax.commands._shared import command_of, say
 from ggl_jax.errors import GGLError
+from ggl_jax.priors import import_prior
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,8 +47,6 @@ class ImportPriorCommand:
 
 def run(command: ImportPriorCommand, argv: list[str]) -> int:
     """``ggl-jax import-prior``."""
-    from ggl_jax.priors import import_prior
-
     if command.out.exists():
         raise GGLError(f"out: {command.out} exists; choose another --out, or remove it first")
     import_prior(**dataclasses.asdict(command), command=command_of(argv))

@@ -4,6 +4,11 @@ import dataclasses
 import os
 from pathlib import Path
 
+from rich.table import Table
+
+from ggl_jax.audit import weights
+from ggl_jax.audit.data import load
+from ggl_jax.checkpoint import load_card, shipped
 from ggl_jax.commands._shared import console, environment
 
 
@@ -15,11 +20,6 @@ class InfoCommand:
 def run(command: InfoCommand, argv: list[str]) -> int:
     """``ggl-jax info``."""
     del command, argv
-    from rich.table import Table
-
-    from ggl_jax.audit import weights
-    from ggl_jax.audit.data import load
-    from ggl_jax.checkpoint import load_card, shipped
 
     table = Table("", "", show_header=False)
     for name, value in environment().items():

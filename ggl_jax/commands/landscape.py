@@ -4,13 +4,20 @@ import dataclasses
 from pathlib import Path
 from typing import Literal
 
+import jax
+import jax.numpy as jnp
+import numpy as np
+
 from ggl_jax import files
 from ggl_jax.adversary.attacks import search_of
+from ggl_jax.adversary.reconstruct import prepare
+from ggl_jax.audit import landscape, metrics
+from ggl_jax.audit.cells import Inputs
 from ggl_jax.audit.landscape import Resolution
 from ggl_jax.client.defenses import parse
 from ggl_jax.commands._options import choice_of
-from ggl_jax.commands._shared import AuditBar, about, load_inputs, say
-from ggl_jax.spec import Client, Judge, Number, Positive, Search, Setup, Speed, checked, flat
+from ggl_jax.commands._shared import AuditBar, about, determining, load_inputs, say
+from ggl_jax.spec import Client, Judge, Number, Positive, Search, Setup, Speed, checked
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,27 +58,17 @@ def defaults(argv: list[str]) -> LandscapeCommand:
 
 def run(command: LandscapeCommand, argv: list[str]) -> int:
     """``ggl-jax landscape``."""
-    import jax
-    import jax.numpy as jnp
-    import numpy as np
-
-    from ggl_jax.adversary.reconstruct import prepare
-    from ggl_jax.audit import landscape, metrics
-    from ggl_jax.audit.cells import Inputs
-
     command = checked(command)
     search, seed = command.search, command.setup.seed
     defense = parse(command.defense)
     loaded = load_inputs(command.setup, indices=[command.index], remedy="give --label 0")
     given = Inputs(**loaded.given(Judge(), command.speed))
     prepare(given.model, given.prior, defense.view, Client(), search)  # for its errors
-    left_out = ("out", *flat(Speed()))
-    options = {k: v for k, v in flat(command).items() if k not in left_out}
     inputs = {"images": files.digest(given.images)[:12], "prior": loaded.card["sha256"]}
     inputs["variables"] = given.digests["variables"]
     told = about(argv)
     image, name = given.images[0], given.names[0]
-    config = {**told, "options": options, "inputs": inputs}
+    config = {**told, "options": determining(command), "inputs": inputs}
     with files.claimed(command.out, config), AuditBar() as bar:
         center = landscape.find_center(
             given,

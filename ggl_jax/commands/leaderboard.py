@@ -5,13 +5,12 @@ from pathlib import Path
 from typing import Any
 
 from ggl_jax import files
-from ggl_jax.audit import utility
+from ggl_jax.audit import folder, leaderboard, utility
 from ggl_jax.client.defenses import DEFENSES, STRENGTHS
 from ggl_jax.commands import _devices, sweep
 from ggl_jax.commands import utility as utility_command
 from ggl_jax.commands._options import Choice, Preset
-from ggl_jax.commands._shared import about, console, load_labelled, say
-from ggl_jax.errors import GGLError
+from ggl_jax.commands._shared import about, check_number, console, load_labelled, say
 from ggl_jax.spec import Count, Judge, Positive, Setup, Speed, checked, flat
 
 
@@ -89,12 +88,7 @@ def run(command: LeaderboardCommand, argv: list[str]) -> int:
     command = checked(command)
     mesh = _devices.mesh(command.running.shard)
     grid = sweep.load_grid(grid_of(command), about(argv), fit=True, mesh=mesh)
-    found = len(grid.inputs.images)
-    if found < command.images:
-        raise GGLError(
-            f"images: got {command.images}, but {command.setup.data} has {found}; give --images "
-            f"{found} or other --data"
-        )
+    check_number(command.images, len(grid.inputs.images), command.setup.data)
     training = utility.UtilitySettings(
         rounds=command.rounds, learning_rate=command.learning_rate, seed=command.setup.seed
     )
@@ -120,7 +114,7 @@ def run(command: LeaderboardCommand, argv: list[str]) -> int:
 
 def _write(out: Path) -> None:
     """The table of what is there."""
-    from ggl_jax.audit import folder, leaderboard, report
+    from ggl_jax.audit import report
 
     records = folder.read(out)
     if records.rows:

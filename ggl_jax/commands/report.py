@@ -5,6 +5,7 @@ from pathlib import Path
 
 import tyro
 
+from ggl_jax.audit import folder as folders
 from ggl_jax.commands._shared import say
 from ggl_jax.errors import GGLError
 
@@ -26,7 +27,6 @@ class ReportCommand:
 
 def run(command: ReportCommand, argv: list[str]) -> int:
     """``ggl-jax report``."""
-    from ggl_jax.audit import folder as folders
     from ggl_jax.audit import report
 
     wanted = 2 if command.compare else 1

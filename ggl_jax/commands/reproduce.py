@@ -6,12 +6,25 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import jax
 import tyro
+from rich.markdown import Markdown
 
 from ggl_jax import files
+from ggl_jax.audit import paper
+from ggl_jax.audit import run as cell_runs
+from ggl_jax.audit.cells import Cells, Inputs, image_batches
 from ggl_jax.commands import landscape
-from ggl_jax.commands._shared import AuditBar, about, console, load_inputs, say, stopped
-from ggl_jax.errors import GGLError, did_you_mean
+from ggl_jax.commands._shared import (
+    AuditBar,
+    about,
+    check_number,
+    console,
+    load_inputs,
+    say,
+    stopped,
+)
+from ggl_jax.errors import GGLError, check_known
 from ggl_jax.spec import Client, Count, Judge, Number, Search, Setup, Speed, checked
 
 
@@ -64,10 +77,6 @@ class ReproduceCommand:
 
 def run(command: ReproduceCommand, argv: list[str]) -> int:
     """``ggl-jax reproduce``."""
-    from ggl_jax.audit import paper
-    from ggl_jax.audit import run as cell_runs
-    from ggl_jax.audit.cells import Inputs
-
     chosen: Any = _resolve(command)
     experiment = paper.EXPERIMENTS[chosen.experiment](chosen.scale, chosen.half, chosen.fidelity)
     runs = experiment.runs(range(chosen.seed, chosen.seed + chosen.seeds))
@@ -80,11 +89,7 @@ def run(command: ReproduceCommand, argv: list[str]) -> int:
         remedy=f"{chosen.experiment} needs them",
     )
     found = len(inputs.dataset.images)
-    if found < chosen.images:
-        raise GGLError(
-            f"images: got {chosen.images}, but {chosen.data} has {found}; give --images {found} "
-            "or other --data"
-        )
+    check_number(chosen.images, found, chosen.data)
     options = {k: v for k, v in dataclasses.asdict(chosen).items() if k not in ("out", "extend")}
     judge = Judge(chosen.num_controls, chosen.ceiling_steps, chosen.lpips)
     given = Inputs(**inputs.given(judge, Speed(), about=about(argv)))
@@ -118,12 +123,9 @@ def _resolve(command: ReproduceCommand) -> ReproduceCommand:
     Raises:
         GGLError: an unknown experiment, an option out of its range, or no data or prior.
     """
-    from ggl_jax.audit import paper
 
     name = command.experiment
-    if name not in paper.EXPERIMENTS:
-        hint = did_you_mean(name, paper.EXPERIMENTS, before="; ")
-        raise GGLError(f"experiment: got {name!r}, allowed: {', '.join(paper.EXPERIMENTS)}{hint}")
+    check_known("experiment", name, paper.EXPERIMENTS)
     command = checked(command)
     kind = paper.EXPERIMENTS[name]
     half: Any = command.half or kind.default_half
@@ -164,19 +166,12 @@ def _landscape(command: Any, search: Search, argv: list[str]) -> int:
 
 def _write(chosen: Any, experiment: Any, results: Any, inputs: Any, given: Any) -> None:
     """The table and the pictures of what is there."""
-    import jax
-    from rich.markdown import Markdown
-
-    from ggl_jax.audit import paper
 
     key, told = jax.random.key(chosen.seed), given.about
     env = told["environment"]
     controls = paper.control_scores(
         next(iter(results.values())),
-        inputs.model,
-        given.public(chosen.seed).variables,
-        inputs.prior,
-        inputs.prior_params,
+        given.public(chosen.seed),
         # folded away from the streams of the images' indices
         jax.random.fold_in(key, 2**31 - 4),
         lpips=chosen.lpips,
@@ -202,7 +197,6 @@ def _write(chosen: Any, experiment: Any, results: Any, inputs: Any, given: Any) 
 
 def _cells(runs: Sequence[Any], inputs: Any) -> list[Any]:
     """The experiment's cells: every search under every one of its defenses, on every image."""
-    from ggl_jax.audit.cells import Cells, image_batches
 
     maker, client = Cells(inputs), Client()
     return [

@@ -3,8 +3,11 @@
 import dataclasses
 from pathlib import Path
 
+import jax
+
 from ggl_jax.commands._shared import say
 from ggl_jax.errors import GGLError
+from ggl_jax.priors import load_prior, samples
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,9 +29,6 @@ def run(command: SamplePriorCommand, argv: list[str]) -> int:
     del argv
     if command.out.exists():
         raise GGLError(f"out: {command.out} exists; choose another --out, or remove it first")
-    import jax
-
-    from ggl_jax.priors import load_prior, samples
 
     prior, params, card = load_prior(command.prior)
     samples(prior, params, jax.random.key(command.seed), command.num, path=command.out)

@@ -3,8 +3,16 @@
 import dataclasses
 from pathlib import Path
 
+import jax
+import numpy as np
+
+from ggl_jax.audit import metrics
+from ggl_jax.audit.controls import prior_controls
+from ggl_jax.audit.data import load
 from ggl_jax.commands._shared import say
 from ggl_jax.errors import GGLError
+from ggl_jax.priors import load_prior
+from ggl_jax.priors.holdout import held_out_indices
 from ggl_jax.spec import Count, Number, checked
 
 #: What is measured, and where it is among an audit's controls.
@@ -44,14 +52,6 @@ def run(command: ScorePriorCommand, argv: list[str]) -> int:
     """``ggl-jax score-prior``."""
     del argv
     command = checked(command)
-    import jax
-    import numpy as np
-
-    from ggl_jax.audit import metrics
-    from ggl_jax.audit.controls import prior_controls
-    from ggl_jax.audit.data import load
-    from ggl_jax.priors import load_prior
-    from ggl_jax.priors.holdout import held_out_indices
 
     prior, params, card = load_prior(command.prior)
     indices: str | list[int] = command.indices

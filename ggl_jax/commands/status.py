@@ -6,6 +6,7 @@ from pathlib import Path
 
 import tyro
 
+from ggl_jax.audit import folder
 from ggl_jax.commands._shared import say
 
 
@@ -19,8 +20,6 @@ class StatusCommand:
 
 def run(command: StatusCommand, argv: list[str]) -> int:
     """``ggl-jax status``."""
-    from ggl_jax.audit import folder
-
     records = folder.read(command.folder)
     done, failed, left = len(records.finished), len(records.failures), len(records.left)
     say(f"{len(records.cells):,} cells: {done:,} done, {failed:,} failed, {left:,} left.")
@@ -42,12 +41,10 @@ def remaining(records) -> float | None:
     """
     spent: dict[str, list[float]] = {}
     for row in records.rows:
-        share = row["seconds"] / row.get("parts", 1)
-        evaluations = row["evaluations"] / row.get("parts", 1)
         for key in (row["defense"], ""):
             total = spent.setdefault(key, [0.0, 0.0])
-            total[0] += share
-            total[1] += evaluations
+            for place, name in enumerate(("seconds", "evaluations")):
+                total[place] += row[name] / row.get("parts", 1)
     if not spent:
         return None
     seconds = 0.0

@@ -5,22 +5,18 @@ import tomllib
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import tyro
 
+from ggl_jax.audit import folder, sweep
+from ggl_jax.audit.cells import Inputs
+from ggl_jax.audit.run import run as run_cells
+from ggl_jax.audit.sweep import check_axes, expand
 from ggl_jax.commands import _devices
 from ggl_jax.commands._options import Preset
 from ggl_jax.commands._shared import AuditBar, about, load_inputs, say, stopped, suspects
 from ggl_jax.errors import GGLError, did_you_mean
-from ggl_jax.spec import (
-    Client,
-    Judge,
-    Search,
-    Setup,
-    Speed,
-    check,
-    options_of,
-    replace,
-)
+from ggl_jax.spec import Client, Judge, Search, Setup, Speed, check, options_of, replace
 
 _TABLES = ("preset", "fixed", "axes", "exclude")
 
@@ -118,7 +114,6 @@ def grid_of(table: dict[str, Any]) -> GridFile:
     Raises:
         GGLError: an unknown option, or a value of a wrong type.
     """
-    from ggl_jax.audit.sweep import check_axes
 
     preset = check("grid: preset", table.get("preset", "quick"), Preset)
     fixed, exclude = table.get("fixed", {}), table.get("exclude", [])
@@ -158,8 +153,6 @@ def load_grid(file: GridFile, about: dict[str, Any] | None = None, **given: Any)
         about: entries for the folder's ``config.json``.
         **given: further arguments of :class:`ggl_jax.audit.cells.Inputs`.
     """
-    from ggl_jax.audit import sweep
-    from ggl_jax.audit.cells import Inputs
 
     setup, judge = _first(file), file.fixed.judge
     remedy = "add a labels.csv (file,label) or fix label = 0"
@@ -181,7 +174,6 @@ def load_grid(file: GridFile, about: dict[str, Any] | None = None, **given: Any)
 
 def _first(file: GridFile) -> Setup:
     """The setup with the first model and weights of the axes, which tell the number of classes."""
-    from ggl_jax.audit.sweep import expand
 
     setup, named = file.fixed.setup, file.axes.get("weights", [])
     read = [expand(one)[0] for one in named if one != "random"]
@@ -202,10 +194,8 @@ def run(command: SweepCommand, argv: list[str]) -> int:
 
 def carry_out(grid, out: Path, running: Running) -> int:
     """Run a grid with progress, a summary and the report; the exit code."""
-    import jax
 
-    from ggl_jax.audit import folder, report
-    from ggl_jax.audit.run import run as run_cells
+    from ggl_jax.audit import report
 
     first = jax.process_index() == 0
     if running.dry_run:
@@ -254,22 +244,10 @@ def _dry_run(grid, done) -> int:
         f"{len({cell.program for cell in left}):,} programs to compile, "
         f"{sum(cell.evaluations for cell in left):,} gradient evaluations."
     )
-    broken = [cell for cell in grid.cells if cell.evaluations == 0]
+    broken = [cell for cell in grid.cells if cell.why]
     for cell in broken[:5]:
         shown = ", ".join(f"{k} {v}" for k, v in cell.axes.items())
-        say(f"  cannot run: {shown}: {_why(grid, cell)}")
+        say(f"  cannot run: {shown}: {cell.why}")
     if len(broken) > 5:
         say(f"  and {len(broken) - 5:,} more")
     return 1 if broken else 0
-
-
-def _why(grid, cell) -> GGLError | None:
-    """Why the cell's search cannot be built."""
-    from ggl_jax.adversary.reconstruct import prepare
-
-    given = cell.inputs
-    try:
-        prepare(given.model, given.prior, cell.defense.view, cell.client, cell.search)
-    except GGLError as error:
-        return error
-    return None

@@ -4,15 +4,11 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+from ggl_jax import grammar
+from ggl_jax.audit import trained
 from ggl_jax.audit.trained import CheckpointSettings
-from ggl_jax.commands._shared import (
-    AuditBar,
-    about,
-    count_classes,
-    load_labelled,
-    load_model,
-    say,
-)
+from ggl_jax.client.models import MODELS
+from ggl_jax.commands._shared import AuditBar, about, count_classes, load_labelled, load_model, say
 from ggl_jax.spec import Count, Setup, checked
 
 
@@ -46,8 +42,6 @@ class TrainModelCommand:
 
 def run(command: TrainModelCommand, argv: list[str]) -> int:
     """``ggl-jax train-model``."""
-    from ggl_jax.audit import trained
-
     command = checked(command)
     dataset = load_labelled(command.data, command.image_size)
     named = ("data", "model", "weights", "num_classes")
@@ -81,8 +75,6 @@ def run(command: TrainModelCommand, argv: list[str]) -> int:
 
 def _in_eval(text: str, model: Any) -> Any:
     """The model in eval mode, where its text says training mode; else None."""
-    from ggl_jax import grammar
-    from ggl_jax.client.models import MODELS
 
     sizes = {"num_classes": model.num_classes, "image_shape": model.image_shape}
     kind, options = grammar.read(MODELS, text, what="model", offered=tuple(sizes))

@@ -6,7 +6,7 @@ from pathlib import Path
 import tyro
 
 from ggl_jax.audit import folder as folders
-from ggl_jax.audit import utility
+from ggl_jax.audit import leaderboard, utility
 from ggl_jax.commands import audit as audit_command
 from ggl_jax.commands._shared import (
     AuditBar,
@@ -73,7 +73,7 @@ def _of_run(folder: Path) -> tuple[audit_command.AuditCommand, list[str]]:
 
 def run(command: UtilityCommand, argv: list[str]) -> int:
     """``ggl-jax utility``."""
-    from ggl_jax.audit import leaderboard, report  # here and not above: it loads matplotlib
+    from ggl_jax.audit import report  # here and not above: it loads matplotlib
 
     command = checked(command)
     if command.folder is not None:

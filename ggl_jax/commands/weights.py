@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 import tyro
 
+from ggl_jax.audit import weights
 from ggl_jax.commands._shared import command_of, say
 from ggl_jax.errors import GGLError
 
@@ -35,8 +36,6 @@ class WeightsCommand:
 
 def run(command: WeightsCommand, argv: list[str]) -> int:
     """``ggl-jax weights``."""
-    from ggl_jax.audit import weights
-
     if command.files == ():
         raise GGLError("from: names no file; give one or more, or leave --from out to download")
     path = weights.install(
