@@ -7,7 +7,6 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from io import BytesIO
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -83,10 +82,6 @@ def differences(old: Any, new: Any, name: str = "") -> list[str]:
     return [] if old == new else [f"{name}: {old!r} -> {new!r}"]
 
 
-def _holds_anything(folder: Path) -> bool:
-    return folder.is_dir() and any(not p.name.startswith("lock-") for p in folder.iterdir())
-
-
 def claim(
     folder: Path,
     config: Mapping[str, Any],
@@ -135,7 +130,11 @@ def claim(
             raise GGLError(f"out: {folder} holds something else: {'; '.join(changed)}; {remedy}")
         past = [*old.get("history", []), {k: v for k, v in old.items() if k != "history"}]
         wanted["history"] = past
-    elif not guest and _holds_anything(folder):
+    elif (
+        not guest
+        and folder.is_dir()
+        and any(not one.name.startswith("lock-") for one in folder.iterdir())
+    ):
         raise GGLError(
             f"out: {folder} is not an empty folder and not an earlier run; choose another --out"
         )
@@ -211,23 +210,15 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def write_png(path: Path, image: np.ndarray) -> None:
-    """:func:`write_bytes` of a float image [h w c] in [0, 1], losslessly at 8 bits a channel."""
-    write_bytes(path, png_bytes(image))
-
-
-def png_bytes(image: np.ndarray) -> bytes:
-    """A float image [h w c] in [0, 1] as the bytes of a PNG."""
+    """:func:`write_by` of a float image [h w c] in [0, 1], losslessly at 8 bits a channel."""
     pixels = np.asarray(np.clip(image, 0.0, 1.0) * 255.0 + 0.5, np.uint8)
-    stream = BytesIO()
-    Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels).save(stream, format="PNG")
-    return stream.getvalue()
+    picture = Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
+    write_by(path, lambda file: picture.save(file, format="PNG"))
 
 
 def write_figure(path: Path, figure, *, dpi: int = 130) -> None:
-    """:func:`write_bytes` of a matplotlib figure, as a PNG."""
-    stream = BytesIO()
-    figure.savefig(stream, format="png", dpi=dpi)
-    write_bytes(path, stream.getvalue())
+    """:func:`write_by` of a matplotlib figure, as a PNG."""
+    write_by(path, lambda file: figure.savefig(file, format="png", dpi=dpi))
 
 
 def storage_error(path: Path, error: OSError) -> StorageError:

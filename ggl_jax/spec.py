@@ -11,7 +11,7 @@ import itertools
 import math
 import types
 import typing
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Annotated, Any, Literal, NamedTuple, ParamSpec, TypeVar
 
 import numpy as np
@@ -349,6 +349,19 @@ def options_of(kind: type) -> dict[str, Any]:
         part = isinstance(hint, type) and dataclasses.is_dataclass(hint)
         found |= options_of(hint) if part else {name: hint}
     return found
+
+
+def varying(points: Iterable[Mapping[str, Any]]) -> dict[str, list[Any]]:
+    """Names under which points differ, and the values there, in order.
+
+    >>> varying([{"steps": 1, "seed": 0}, {"steps": 2, "seed": 0}])
+    {'steps': [1, 2]}
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for point in points:
+        for name, value in point.items():
+            found.setdefault(name, {}).setdefault(str(value), value)
+    return {name: list(seen.values()) for name, seen in found.items() if len(seen) > 1}
 
 
 def combinations(axes: Mapping[str, typing.Sequence[Any]]) -> Iterator[dict[str, Any]]:

@@ -23,6 +23,7 @@ from ggl_jax.cli import run
 from ggl_jax.client import models
 from ggl_jax.commands import landscape
 from ggl_jax.priors import BIGGAN_DEEP, biggan_deep, dcgan
+from ggl_jax.types import Public
 
 SHARED = Path(__file__).parents[2] / "shared"
 EVERY = [(name, half) for name in paper.EXPERIMENTS for half in paper.HALVES]
@@ -311,16 +312,8 @@ def test_controls_are_scored_by_the_papers_metrics(tiny_model, tiny_variables, t
     grey, ceiling = private + 0.1, private + 0.05
     known = Controls({}, private, grey, ceiling, 1)
     result = AuditResult([], [], {"a": known}, {"a": private, "not yet": private})
-    found = paper.control_scores(
-        result,
-        tiny_model,
-        tiny_variables,
-        tiny_prior,
-        params,
-        jax.random.key(0),
-        lpips="vgg",
-        num=7,
-    )
+    public = Public(tiny_model, tiny_variables, tiny_prior, params)
+    found = paper.control_scores(result, public, jax.random.key(0), lpips="vgg", num=7)
     samples, mean, fit = found.values()
     assert [len(scored) for scored in found.values()] == [1, 1, 1]
     np.testing.assert_allclose(mean[0]["mse_i"], 0.04, rtol=1e-5)

@@ -39,9 +39,8 @@ def test_running_statistics_are_those_of_the_clients_batches():
         return module.apply(variables, 2 * images - 1, mutable=["batch_stats"])[1]["batch_stats"]
 
     def states(track):
-        made = training.federated(
-            model, parse("none"), num_clients=2, batch_size=3, momentum=0.0, track=track
-        )
+        settings = training.TrainingSettings(clients=2, batch_size=3, momentum=0.0)
+        made = training.federated(model, parse("none"), settings, track=track)
         given = (made, jax.random.key(1), variables, images, labels)
         return [state.variables for state in training.train(*given, stops=[0, 1, 2])]
 
@@ -68,7 +67,7 @@ def test_which_models_normalise_by_their_batch():
         found[name] = training.uses_batch_statistics(model, variables)
     assert list(found.values()) == [True, False, False]
     with pytest.raises(gx.GGLError, match="track: model convnet has no BatchNorm"):
-        training.federated(model, parse("none"), track=True)
+        training.federated(model, parse("none"), training.TrainingSettings(), track=True)
 
 
 @pytest.fixture(scope="module")

@@ -87,9 +87,8 @@ def test_undefended_training_is_sgd_with_momentum(tiny_model, tiny_variables, sh
         velocity = jax.tree.map(lambda v, g: np.float32(0.6) * v + g, velocity, step)
         params = jax.tree.map(lambda w, v: w - np.float32(0.3) * v, params, velocity)
 
-    made = training.federated(
-        tiny_model, parse("none"), num_clients=2, batch_size=3, learning_rate=0.3, momentum=0.6
-    )
+    settings = training.TrainingSettings(2, batch_size=3, momentum=0.6)
+    made = training.federated(tiny_model, parse("none"), settings, learning_rate=0.3)
     states = list(
         training.train(made, jax.random.key(3), tiny_variables, *shards, stops=[3, 4], scan=scan)
     )
@@ -102,10 +101,10 @@ def test_undefended_training_is_sgd_with_momentum(tiny_model, tiny_variables, sh
 def test_every_client_defends_its_own_update(tiny_model, tiny_variables, shards):
     """A step is the mean of two updates that were clipped one by one, with fresh noise on each."""
     images, labels = shards
-    options = {"num_clients": 2, "batch_size": 3, "learning_rate": 1.0, "momentum": 0.0}
+    settings = training.TrainingSettings(2, batch_size=3, momentum=0.0)
 
     def step(defense, key=0):
-        made = training.federated(tiny_model, defense, **options)
+        made = training.federated(tiny_model, defense, settings, learning_rate=1.0)
         state = last(
             training.train(made, jax.random.key(key), tiny_variables, images, labels, stops=[1])
         )
@@ -137,11 +136,13 @@ def test_accuracy_counts_every_image_once(tiny_model, tiny_variables, monkeypatc
 
 
 @pytest.mark.parametrize(
-    "options", [{"num_clients": 0}, {"batch_size": 0}, {"learning_rate": 0.0}, {"momentum": 1.0}]
+    "options", [{"clients": 0}, {"batch_size": 0}, {"learning_rate": 0.0}, {"momentum": 1.0}]
 )
 def test_training_refuses(tiny_model, options):
+    given = {k: v for k, v in options.items() if k != "learning_rate"}
+    settings, rate = training.TrainingSettings(**given), options.get("learning_rate", 0.1)
     with pytest.raises(gx.GGLError, match=next(iter(options))):
-        training.federated(tiny_model, parse("none"), **options)
+        training.federated(tiny_model, parse("none"), settings, learning_rate=rate)
 
 
 # --- epsilon ------------------------------------------------------------------------------------
@@ -289,7 +290,7 @@ def test_a_toy_problem_is_learnt_and_strong_noise_destroys_it(toy, tmp_path):
 
 
 def split_of(test_images, clients, seed=0):
-    return utility.TrainingSettings(clients, 1, test_images=test_images, seed=seed)
+    return training.TrainingSettings(clients, 1, test_images=test_images, seed=seed)
 
 
 def test_splits_are_disjoint_and_depend_on_the_seed():

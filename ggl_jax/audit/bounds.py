@@ -327,57 +327,49 @@ class Bounds:
 
     def __init__(self, public: Public, key: jax.Array, num: int):
         self.public, self.variables, self.key, self.num = public, public.variables, key, num
-        self._normals: dict[int | None, Normal] = {}
-        self._sketches: dict[tuple, np.ndarray] = {}
+        # Each is computed once for the same arguments, as long as this object lives.
+        self.gaussian = functools.cache(self._gaussian)
+        self.sketch = functools.cache(self._sketch)
+        self.error = functools.cache(self._error)
         self._radii: dict[tuple, float] = {}
-        self._errors: dict[tuple, ErrorBound] = {}
 
     def normal(self, label: int) -> Normal:
         """The Gaussian over images of a class."""
-        prior = self.public.prior
-        label_known = None if prior.num_classes is None else label
-        if label_known not in self._normals:
-            labels = None if label_known is None else np.full(PRIOR_SAMPLES, label)
-            found = samples(prior, self.public.prior_params, self.key, PRIOR_SAMPLES, labels=labels)
-            self._normals[label_known] = Normal.of(np.asarray(found))
-        return self._normals[label_known]
+        return self.gaussian(None if self.public.prior.num_classes is None else label)
 
-    def error(self, defense: Defense, client: Client, label: int) -> ErrorBound:
+    def _gaussian(self, label: int | None) -> Normal:
+        labels = None if label is None else np.full(PRIOR_SAMPLES, label)
+        of = self.public.prior, self.public.prior_params, self.key
+        return Normal.of(np.asarray(samples(*of, PRIOR_SAMPLES, labels=labels)))
+
+    def _error(self, defense: Defense, client: Client, label: int) -> ErrorBound:
         """:func:`squared_error` of an image of that label; the defense must be :func:`noisy`."""
         before, sigma, _ = noisy(defense, client.rounds)
-        name = (defense.name, client, label)
-        if name not in self._errors:
-            secant, variables = _programs(self.public.model, client, before).secant, self.variables
+        secant, variables = _programs(self.public.model, client, before).secant, self.variables
 
-            def one(number, x, step):
-                key = jax.random.fold_in(jax.random.fold_in(self.key, 1), number)
-                ends = (_floats(2.0**k * step) for k in range(len(STEPS)))
-                return [float(secant(variables, key, label, _floats(x), end)) for end in ends]
+        def one(number, x, step):
+            key = jax.random.fold_in(jax.random.fold_in(self.key, 1), number)
+            ends = (_floats(2.0**k * step) for k in range(len(STEPS)))
+            return [float(secant(variables, key, label, _floats(x), end)) for end in ends]
 
-            def secants(points, steps):
-                return np.asarray([*map(one, range(len(points)), points, steps)])
+        def secants(points, steps):
+            return np.asarray([*map(one, range(len(points)), points, steps)])
 
-            sketch, normal = self.sketch(before, client, label), self.normal(label)
-            self._errors[name] = squared_error(secants, sketch, normal, sigma, num=self.num)
-        return self._errors[name]
+        sketch = self.sketch(before, client, label)
+        return squared_error(secants, sketch, self.normal(label), sigma, num=self.num)
 
-    def sketch(self, before: tuple[Defense, ...], client: Client, label: int) -> np.ndarray:
+    def _sketch(self, before: tuple[Defense, ...], client: Client, label: int) -> np.ndarray:
         """``V^T E[J^T J] V`` by :data:`SKETCHES` images: directions and steps are chosen by it."""
-        name = (tuple(stage.name for stage in before), client, label)
-        if name not in self._sketches:
-            product = _programs(self.public.model, client, before).product
-            of = self.variables, jax.random.fold_in(self.key, 2), label
-            normal = self.normal(label)
-            basis, rng = normal.directions, np.random.default_rng(1)
-            found = np.asarray(
-                [
-                    [np.asarray(product(*of, _floats(x), _floats(v)), np.float64) for v in basis]
-                    for x in normal.draw(rng, SKETCHES)
-                ]
-            )
-            mean = found.mean(axis=0) @ basis.T
-            self._sketches[name] = (mean + mean.T) / 2
-        return self._sketches[name]
+        product = _programs(self.public.model, client, before).product
+        of = self.variables, jax.random.fold_in(self.key, 2), label
+        normal = self.normal(label)
+        basis, rng = normal.directions, np.random.default_rng(1)
+        found = [
+            [np.asarray(product(*of, _floats(x), _floats(v)), np.float64) for v in basis]
+            for x in normal.draw(rng, SKETCHES)
+        ]
+        mean = np.mean(found, axis=0) @ basis.T
+        return (mean + mean.T) / 2
 
     def reach(
         self, defense: Defense, client: Client, label: int, images: Sequence[np.ndarray]

@@ -1,6 +1,5 @@
 """What a run is made of: its inputs, checked once, and its cells, named by what they compute."""
 
-import contextlib
 import dataclasses
 import functools
 from collections.abc import Mapping
@@ -192,6 +191,7 @@ class Cell(NamedTuple):
         evaluations: gradient evaluations of the search; 0 where it cannot be built.
         inputs: what it shares with the run's other cells.
         own: digest of the defense, where it is an object; "" where it is a specification.
+        why: its search cannot be built, in one line; "" where it can.
     """
 
     id: str
@@ -204,6 +204,7 @@ class Cell(NamedTuple):
     evaluations: int
     inputs: Inputs
     own: str = ""
+    why: str = ""
 
     @property
     def program(self) -> tuple:
@@ -224,7 +225,7 @@ class Cells:
         self.inputs, self.told_apart = inputs, told_apart
         self.defenses: dict[str, str] = {}
         self._parsed: dict[str, Defense] = {}
-        self._searches: dict[tuple, tuple[int, str]] = {}
+        self._searches: dict[tuple, tuple[int, str, str]] = {}
 
     def defense(self, given: Any) -> Defense:
         """A defense as it is given, by its specification, or of an optax transformation.
@@ -286,16 +287,17 @@ class Cells:
         program = (search, client, defense)
         searched = dataclasses.asdict(search)
         if program not in self._searches:
-            self._searches[program] = 0, ""
-            with contextlib.suppress(GGLError):  # its cells will fail and say why
+            own = ""
+            try:
                 ready = self.ready(search, client, defense)
-                own = ""
                 if self.told_apart and identity.names_own(*searched.values()):
                     own = identity.search_digest(
                         ready, inputs.model, inputs.prior_params, defense.view, client.batch_size
                     )
-                self._searches[program] = ready.evaluations, own
-        evaluations, own = self._searches[program]
+                self._searches[program] = ready.evaluations, own, ""
+            except GGLError as error:  # its cells will fail and say it, too
+                self._searches[program] = 0, "", str(error)
+        evaluations, own, why = self._searches[program]
         shared = dataclasses.asdict(client)
         if client.rounds == 1:  # so that cells of one round keep their names
             del shared["rounds"]
@@ -311,18 +313,8 @@ class Cells:
             # Only where they are asked for, so that cells without keep their names.
             parts += [inputs.bound_samples] if inputs.bound_samples else []
         shown = {**axes, "defense": defense.name, "seed": seed, "image": ", ".join(names)}
-        return Cell(
-            digest(parts)[:16],
-            shown,
-            search,
-            client,
-            defense,
-            seed,
-            batch,
-            evaluations,
-            inputs,
-            self.defenses[defense.name],
-        )
+        name, known_by = digest(parts)[:16], self.defenses[defense.name]
+        return Cell(name, shown, *program, seed, batch, evaluations, inputs, known_by, why)
 
 
 def image_batches(num_images: int, batch_size: int) -> list[tuple[int, ...]]:

@@ -5,9 +5,9 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from ggl_jax.audit.folder import Records
-from ggl_jax.audit.tables import Leakage, Mean, counted, leakage, scores
+from ggl_jax.audit.tables import Leakage, counted, grouped, leakage, scores
 from ggl_jax.client import defenses as client_defenses
-from ggl_jax.errors import GGLError, did_you_mean
+from ggl_jax.errors import GGLError, check_known, did_you_mean
 
 
 class Finding(NamedTuple):
@@ -87,16 +87,13 @@ def check(
             raise GGLError(
                 f"bound: got {name}={bound}, allowed: finite numbers from {low:g} to {high:g}"
             )
-    found: dict[str, list[Leakage]] = {}
-    for one in leakage(records.rows):
-        found.setdefault(one.defense, []).append(one)
+    found = grouped(leakage(records.rows), lambda one: one.defense)
     planned = list(dict.fromkeys(canonical(str(c["defense"])) for c in records.cells.values()))
     if not planned:
         raise GGLError(f"check: {records.folder} holds no results yet")
     chosen = [canonical(defense) for defense in defenses] or planned
     for defense in chosen:
-        if defense not in planned:
-            raise GGLError(f"defense: got {defense!r}, allowed: {', '.join(planned)}")
+        check_known("defense", defense, planned)
         _check_whole(records, defense, found.get(defense, []))
         for name in bounds:
             if any(name not in one.means for one in found[defense]):
@@ -144,24 +141,12 @@ def _finding(defense: str, name: str, bound: float, found: Sequence[Leakage]) ->
     score = scores()[name]
     lower = score.nearer == "lower"
 
-    def end(mean: Mean) -> float:
-        # Without a finite interval (an exact copy has an infinite PSNR) the mean itself counts.
-        value = mean.low if lower else mean.high
-        return mean.mean if value is None else value
+    def furthest(one: Leakage) -> float:
+        end = one.means[name].end(low=lower)
+        return math.inf if math.isnan(end) else -end if lower else end
 
-    def rank(value: float) -> float:
-        return math.inf if math.isnan(value) else -value if lower else value
-
-    worst = max(found, key=lambda one: rank(end(one.means[name])))
+    worst = max(found, key=furthest)
     measure = "PSNR over control" if name == "gain" else score.heading
-    if score.unit:
-        measure += f", {score.unit}"
-    return Finding(
-        defense,
-        measure,
-        bound,
-        end(worst.means[name]),
-        worst.variant,
-        len(worst.images),
-        score.nearer,
-    )
+    measure += f", {score.unit}" if score.unit else ""
+    end, num = worst.means[name].end(low=lower), len(worst.images)
+    return Finding(defense, measure, bound, end, worst.variant, num, score.nearer)

@@ -6,8 +6,6 @@ Leakage is what exceeds the prior-only controls; the ceiling says how much could
 
 import json
 from collections.abc import Sequence
-from functools import partial
-from io import BytesIO
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +19,7 @@ from ggl_jax.errors import GGLError
 from ggl_jax.grammar import at_least
 from ggl_jax.images import assign
 from ggl_jax.priors.ceiling import fit_latents
-from ggl_jax.priors.decoding import check_labels, decode_each
+from ggl_jax.priors.decoding import check_labels, decode_each, draw
 from ggl_jax.types import Prior, PyTree
 
 
@@ -55,11 +53,6 @@ class Controls(NamedTuple):
             "mean_image": self.mean_image,
             "ceiling": self.ceiling,
         }
-
-
-@partial(jax.jit, static_argnames=("prior", "num"))
-def _sample(prior: Prior, key, *, num: int):
-    return prior.sample_latent(key, num)
 
 
 @jax.jit
@@ -180,10 +173,10 @@ def _guesses(prior, params, images, classes, key, chunk, num_samples, mean_round
     best: list[np.ndarray | None] = [None] * size
     totals = np.zeros(images.shape, np.float64)
     for first in range(0, num, chunk):
-        latents = _sample(prior, jax.random.fold_in(key, first), num=chunk)[: num - first]
+        latents = draw(prior, jax.random.fold_in(key, first), num=chunk)[: num - first]
         places = jnp.asarray(np.resize(classes, len(latents)))
         drawn = np.concatenate(
-            decode_each(prior, params, latents, places, lambda x, _: np.clip(x, 0.0, 1.0))
+            decode_each(prior, params, latents, places, lambda x: np.clip(x, 0.0, 1.0))
         ).reshape(-1, *images.shape)
         done = first // size
         totals += drawn[: max(0, mean_rounds - done)].sum(axis=0, dtype=np.float64)
@@ -227,10 +220,8 @@ def write_controls(path: Path, controls: Controls, original: np.ndarray) -> None
     """
     content: dict[str, Any] = controls._asdict() | {"original": original}
     content["scores"] = np.asarray(json.dumps(controls.scores))
-    stream = BytesIO()
-    np.savez_compressed(stream, **content)
     path.parent.mkdir(parents=True, exist_ok=True)
-    files.write_bytes(path, stream.getvalue())
+    files.write_by(path, lambda file: np.savez_compressed(file, **content))
 
 
 def read_controls(path: Path) -> tuple[Controls, np.ndarray]:

@@ -90,8 +90,7 @@ def _finite(value: float | None) -> float:
 
 
 def _plot_mean(axis, x, mean: Mean, *, horizontal: bool, **style) -> None:
-    center = _finite(mean.mean)
-    low, high = (_finite(end) if end is not None else center for end in (mean.low, mean.high))
+    center, low, high = map(_finite, (mean.mean, mean.end(low=True), mean.end(low=False)))
     reach = [[center - low], [high - center]]
     if horizontal:
         axis.errorbar([center], [x], xerr=reach, capsize=3, **style)

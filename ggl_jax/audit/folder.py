@@ -11,7 +11,6 @@ import contextlib
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from io import BytesIO
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -129,9 +128,8 @@ def keep(folder: Path, cell: str, rows: Sequence[Mapping[str, Any]], images: np.
     Raises:
         StorageError: the disk is full or not writable; the cell is then not finished.
     """
-    stream = BytesIO()
-    np.save(stream, np.asarray(images, np.float32))
-    files.write_bytes(folder / f"cells/{cell}.npy", stream.getvalue())
+    exact = np.asarray(images, np.float32)
+    files.write_by(folder / f"cells/{cell}.npy", lambda file: np.save(file, exact))
     kept = []
     for part, (row, image) in enumerate(zip(rows, images, strict=True)):
         name = f"cells/{cell}-{part}.png"

@@ -16,6 +16,9 @@ from ggl_jax.client import defenses as client_defenses
 from ggl_jax.images import assign
 from ggl_jax.types import OK, STATUS_MESSAGES, Public
 
+#: What a row tells of the search as it was carried out.
+_SEARCHED = ("adaptive", "optimizer", "combined", "refined", "refinement_steps", "denoised")
+
 
 def jsonable(value: Any) -> Any:
     """Values for JSON; infinities and NaN become None, since JSON has no such numbers."""
@@ -75,12 +78,7 @@ def judge(
         # Of the whole batch, as multisets: an update does not tell the images' order.
         "label_accuracy": metrics.label_accuracy(jnp.asarray(found.labels), labels),
         "defense_estimated": client_defenses.summary(found.estimated),
-        "adaptive": found.search["adaptive"],
-        "optimizer": found.search["optimizer"],
-        "combined": found.search["combined"],
-        "refined": found.search["refined"],
-        "refinement_steps": found.search["refinement_steps"],
-        "denoised": found.search["denoised"],
+        **{name: found.search[name] for name in _SEARCHED},
         # of the regression before the search, from the bank alone; None where there was none
         "predicted_rmse": found.search.get("predicted_rmse"),
         "evaluations": found.evaluations,

@@ -154,8 +154,7 @@ def landscape(
 
     losses_of = jax.jit(center.attack.distances)
 
-    def values(images, start):
-        del start
+    def values(images):
         losses = losses_of(center.problem, images[:, None], center.problem.labels)
         images = jnp.clip(images, 0.0, 1.0)
         if measured.distance is None:

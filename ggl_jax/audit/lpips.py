@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ggl_jax import foreign
-from ggl_jax.errors import GGLError
+from ggl_jax.errors import GGLError, check_known
 from ggl_jax.images import to_signed
 from ggl_jax.types import PyTree
 
@@ -120,8 +120,7 @@ def get_backbone(name: str) -> Backbone:
     Raises:
         GGLError: there is none.
     """
-    if name not in BACKBONES:
-        raise GGLError(f"lpips: got {name!r}, allowed: {', '.join(BACKBONES)}")
+    check_known("lpips", name, BACKBONES)
     return BACKBONES[name]
 
 

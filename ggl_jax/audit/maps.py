@@ -14,13 +14,14 @@ from ggl_jax.audit.tables import (
     Column,
     Leakage,
     escape,
+    grouped,
     leakage,
     score_text,
     spoken,
     strongest,
     table,
 )
-from ggl_jax.spec import Client, Setup, combinations
+from ggl_jax.spec import Client, Setup, combinations, varying
 
 #: Axes of rows and columns, and their values where a row has none.
 ROWS: dict[str, Any] = {"weights": Setup().weights, "model": Setup().model}
@@ -50,29 +51,23 @@ def maps(results: Sequence[dict[str, Any]]) -> list[Map]:
         results: rows of a folder. Where more than one attack (or any other axis) was run on a
             square, the one of the highest mean PSNR counts; seeds of one image are averaged.
     """
-    placed = [(_values(row, ROWS), _values(row, COLUMNS), row) for row in results]
-    by_rows, by_columns = (_varying([p[side] for p in placed]) for side in (0, 1))
-    if not (by_rows or by_columns):
+    varied = [(axes, _varying([_values(row, axes) for row in results])) for axes in (ROWS, COLUMNS)]
+    if not any(by for _, by in varied):
         return []
-    rows, columns = (
-        [tuple(place.values()) for place in combinations(by)] for by in (by_rows, by_columns)
-    )
-    found: dict[str, dict[tuple[int, int], list[dict[str, Any]]]] = {}
-    for of_row, of_column, row in placed:
-        place = (
-            rows.index(tuple(of_row[name] for name in by_rows)),
-            columns.index(tuple(of_column[name] for name in by_columns)),
+    sides = [(axes, by, [(*one.values(),) for one in combinations(by)]) for axes, by in varied]
+
+    def place(row: Mapping[str, Any]) -> Any:
+        return tuple(
+            places.index(tuple(_values(row, axes)[name] for name in by))
+            for axes, by, places in sides
         )
-        found.setdefault(row["defense"], {}).setdefault(place, []).append(row)
-    labels = _labels(by_rows, rows), _labels(by_columns, columns)
-    return [
-        Map(
-            defense,
-            *labels,
-            {place: strongest(leakage(own))[0] for place, own in squares.items()},
-        )
-        for defense, squares in found.items()
-    ]
+
+    rows, columns = (_labels(by, places) for _, by, places in sides)
+    found = []
+    for defense, own in grouped(results, lambda row: row["defense"]).items():
+        squares = {at: strongest(leakage(part))[0] for at, part in grouped(own, place).items()}
+        found.append(Map(defense, rows, columns, squares))
+    return found
 
 
 def _values(row: Mapping[str, Any], names: Mapping[str, Any]) -> dict[str, Any]:
@@ -82,13 +77,10 @@ def _values(row: Mapping[str, Any], names: Mapping[str, Any]) -> dict[str, Any]:
 
 def _varying(values: Sequence[dict[str, Any]]) -> dict[str, list[Any]]:
     """Names with several values, and these, numbers by size."""
-    found: dict[str, list[Any]] = {}
-    for name in values[0] if values else ():
-        seen = list(dict.fromkeys(one[name] for one in values))
-        if len(seen) > 1:
-            number = all(isinstance(value, int | float) for value in seen)
-            found[name] = sorted(seen) if number else seen
-    return found
+    return {
+        name: sorted(seen) if all(isinstance(one, int | float) for one in seen) else seen
+        for name, seen in varying(values).items()
+    }
 
 
 def _labels(varying: Mapping[str, list[Any]], places: Iterable[tuple]) -> tuple[str, ...]:
@@ -128,8 +120,7 @@ LEGEND = (
 
 def silent(square: Leakage) -> bool:
     """Whether no leak is shown: the interval reaches 0, or there is none and the mean is below."""
-    gain = square.means["gain"]
-    return not (gain.mean if gain.low is None else gain.low) > 0
+    return not square.means["gain"].end(low=True) > 0
 
 
 def square_text(square: Leakage | None) -> str:

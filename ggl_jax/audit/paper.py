@@ -10,6 +10,7 @@ A new experiment is a subclass of :class:`Experiment` and one line in :data:`EXP
 
 import csv
 import dataclasses
+import functools
 import inspect
 import itertools
 import statistics
@@ -28,7 +29,7 @@ from ggl_jax.audit.run import AuditResult
 from ggl_jax.client.defenses import in_code
 from ggl_jax.priors.decoding import decode_each
 from ggl_jax.spec import Search, replace
-from ggl_jax.types import Model, Prior, PyTree
+from ggl_jax.types import Public
 
 #: The paper's data sets.
 HALVES = {"celeba": "CelebA", "imagenet": "ImageNet"}
@@ -107,8 +108,8 @@ class Experiment:
         return tuple(FORMS[self.fidelity](kind) for kind in self.kinds)
 
     def searches(self) -> dict[str, Search]:
-        """The searches by their name in the table."""
-        raise NotImplementedError
+        """The searches by their name in the table: GGL, where a subclass names no others."""
+        return {"GGL": self.ggl()}
 
     def runs(self, seeds: Sequence[int] = (0,)) -> list[Run]:
         """The experiment's audits, search by search."""
@@ -306,9 +307,6 @@ class Figure5(Experiment):
     images: ClassVar = {"quick": 8, "paper": 8}
     kinds = ("soteria:0.8",)
 
-    def searches(self):
-        return {"GGL": self.ggl()}
-
 
 class Figure6(Experiment):
     """Defenses combined: noise, clipping, and both.
@@ -323,9 +321,6 @@ class Figure6(Experiment):
 
     title = "Figure 6: GGL under combined defenses"
     kinds = ("noise:0.1", "clip:4", "clip:4+noise:0.1")
-
-    def searches(self):
-        return {"GGL": self.ggl()}
 
 
 class Figure7(Experiment):
@@ -367,9 +362,6 @@ class Figure8(Experiment):
     images: ClassVar = {"quick": 2, "paper": 2}
     kinds = ("soteria:0.8",)
 
-    def searches(self):
-        return {"GGL": self.ggl()}
-
 
 class Figure9(Experiment):
     """Matching loss and LPIPS on a plane of latents around GGL's result.
@@ -386,55 +378,31 @@ class Figure9(Experiment):
     default_half = "imagenet"
     images: ClassVar = {"quick": 1, "paper": 1}
 
-    def searches(self):
-        return {"GGL": self.ggl()}
 
-
-EXPERIMENTS: dict[str, type[Experiment]] = {
-    "table1": Table1,
-    "table2": Table2,
-    "table3": Table3,
-    "figure3": Figure3,
-    "figure4": Figure4,
-    "figure5": Figure5,
-    "figure6": Figure6,
-    "figure7": Figure7,
-    "figure8": Figure8,
-    "figure9": Figure9,
-}
+_KINDS = (Table1, Table2, Table3, Figure3, Figure4, Figure5, Figure6, Figure7, Figure8, Figure9)
+EXPERIMENTS: dict[str, type[Experiment]] = {kind.__name__.lower(): kind for kind in _KINDS}
 
 
 def control_scores(
-    result: AuditResult,
-    model: Model,
-    variables: PyTree,
-    prior: Prior,
-    prior_params: PyTree,
-    key: jax.Array,
-    *,
-    lpips: str,
-    num: int = 64,
+    result: AuditResult, public: Public, key: jax.Array, *, lpips: str, num: int = 64
 ) -> dict[str, list[dict[str, float]]]:
     """What could be had without an update, by the paper's metrics: controls, then images, as rows.
 
     Args:
         result: of any of the experiment's audits, for the images and their controls.
-        model: the federated model.
-        variables: its variables.
-        prior: the generator.
-        prior_params: its parameters.
+        public: the federated model, its variables, and the generator.
         key: typed key of the random samples.
         lpips: backbone.
         num: random samples of the prior, of the inferred label, that are averaged, at least 1.
     """
-    perceptual = metrics.perceptual(lpips, prior.image_shape).distance
+    prior, perceptual = public.prior, metrics.perceptual(lpips, public.prior.image_shape).distance
     found: dict[str, list[dict[str, float]]] = {}
 
     def score(images, original):
         images = jnp.clip(images, 0.0, 1.0)
         same = jnp.broadcast_to(original, images.shape)
         scores = {
-            name: np.asarray(metrics.METRICS[name](images, same, model, variables))
+            name: np.asarray(metrics.METRICS[name](images, same, public.model, public.variables))
             for name in ("mse_i", "psnr_paper", "mse_r", "psnr")
         }
         if perceptual is not None:
@@ -446,27 +414,17 @@ def control_scores(
         if known is None:  # interrupted before this image
             continue
         latents = prior.sample_latent(jax.random.fold_in(key, number), num)
-        private = jnp.asarray(original)
-
-        def use(images, start, private=private):
-            del start
-            return score(images, private)
-
-        parts = decode_each(prior, prior_params, latents, known.label, use)
+        against = functools.partial(score, original=jnp.asarray(original))
+        drawn = decode_each(prior, public.prior_params, latents, known.label, against)
+        mean, fit = (against(image[None]) for image in (known.mean_image, known.ceiling))
         kinds = {
-            "random sample of the prior": parts,
-            "the prior's mean image, the best blind guess in MSE": [
-                score(known.mean_image[None], private)
-            ],
-            "the prior's ceiling": [score(known.ceiling[None], private)],
+            "random sample of the prior": drawn,
+            "the prior's mean image, the best blind guess in MSE": [mean],
+            "the prior's ceiling": [fit],
         }
         for kind, scored in kinds.items():
-            found.setdefault(kind, []).append(
-                {
-                    metric: float(np.concatenate([part[metric] for part in scored]).mean())
-                    for metric in scored[0]
-                }
-            )
+            row = jax.tree.map(lambda *each: float(np.concatenate(each).mean()), *scored)
+            found.setdefault(kind, []).append(row)
     return found
 
 

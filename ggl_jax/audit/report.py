@@ -5,7 +5,6 @@ import datetime
 import html
 import json
 import math
-import statistics
 import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -186,7 +185,7 @@ def make(records: Records) -> Report:
     report = Report(f"Privacy audit: {records.folder.resolve().name}", {}, {})
     add = report.sections
     told = [_progress(records), *tables.sentences(groups), *map(escape, tables.won(groups))]
-    played = threat.as_read(records.config.get("threat_model", ()))
+    played = records.config.get("threat_model", ())
     told += [escape(threat.declared(played))] if played else []
     add[""] = ["\n".join(f"- {line}" for line in told)]
     add["What leaked"] = _leaks(report, groups)
@@ -331,6 +330,10 @@ def _loss_curves(report: Report, groups: Sequence[Leakage]) -> list[str]:
     return ["\n".join(images)] if images else []
 
 
+#: Names of :meth:`ggl_jax.audit.controls.Controls.pictures`, in words.
+_GUESSES = {"mean_image": "mean image", "ceiling": "ceiling", "control_best": "best random"}
+
+
 def _pictures(report: Report, records: Records, groups: Sequence[Leakage]) -> list[str]:
     """For each image: the private one, the controls, and the reconstructions."""
     shown = groups if len(groups) <= MAX_PICTURES else tables.strongest(groups)[:MAX_PICTURES]
@@ -340,24 +343,20 @@ def _pictures(report: Report, records: Records, groups: Sequence[Leakage]) -> li
     for number, name in enumerate(names[:MAX_IMAGES]):
         cells: list[tuple[np.ndarray, str]] = []
         # The first seed of each.
-        rows = [next((row for row in g.rows if row["image"] == name), None) for g in shown]
-        for row in rows:
-            path = records.folder / (row or {}).get("controls", "")
-            if row is not None and path.is_file():
-                controls, original = read_controls(path)
-                cells = [(original, "private image")]
-                for field, words in (("mean_image", "mean image"), ("ceiling", "ceiling"),
-                                     ("best_sample", "best random")):  # fmt: skip
-                    score = row[f"psnr_{'control_best' if field == 'best_sample' else field}"]
-                    cells.append((getattr(controls, field), f"{words}\n{_db(score)}"))
-                break
+        rows = [(g, row) for g in shown for row in [r for r in g.rows if r["image"] == name][:1]]
+        guessed = [row for _, row in rows if (records.folder / row.get("controls", "")).is_file()]
+        for row in guessed[:1]:
+            controls, original = read_controls(records.folder / row["controls"])
+            cells = [(original, "private image")]
+            for field, words in _GUESSES.items():
+                cells.append((controls.pictures()[field], f"{words}\n{_db(row[f'psnr_{field}'])}"))
         told = []
-        for group, row in zip(shown, rows, strict=True):
-            if row is None or not (records.folder / row["reconstruction"]).is_file():
+        for group, row in rows:
+            if not (records.folder / row["reconstruction"]).is_file():
                 continue
             lines = [group.defense, group.variant] if variants else [group.defense]
             lines = [part for line in lines for part in textwrap.wrap(line, 18)]
-            score = _db(_exact(row))
+            score = _db(tables.scores()["psnr"].function(row))
             told.append(f"{group.defense} {score}")
             cells.append((records.image(row), "\n".join([*lines, score])))
         if cells:
@@ -371,10 +370,6 @@ def _pictures(report: Report, records: Records, groups: Sequence[Leakage]) -> li
             f"{len(shown)} of {len(groups)} defenses and attacks; the folder has all."
         )
     return [*more, "\n".join(images)] if images else ["No pictures were kept."]
-
-
-def _exact(row) -> float | None:
-    return tables.scores()["psnr"].function(row)
 
 
 def _db(value: float | None) -> str:
@@ -434,26 +429,18 @@ def compare(a: Records, b: Records) -> list[tuple[str, str, int, Mean, Mean, Mea
         raise GGLError(f"compare: {a.folder} was given twice; name two folders")
     names = tables.variant_names([*a.rows, *b.rows])
     gain = tables.scores()["gain"].function
-    sides: list[dict[tuple[str, str], dict[str, list[float]]]] = [{}, {}]
-    for side, records in zip(sides, (a, b), strict=True):
-        for row in records.rows:
-            key = row["defense"], tables.variant_of(row, names)
-            side.setdefault(key, {}).setdefault(row["image"], []).append(gain(row))
+    in_a, in_b = (
+        {key: tables.by_image(own, gain) for key, own in tables.by_attack(one.rows, names).items()}
+        for one in (a, b)
+    )
     compared = []
-    for key, first in sides[0].items():
-        second = sides[1].get(key, {})
-        pairs = [
-            {"image": image, "a": statistics.fmean(first[image]), "b": statistics.fmean(others)}
-            for image, others in second.items()
-            if image in first
-        ]
+    for key, first in in_a.items():
+        second = in_b.get(key, {})
+        pairs = [(first[image], other) for image, other in second.items() if image in first]
         if pairs:
-            means = (
-                tables.mean_over_images(pairs, lambda pair: pair["a"]),
-                tables.mean_over_images(pairs, lambda pair: pair["b"]),
-                tables.mean_over_images(pairs, lambda pair: pair["b"] - pair["a"]),
-            )
-            compared.append((*key, len(pairs), *means))
+            values = (*zip(*pairs, strict=True), [other - own for own, other in pairs])
+            one, two, more = map(tables.mean_of, values)
+            compared.append((*key, len(pairs), one, two, more))
     if not compared:
         raise GGLError(
             f"compare: {a.folder} and {b.folder} share no defense, attack and image; compare "

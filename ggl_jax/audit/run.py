@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 
 from ggl_jax.adversary.attacks import members
 from ggl_jax.adversary.reconstruct import expectations, mismatch, reconstruct
@@ -36,7 +37,7 @@ from ggl_jax.errors import GGLError, StorageError
 from ggl_jax.files import digest
 from ggl_jax.gate.arguments import as_options
 from ggl_jax.grammar import at_least
-from ggl_jax.spec import Client, Search, checked
+from ggl_jax.spec import Client, Search, checked, varying
 from ggl_jax.types import Model
 
 # Streams of an instance's key, so that defense noise and search never share random numbers.
@@ -189,11 +190,8 @@ class _Work:
     def __init__(self, inputs, folder, cells, todo, scratch, progress):
         self.inputs, self.folder, self.progress = inputs, folder, progress
         self.todo, self.scratch, self.done = dict.fromkeys(todo), scratch, 0
-        values: dict[str, set] = {}
-        for cell in cells:
-            for name, value in cell.axes.items():
-                values.setdefault(name, set()).add(str(value))
-        self.varying = [n for n, v in values.items() if len(v) > 1 and n != "image"] or ["defense"]
+        names = varying(cell.axes for cell in cells)
+        self.varying = [name for name in names if name != "image"] or ["defense"]
         self.largest: dict[tuple, int] = {}
         self.known: dict[str, list[Controls]] = {}
         self.world: tuple[Inputs, int] | None = None
@@ -359,8 +357,6 @@ def _reason(error: BaseException) -> str:
 
 def _meet(what: str) -> None:
     if jax.process_count() > 1:
-        from jax.experimental import multihost_utils
-
         multihost_utils.sync_global_devices(what)
 
 
@@ -368,8 +364,6 @@ def _agree(cells: list[str]) -> None:
     """All processes have to run the same cells, or they would wait for each other for ever."""
     if jax.process_count() == 1:
         return
-    from jax.experimental import multihost_utils
-
     number = np.asarray([int(digest(cells)[:7], 16), len(cells)], np.int32)
     try:
         multihost_utils.assert_equal(number)

@@ -2,9 +2,10 @@
 
 import dataclasses
 import fnmatch
+import functools
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -94,59 +95,35 @@ def _matches(value: Any, wanted: Any) -> bool:
     return value == wanted and isinstance(value, bool) == isinstance(wanted, bool)
 
 
-class _Exclusions:
-    """Combinations to leave out; each has to match something."""
-
-    def __init__(self, entries: Sequence[Mapping[str, Any]]):
-        self.entries, self.used = list(entries), [False] * len(entries)
-        for number, entry in enumerate(entries):
-            unknown = [name for name in entry if name not in (*AXES, "image")]
-            if unknown or not entry:
-                raise GGLError(
-                    f"exclude: entry {number + 1} names {unknown or 'nothing'}; allowed: image, "
-                    f"{', '.join(AXES)}"
-                )
-
-    def match(self, values: Mapping[str, Any]) -> bool:
-        """Whether any entry matches, in all that it names."""
-        hits = [all(_matches(values[k], v) for k, v in entry.items()) for entry in self.entries]
-        self.used = [a or b for a, b in zip(self.used, hits, strict=True)]
-        return any(hits)
-
-    def check(self) -> None:
-        """Raise :class:`GGLError` for an entry that matched nothing."""
-        for number, (entry, used) in enumerate(zip(self.entries, self.used, strict=True)):
-            if not used:
-                raise GGLError(f"exclude: entry {number + 1} ({dict(entry)}) matches no cell")
-
-
-class _Worlds:
-    """Makers of cells for each model and weights that the axes name."""
-
-    def __init__(self, inputs: Inputs):
-        self.inputs = inputs
-        self.models: dict[str | None, Model] = {None: inputs.model}
-        self.makers: dict[tuple, Cells] = {(None, None): Cells(inputs)}
-
-    @property
-    def base(self) -> Cells:
-        """The maker of those that no axis names."""
-        return self.makers[None, None]
-
-    def maker(self, model: str | None, weights: str | None) -> Cells:
-        """The maker for a model and weights by name; None for the inputs' own."""
-        if (model, weights) not in self.makers:
-            base = self.inputs
-            if model not in self.models:
-                shape, classes = base.model.image_shape, base.model.num_classes
-                self.models[model] = get_model(str(model), classes, shape)
-            own, variables = self.models[model], base.variables
-            if weights is not None:
-                variables = None if weights == "random" else variables_of(weights, own)
-            self.makers[model, weights] = Cells(
-                dataclasses.replace(base, model=own, variables=variables)
+def _check_exclusions(entries: Sequence[Mapping[str, Any]]) -> None:
+    for number, entry in enumerate(entries):
+        unknown = [name for name in entry if name not in (*AXES, "image")]
+        if unknown or not entry:
+            raise GGLError(
+                f"exclude: entry {number + 1} names {unknown or 'nothing'}; allowed: image, "
+                f"{', '.join(AXES)}"
             )
-        return self.makers[model, weights]
+
+
+def _makers(inputs: Inputs) -> Callable[[str | None, str | None], Cells]:
+    """``maker(model, weights)``: what makes the cells of each by name; None for the inputs' own."""
+    shape, classes = inputs.model.image_shape, inputs.model.num_classes
+
+    @functools.cache
+    def model_of(name: str | None) -> Model:
+        return inputs.model if name is None else get_model(name, classes, shape)
+
+    @functools.cache
+    def maker(model: str | None, weights: str | None) -> Cells:
+        own, variables = model_of(model), inputs.variables
+        if weights is not None:
+            variables = None if weights == "random" else variables_of(weights, own)
+        named = (model, weights) != (None, None)
+        return Cells(
+            dataclasses.replace(inputs, model=own, variables=variables) if named else inputs
+        )
+
+    return maker
 
 
 def plan(
@@ -190,7 +167,8 @@ def plan(
             "axes: attack is no axis of one given search; give a preset's name, such as "
             "search='quick', which has a search for each attack"
         )
-    client, exclusions, worlds = client or Client(), _Exclusions(exclude), _Worlds(inputs)
+    _check_exclusions(exclude)
+    client, maker, used = client or Client(), _makers(inputs), set[int]()
     searching, sharing = options_of(Search), options_of(Client)
     cells: dict[str, Cell] = {}
     # The seed varies fastest, so that cells of one program are together.
@@ -200,7 +178,7 @@ def plan(
         given = {**(fixed or {}), **{k: v for k, v in values.items() if k in searching}}
         own = search_of(search, **given) if isinstance(search, str) else replace(search, **given)
         shared = replace(client, **{k: v for k, v in values.items() if k in sharing})
-        defense = worlds.base.defense(values["defense"])
+        defense = maker(None, None).defense(values["defense"])
         whole = dataclasses.asdict(own) | dataclasses.asdict(shared)
         whole |= {"defense": defense.name, "seed": values["seed"]}
         world = values.get("model"), values.get("weights")
@@ -208,12 +186,21 @@ def plan(
         shown = {name: value for name, value in values.items() if name not in ("defense", "seed")}
         for batch in image_batches(len(inputs.images), shared.batch_size):
             names, ids = ([x[i] for i in batch] for x in (inputs.names, inputs.instance_ids))
-            if not exclusions.match({**whole, "image": (*names, *ids)}):
-                maker = worlds.maker(*world)
-                defense = maker.defense(values["defense"])
-                cell = maker.make(shown, own, shared, defense, values["seed"], batch)
+            whole["image"] = (*names, *ids)
+            matched = {
+                number
+                for number, entry in enumerate(exclude)
+                if all(_matches(whole[name], wanted) for name, wanted in entry.items())
+            }
+            used |= matched
+            if not matched:
+                world_maker = maker(*world)
+                defense = world_maker.defense(values["defense"])
+                cell = world_maker.make(shown, own, shared, defense, values["seed"], batch)
                 cells.setdefault(cell.id, cell)
-    exclusions.check()
+    for number, entry in enumerate(exclude):
+        if number not in used:
+            raise GGLError(f"exclude: entry {number + 1} ({dict(entry)}) matches no cell")
     if not cells:
         raise GGLError("exclude: no cell is left; exclude less")
     made = list(cells.values())

@@ -7,11 +7,12 @@ import collections
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
 from ggl_jax.audit.metrics import METRICS, Metric, confidence_interval
+from ggl_jax.spec import varying
 from ggl_jax.types import NONFINITE, STATUS_MESSAGES
 
 #: A reconstruction counts as leaking beyond the prior when it is nearer to the private image than
@@ -22,6 +23,8 @@ MARGIN = 1.0
 _OWN = ("defense", "seed", "image", "evaluations")
 
 Row = Mapping[str, Any]
+Item = TypeVar("Item")
+Key = TypeVar("Key")
 
 
 class Mean(NamedTuple):
@@ -33,6 +36,11 @@ class Mean(NamedTuple):
     mean: float
     low: float | None
     high: float | None
+
+    def end(self, low: bool) -> float:
+        """The interval's lower or upper end; the mean, where there is no interval."""
+        found = self.low if low else self.high
+        return self.mean if found is None else found
 
 
 class Leakage(NamedTuple):
@@ -74,7 +82,7 @@ class Leakage(NamedTuple):
         An exact copy (infinite PSNR, which has no interval) leaked; NaN shows nothing.
         """
         gain = self.means["gain"]
-        return gain.mean > MARGIN and (gain.low is None or gain.low > 0)
+        return gain.mean > MARGIN and gain.end(low=True) > 0
 
     @property
     def lpips(self) -> str:
@@ -184,21 +192,29 @@ def scores() -> dict[str, Metric]:
     } | DERIVED
 
 
-def mean_over_images(
-    rows: Iterable[Row],
-    value: Callable[[Row], float],
-    limits: tuple[float, float] = (-math.inf, math.inf),
-) -> Mean:
-    """A mean over images, the rows of one image averaged first; its interval within ``limits``."""
-    by_image: dict[str, list[float]] = {}
-    for row in rows:
-        by_image.setdefault(row["image"], []).append(value(row))
+def grouped(items: Iterable[Item], key: Callable[[Item], Key]) -> dict[Key, list[Item]]:
+    """Items by a key, in their order."""
+    found: dict[Key, list[Item]] = {}
+    for item in items:
+        found.setdefault(key(item), []).append(item)
+    return found
+
+
+def by_image(rows: Iterable[Row], value: Callable[[Row], float]) -> dict[str, float]:
+    """Each image's mean over its rows."""
     # sum, not fsum: that refuses infinities of both signs
-    means = [sum(own) / len(own) for own in by_image.values()]
-    low, high = confidence_interval(means)
+    return {
+        image: sum(map(value, own)) / len(own)
+        for image, own in grouped(rows, lambda row: row["image"]).items()
+    }
+
+
+def mean_of(values: Sequence[float], limits: tuple[float, float] = (-math.inf, math.inf)) -> Mean:
+    """The mean of independent values, such as those of images; its interval within ``limits``."""
+    mean, (low, high) = sum(values) / len(values), confidence_interval(values)
     if math.isnan(low):
-        return Mean(sum(means) / len(means), None, None)
-    return Mean(sum(means) / len(means), max(low, limits[0]), min(high, limits[1]))
+        return Mean(mean, None, None)
+    return Mean(mean, max(low, limits[0]), min(high, limits[1]))
 
 
 def passed(group: Leakage, name: str) -> bool:
@@ -208,20 +224,14 @@ def passed(group: Leakage, name: str) -> bool:
     """
     if BOUNDED[name] not in group.means or name not in group.means:
         return False
-    found, bound = group.means[name], group.means[BOUNDED[name]].mean
-    lower = scores()[name].nearer == "lower"
-    end = found.high if lower else found.low
-    end = found.mean if end is None else end
+    bound, lower = group.means[BOUNDED[name]].mean, scores()[name].nearer == "lower"
+    end = group.means[name].end(low=not lower)
     return end < bound if lower else end > bound
 
 
 def variant_names(rows: Sequence[Row]) -> list[str]:
     """Names of the axes, besides defense, image and seed, on which the rows differ."""
-    values: dict[str, set[str]] = {}
-    for row in rows:
-        for name, value in _axes(row).items():
-            values.setdefault(name, set()).add(str(value))
-    return [name for name, seen in values.items() if len(seen) > 1 and name not in _OWN]
+    return [name for name in varying(map(_axes, rows)) if name not in _OWN]
 
 
 def _axes(row: Row) -> Row:
@@ -239,18 +249,21 @@ def variant_of(row: Row, names: Sequence[str]) -> str:
     )
 
 
+def by_attack(
+    rows: Sequence[dict[str, Any]], names: Sequence[str]
+) -> dict[tuple[str, str], list[dict[str, Any]]]:
+    """Rows by their defense, and their attack in words."""
+    return grouped(rows, lambda row: (row["defense"], variant_of(row, names)))
+
+
 def leakage(rows: Sequence[dict[str, Any]]) -> list[Leakage]:
     """One :class:`Leakage` for each defense and attack, in the order of the rows."""
-    names = variant_names(rows)
-    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for row in rows:
-        groups.setdefault((row["defense"], variant_of(row, names)), []).append(row)
-    return [_leakage(*which, part) for which, part in groups.items()]
+    return [_leakage(*which, own) for which, own in by_attack(rows, variant_names(rows)).items()]
 
 
 def _leakage(defense: str, variant: str, rows: list[dict[str, Any]]) -> Leakage:
     means = {
-        name: mean_over_images(rows, score.function, score.limits)
+        name: mean_of(list(by_image(rows, score.function).values()), score.limits)
         for name, score in scores().items()
         if all(score.function(row) is not None for row in rows)
     }
@@ -281,16 +294,10 @@ def by_fit(rows: Sequence[dict[str, Any]]) -> list[Leakage]:
         return math.inf if row["mismatch"] is None else row["mismatch"]
 
     names = variant_names(rows)
-    best: dict[tuple[Any, ...], dict[str, Any]] = {}
-    for row in rows:
-        key = row["defense"], row["image"], row["seed"]
-        if key not in best or misfit(row) < misfit(best[key]):
-            best[key] = row
-    parts: dict[str, list[dict[str, Any]]] = {}
-    for (defense, _, _), row in best.items():
-        parts.setdefault(defense, []).append(row)
+    searches = grouped(rows, lambda row: (row["defense"], row["image"], row["seed"]))
+    best = [min(own, key=misfit) for own in searches.values()]
     found = []
-    for defense, part in parts.items():
+    for defense, part in grouped(best, lambda row: row["defense"]).items():
         number = collections.Counter(variant_of(row, names) for row in part)
         shown = ", ".join(f"{variant} ({n} of {len(part)})" for variant, n in number.most_common())
         found.append(_leakage(defense, shown, part))

@@ -6,6 +6,7 @@ papers sometimes take them for those of "SoK: Gradient Leakage in Federated Lear
 2404.05403, which has no such letters.)
 """
 
+import collections
 import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -117,23 +118,19 @@ def _labels(search: Search) -> str:
     }[search.labels]
 
 
-def as_read(entries: Sequence[Mapping[str, Any]]) -> list[ThreatModel]:
-    """Threat models of a ``config.json``, written as their dictionaries."""
-    return [ThreatModel(one["letter"], tuple(one["knows"])) for one in entries]
+def declared(entries: Sequence[Mapping[str, Any]]) -> str:
+    """One line of a report on the threat models of its cells.
 
-
-def declared(models: Sequence[ThreatModel]) -> str:
-    """One line of a report on the threat models of its cells, at least one."""
+    Args:
+        entries: of a ``config.json``, at least one: their dictionaries.
+    """
+    models = [ThreatModel(one["letter"], tuple(one["knows"])) for one in entries]
     if len(models) == 1:
         return f"Threat model: {models[0].sentence()}."
-    first = min(models)
-    by_letter: dict[str, int] = {}
-    for one in models:
-        by_letter[one.letter] = by_letter.get(one.letter, 0) + 1
     letters = ", ".join(
         f"{letter} ({NAMES[letter]}{f', {num} kinds' if num > 1 else ''})"
-        for letter, num in sorted(by_letter.items())
+        for letter, num in sorted(collections.Counter(one.letter for one in models).items())
     )
-    common = [part for part in first.knows if all(part in one.knows for one in models)]
+    common = [part for part in min(models).knows if all(part in one.knows for one in models)]
     every = f" All know {'; '.join(common)}." if common else ""
     return f"Threat models: {letters}; config.json has what each knows.{every}"

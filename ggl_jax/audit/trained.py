@@ -21,13 +21,7 @@ from ggl_jax.audit import folder as folders
 from ggl_jax.audit import training
 from ggl_jax.audit.cells import MODEL_STREAM, admit
 from ggl_jax.audit.run import Progress
-from ggl_jax.audit.utility import (
-    TRAINING_STREAM,
-    TrainingSettings,
-    asked_for,
-    majority_accuracy,
-    split,
-)
+from ggl_jax.audit.utility import TRAINING_STREAM, asked_for, majority_accuracy, split
 from ggl_jax.client import defenses as client_defenses
 from ggl_jax.errors import GGLError
 from ggl_jax.gate.defenses import check_defense
@@ -38,7 +32,7 @@ CONFIG = "training.json"
 
 
 @dataclasses.dataclass(frozen=True)
-class CheckpointSettings(TrainingSettings):
+class CheckpointSettings(training.TrainingSettings):
     """How the federated model is trained, and when its weights are kept."""
 
     learning_rate: Positive = 0.03
@@ -117,9 +111,9 @@ def train_model(
     if variables is None:
         variables = jax.jit(model.init)(jax.random.fold_in(key, MODEL_STREAM))
     track = training.uses_batch_statistics(model, variables)
-    server = {n: getattr(settings, n) for n in ("batch_size", "learning_rate", "momentum")}
+    rate = settings.learning_rate
     made = training.federated(
-        model, parsed, num_clients=settings.clients, client=client, track=track, **server
+        model, parsed, settings, learning_rate=rate, client=client, track=track
     )
     last = settings.checkpoints[-1]
     train, test = ((images[at], labels[at]) for at in (train_at, test_at))

@@ -18,11 +18,32 @@ import optax
 from ggl_jax.client.gradients import client_update, predicted
 from ggl_jax.errors import GGLError
 from ggl_jax.grammar import at_least
-from ggl_jax.spec import Client, Count, Positive, Share, ranged
+from ggl_jax.spec import Client, Count, Number, Positive, Share, check, checked
 from ggl_jax.types import Context, Defense, Model, PyTree, Shared
 
 #: Images whose logits are computed at once when the accuracy is measured.
 _EVALUATED_AT_ONCE = 256
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingSettings:
+    """How the federated model is trained; see :func:`federated`."""
+
+    clients: Count = 4
+    """Clients; each has its own part of the images and takes part in every round."""
+    batch_size: Count = 16
+    """Images that a client draws in each round."""
+    momentum: Share = 0.9
+    """Momentum of the server's SGD."""
+    test_images: Count | None = None
+    """Images held out of training (default: a fifth, at most 1,000)."""
+    seed: Number = 0
+    """Seed of the model's weights, the batches, the noise and the choice of test images."""
+
+    @property
+    def validates(self) -> bool:
+        """Whether further images are held out of training, to choose among settings by."""
+        return False
 
 
 class TrainingState(NamedTuple):
@@ -67,15 +88,12 @@ class Training(NamedTuple):
 _KEPT = 0.9
 
 
-@ranged
 def federated(
     model: Model,
     defense: Defense,
+    settings: TrainingSettings,
     *,
-    num_clients: Count = 4,
-    batch_size: Count = 16,
-    learning_rate: Positive = 0.03,
-    momentum: Share = 0.9,
+    learning_rate: float = 0.03,
     client: Client | None = None,
     track: bool = False,
 ) -> Training:
@@ -84,12 +102,11 @@ def federated(
     Args:
         model: the federated model.
         defense: applied by every client to its own update, before the server's mean.
-        num_clients: clients that share an update in each round, at least 1.
-        batch_size: images that a client draws in a round, without repeats, at least 1.
+        settings: clients, what each draws in a round (without repeats), and the momentum of the
+            server's SGD: ``v = momentum v + u; w = w - learning_rate v``.
         learning_rate: of the server's SGD, > 0. A client's update is a sum of gradients (see
             :func:`ggl_jax.client.gradients.local_update`), so with one local step and without a
-            defense this is SGD on batches of ``num_clients * batch_size`` images.
-        momentum: of the server's SGD, in [0, 1): ``v = momentum v + u; w = w - learning_rate v``.
+            defense this is SGD on batches of ``clients * batch_size`` images.
         client: the local steps behind each update, as in an audit; its batch size and clients are
             not looked at. None for one step.
         track: whether the server keeps a running mean of the mean and variance that enter every
@@ -106,11 +123,12 @@ def federated(
     Reference: McMahan et al. 2017 (FedSGD, and FedAvg for several local steps). The variance is the
     batch's own (Flax), not torch's unbiased one.
     """
-    local = dataclasses.replace(client or Client(), clients=1)
+    settings, local = checked(settings), dataclasses.replace(client or Client(), clients=1)
+    check("learning_rate", learning_rate, Positive)
     statistics = model.statistics if track else None
     if track and statistics is None:
         raise GGLError(f"track: model {model.name} has no BatchNorm layers; leave it out")
-    optimizer = optax.sgd(learning_rate, momentum=momentum or None)
+    optimizer = optax.sgd(learning_rate, momentum=settings.momentum or None)
 
     def init(variables):
         zero = jnp.zeros((), jnp.int32)
@@ -118,7 +136,7 @@ def federated(
 
     def share(key, variables, images, labels):
         draw_key, defense_key = jax.random.split(key)
-        drawn = jax.random.choice(draw_key, len(images), (batch_size,), replace=False)
+        drawn = jax.random.choice(draw_key, len(images), (settings.batch_size,), replace=False)
         batch = Context(model, variables, images[drawn], labels[drawn])
         own = client_update(local, model, variables, batch.images, batch.labels)
         seen = None if statistics is None else statistics(variables, batch.images)
@@ -129,7 +147,7 @@ def federated(
         return jax.tree.map(jnp.zeros_like, Shared(variables["params"], seen))
 
     def serve(state, total):
-        mean = jax.tree.map(lambda t: t / num_clients, total)
+        mean = jax.tree.map(lambda t: t / settings.clients, total)
         variables, params = state.variables, state.variables["params"]
         if statistics is not None:
             kept = jax.tree.map(
@@ -145,7 +163,7 @@ def federated(
         broken = jnp.where((state.diverged == 0) & ~finite, done, state.diverged)
         return TrainingState({**variables, "params": params}, inner, done, broken)
 
-    return Training(init, share, zeros, serve, num_clients)
+    return Training(init, share, zeros, serve, settings.clients)
 
 
 def uses_batch_statistics(model: Model, variables: PyTree) -> bool:

@@ -25,7 +25,7 @@ from ggl_jax.client import defenses as client_defenses
 from ggl_jax.client.defenses.transformations import as_defense
 from ggl_jax.errors import GGLError
 from ggl_jax.gate.defenses import check_defense
-from ggl_jax.spec import Client, Count, Number, Positive, Share, checked
+from ggl_jax.spec import Client, Count, Positive, checked
 from ggl_jax.types import Defense, Model, PyTree
 
 #: Stream of the run's key for batches and the defenses' noise, beside the model's weights.
@@ -35,28 +35,7 @@ CONFIG, ROWS = "utility.json", "utility.jsonl"
 
 
 @dataclasses.dataclass(frozen=True)
-class TrainingSettings:
-    """How the federated model is trained; see :func:`ggl_jax.audit.training.federated`."""
-
-    clients: Count = 4
-    """Clients; each has its own part of the images and takes part in every round."""
-    batch_size: Count = 16
-    """Images that a client draws in each round."""
-    momentum: Share = 0.9
-    """Momentum of the server's SGD."""
-    test_images: Count | None = None
-    """Images held out of training (default: a fifth, at most 1,000)."""
-    seed: Number = 0
-    """Seed of the model's weights, the batches, the noise and the choice of test images."""
-
-    @property
-    def validates(self) -> bool:
-        """Whether further images are held out of training, to choose among settings by."""
-        return False
-
-
-@dataclasses.dataclass(frozen=True)
-class UtilitySettings(TrainingSettings):
+class UtilitySettings(training.TrainingSettings):
     """How each defense's training is measured."""
 
     learning_rate: tuple[Positive, ...] = (0.03,)
@@ -124,7 +103,7 @@ class Split(NamedTuple):
     validation: np.ndarray
 
 
-def split(num_images: int, settings: TrainingSettings) -> Split:
+def split(num_images: int, settings: training.TrainingSettings) -> Split:
     """Share images out to the clients, and hold some out for the test and for choices.
 
     Args:
@@ -340,15 +319,8 @@ def chooses(config: Mapping[str, Any]) -> bool:
 def _train(key, model, defense, variables, data, settings, client, report) -> dict[str, Any]:
     """One training, at one rate; ``data`` are the images and labels of each part of a split."""
     began, num_rounds = time.perf_counter(), settings.rounds
-    federated = training.federated(
-        model,
-        defense,
-        num_clients=settings.clients,
-        batch_size=settings.batch_size,
-        learning_rate=settings.learning_rate[0],
-        momentum=settings.momentum,
-        client=client,
-    )
+    rate = settings.learning_rate[0]
+    federated = training.federated(model, defense, settings, learning_rate=rate, client=client)
     train, test, validation = data
     rounds, accuracies, diverged, validated = [], [], 0, None
     report("compiling", 0.0)

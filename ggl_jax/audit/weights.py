@@ -21,7 +21,7 @@ import platformdirs
 
 from ggl_jax import checkpoint, files, foreign
 from ggl_jax.audit import lpips
-from ggl_jax.errors import GGLError, first_line
+from ggl_jax.errors import GGLError, check_known, explaining
 from ggl_jax.types import PyTree
 
 #: The environment variable that names the folder of the weights.
@@ -145,19 +145,17 @@ def download(source: Source, target: Path) -> Path:
     logger = pooch.get_logger()
     level = logger.level
     logger.setLevel(logging.CRITICAL)
+    what = f"{source.url} could not be fetched to {target.parent}"
+    remedy = "try again, or fetch the file by other means and give it with --from"
     try:
-        pooch.retrieve(
-            source.url,
-            f"sha256:{source.sha256}",
-            fname=target.name,
-            path=target.parent,
-            downloader=fetch,
-        )
-    except (OSError, ValueError) as error:  # requests' errors are OSErrors
-        raise GGLError(
-            f"{source.url} could not be fetched to {target.parent} ({first_line(error)}); "
-            "try again, or fetch the file by other means and give it with --from"
-        ) from error
+        with explaining(what, remedy, (OSError, ValueError)):  # requests' errors are OSErrors
+            pooch.retrieve(
+                source.url,
+                f"sha256:{source.sha256}",
+                fname=target.name,
+                path=target.parent,
+                downloader=fetch,
+            )
     finally:
         logger.setLevel(level)
     return target
@@ -200,8 +198,7 @@ def install(
         GGLError: see :func:`download`, :func:`ggl_jax.foreign.read` and
             :func:`ggl_jax.foreign.convert`.
     """
-    if name not in SOURCES:
-        raise GGLError(f"weights: got {name!r}, allowed: {', '.join(SOURCES)}")
+    check_known("weights", name, SOURCES)
     out = folder() if out is None else Path(out)
     paths = [Path(file) for file in given]
     if not given:
