@@ -219,9 +219,9 @@ def test_bad_arguments():
         ({"layers": [[0, 2, 2], [1, 1, 1]]}, "layers"),
         ({"layers": [[0, 2]]}, "[up_sample, in, out]"),
         ({"layers": [[0, 1, 2], [1, 2, 1]]}, "in [1, its input's]"),
-        ({"attention_layer_position": 2}, "attention_layer_position=2"),
-        ({"n_stats": 1}, "n_stats=1"),
-        ({"eps": 0}, "eps=0"),
+        ({"attention_layer_position": 2}, "attention_layer_position: got 2"),
+        ({"n_stats": 1}, "n_stats: got 1"),
+        ({"eps": 0}, "eps: got 0"),
         ({"colour": 1}, "unknown colour"),
     ):
         with pytest.raises(GGLError) as error:

@@ -32,10 +32,4 @@ class Choice:
 
 def choice_of(argv: list[str]) -> Choice:
     """The choice among a command's arguments, whatever else these are."""
-    found, _ = tyro.cli(
-        Choice,
-        args=argv,
-        return_unknown_args=True,
-        add_help=False,
-    )
-    return found
+    return tyro.cli(Choice, args=argv, return_unknown_args=True, add_help=False)[0]

@@ -201,12 +201,7 @@ def _cells(runs: Sequence[Any], inputs: Any) -> list[Any]:
     maker, client = Cells(inputs), Client()
     return [
         maker.make(
-            {"search": one.name},
-            one.search,
-            client,
-            maker.defense(defense),
-            one.seed,
-            batch,
+            {"search": one.name}, one.search, client, maker.defense(defense), one.seed, batch
         )
         for one in runs
         for defense in one.defenses

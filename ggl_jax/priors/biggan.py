@@ -12,7 +12,7 @@ import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Annotated, Any, NamedTuple, cast
 
 import flax.linen as nn
 import jax
@@ -22,6 +22,7 @@ import numpy as np
 from ggl_jax import foreign
 from ggl_jax.errors import GGLError, about, explaining
 from ggl_jax.images import area_resize, from_signed
+from ggl_jax.spec import AtLeast, Count, Number, check, options_of
 from ggl_jax.types import Path as TreePath
 from ggl_jax.types import Prior
 
@@ -54,27 +55,18 @@ class BigGANConfig:
 
     output_dim: int
     layers: tuple[tuple[bool, int, int], ...]
-    z_dim: int = 128
-    class_embed_dim: int = 128
-    channel_width: int = 128
-    num_classes: int = 1000
-    attention_layer_position: int = 8
-    eps: float = 1e-4
-    n_stats: int = 51
+    z_dim: Count = 128
+    class_embed_dim: Count = 128
+    channel_width: Count = 128
+    num_classes: Count = 1000
+    attention_layer_position: Number = 8
+    eps: Annotated[float, AtLeast(1e-30, below=1.0)] = 1e-4
+    n_stats: Annotated[int, AtLeast(2)] = 51
 
     def __post_init__(self):
-        for name, low in (
-            ("z_dim", 1),
-            ("class_embed_dim", 1),
-            ("channel_width", 1),
-            ("num_classes", 1),
-            ("n_stats", 2),
-        ):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < low:
-                raise GGLError(f"BigGANConfig: {name}={value!r} must be a whole number >= {low}")
-        if not isinstance(self.eps, int | float) or not 0 < self.eps < 1:
-            raise GGLError(f"BigGANConfig: eps={self.eps!r} must be in (0, 1); published: 1e-4")
+        for name, hint in options_of(BigGANConfig).items():
+            if name != "layers":
+                check(f"BigGANConfig: {name}", getattr(self, name), hint)
         try:
             layers = tuple((bool(up), int(i), int(o)) for up, i, o in self.layers)
         except (TypeError, ValueError):
@@ -97,11 +89,8 @@ class BigGANConfig:
                 f"{sum(up for up, _, _ in layers)} up-sampling layers from 4x4"
             )
         position = self.attention_layer_position
-        if not isinstance(position, int) or not 0 <= position < len(layers):
-            raise GGLError(
-                f"BigGANConfig: attention_layer_position={position!r} must be in "
-                f"[0, {len(layers) - 1}]"
-            )
+        within = Annotated[int, AtLeast(0, below=len(layers))]
+        check("BigGANConfig: attention_layer_position", position, within)
         narrow = min(i * self.channel_width / REDUCTION for i in starts)
         if narrow < 1 or starts[position] * self.channel_width < 8:
             raise GGLError(
