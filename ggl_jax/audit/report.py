@@ -20,7 +20,7 @@ from ggl_jax import files
 from ggl_jax.audit import figures, leaderboard, maps, tables, threat, utility
 from ggl_jax.audit.controls import read_controls
 from ggl_jax.audit.folder import Records
-from ggl_jax.audit.metrics import METRICS, Metric
+from ggl_jax.audit.metrics import METRICS
 from ggl_jax.audit.tables import Column, Leakage, Mean, escape, mean_text, score_text
 from ggl_jax.errors import GGLError
 
@@ -193,12 +193,12 @@ def make(records: Records) -> Report:
     if drawn:
         add["The map"] = _map(report, drawn)
     # No intervals of errors, so that 80 columns suffice.
-    others = {
+    others = {"ssim": True, "lpips": True}
+    others |= {
         name: name not in ("mse_i", "mse_r")
-        for name, metric in METRICS.items()
-        if name != "psnr" and (metric.shown if isinstance(metric, Metric) else True)
+        for name, score in tables.scores().items()
+        if name in METRICS and name != "psnr" and score.shown
     }
-    others = {"ssim": True, "lpips": True} | others
     if any(name in group.means for name in others for group in groups):
         add["Other scores"] = [tables.score_table(groups, others)]
     read_off = dict.fromkeys(("label", "identified_pixels", "identified_features"), False)

@@ -88,13 +88,9 @@ def threat_model(search: Search, client: Client, model: Model, prior: Prior) -> 
 
 def _training(client: Client) -> list[str]:
     """What of the client's training is not the default, but for what is told elsewhere."""
-    usual = Client()
-    apart = ("batch_size", "share_statistics", "rounds")
-    found = {
-        field.name: getattr(client, field.name)
-        for field in dataclasses.fields(client)
-        if field.name not in apart and getattr(client, field.name) != getattr(usual, field.name)
-    }
+    apart, usual = ("batch_size", "share_statistics", "rounds"), dataclasses.asdict(Client())
+    given = dataclasses.asdict(client).items()
+    found = {name: value for name, value in given if name not in apart and value != usual[name]}
     if client.local_steps > 1:
         found["local_learning_rate"] = client.local_learning_rate
     elif set(found) <= {"local_learning_rate"}:

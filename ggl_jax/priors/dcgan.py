@@ -187,7 +187,7 @@ def dcgan(*, width: int = 64, latent_dim: int = 128, num_classes: int | None = N
     return Prior(init, apply, sample_latent, latent_dim, IMAGE_SHAPE, "dcgan", num_classes)
 
 
-def from_torch(state_dict_or_path, *, prefixes=None) -> dict:
+def from_torch(state_dict_or_path) -> dict:
     """Convert the weights of the torch network of the same architecture to ``dcgan``'s params.
 
     For a DCGAN of another architecture see :mod:`ggl_jax.priors.convolutional`.
@@ -196,9 +196,8 @@ def from_torch(state_dict_or_path, *, prefixes=None) -> dict:
         state_dict_or_path: name -> array (numpy arrays, or tensors that numpy can read), or a file
             (see :func:`ggl_jax.foreign.read`), with the entries ``<layer>.weight``, ``.bias`` and,
             for the norms, ``.running_mean``, ``.running_var``; the norms' ``num_batches_tracked``
-            are ignored.
-        prefixes: the seven layers' names in the state dict, in the network's order: dense, norm1,
-            up1, norm2, up2, norm3, up3. The default takes them in the state dict's own order.
+            are ignored. Of its seven layers the first is taken as dense, the next as norm1, then
+            up1, norm2, up2, norm3, up3.
 
     Returns:
         ``{"params": ..., "batch_stats": ...}``. Torch's (c, 4, 4) features are reordered to
@@ -212,14 +211,13 @@ def from_torch(state_dict_or_path, *, prefixes=None) -> dict:
         for name, array in foreign.read_or_take(state_dict_or_path).items()
         if not name.endswith(".num_batches_tracked")
     }
-    if prefixes is None:
-        prefixes = list(dict.fromkeys(name.rpartition(".")[0] for name in arrays))
-    if len(prefixes) != 7:
+    found = list(dict.fromkeys(name.rpartition(".")[0] for name in arrays))
+    if len(found) != len(_LAYERS):
         raise GGLError(
-            f"from_torch: found {len(prefixes)} layers ({', '.join(prefixes)}), needs 7: "
-            "dense, norm1, up1, norm2, up2, norm3, up3; name them with prefixes="
+            f"from_torch: found {len(found)} layers ({', '.join(found)}), needs {len(_LAYERS)}: "
+            f"{', '.join(_LAYERS)}; give a generator of these, in their order"
         )
-    layers = dict(zip(_LAYERS, prefixes, strict=True))
+    layers = dict(zip(_LAYERS, found, strict=True))
     tree = foreign.convert(arrays, _torch_layout(arrays, layers), what="the DCGAN generator")
     return jax.tree.map(jnp.asarray, tree)
 
