@@ -5,7 +5,7 @@ docstring states what the paper claims and what it costs; its published numbers 
 the table. All of them count images in [-1, 1] with peak 1, so PSNR is 6.02 dB below the usual one
 and MSE four times as large. (``scale="paper"`` is another matter: the searches' lengths.)
 
-A new experiment is a subclass of :class:`Experiment` and one line in :data:`EXPERIMENTS`.
+A new experiment is a subclass of :class:`Experiment` and its name beside :data:`EXPERIMENTS`.
 """
 
 import csv

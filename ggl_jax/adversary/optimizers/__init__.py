@@ -1,6 +1,6 @@
 """Searches over latents, all of one type, with budgets counted in gradient evaluations.
 
-A new optimiser is one file that returns an :class:`ggl_jax.types.Optimizer` and one line in
+A new optimiser is one file that returns an :class:`ggl_jax.types.Optimizer` and its name in
 :data:`OPTIMIZERS`.
 """
 
