@@ -37,6 +37,7 @@ from ggl_jax.commands import (
     score_prior,
     status,
     sweep,
+    train_denoiser,
     train_model,
     train_prior,
     utility,
@@ -51,7 +52,16 @@ from ggl_jax.spec import allowed, options_of, replace
 #: one is one file in ``ggl_jax/commands`` and its name here.
 _MODULES = (
     *(audit, attack, sweep, status, report, check, reproduce, leaderboard, utility, landscape),
-    *(train_model, train_prior, sample_prior, score_prior, import_prior, weights, info),
+    *(
+        train_model,
+        train_prior,
+        train_denoiser,
+        sample_prior,
+        score_prior,
+        import_prior,
+        weights,
+        info,
+    ),
 )
 COMMANDS = {one.__name__.rpartition(".")[2].replace("_", "-"): one for one in _MODULES}
 OPTIONS: dict[str, type] = {

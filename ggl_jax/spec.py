@@ -152,8 +152,8 @@ class Search:
     regularizer: str = "kld:0.1"
     """Penalties on the candidate, as name:weight joined by +, or none. Names: kld, norm (kld_mean,
     norm_score in the published code), gaussian, total_variation, l2, group (consistency of the
-    restarts), batch_norm (distance to the shared statistics, or else to the model's running ones).
-    """
+    restarts), batch_norm (distance to the shared statistics, or else to the model's running ones),
+    denoised (distance to what the prior's denoiser makes of the images)."""
     finalists: Number = 0
     """So many of the restarts go on by adam, for final-steps; 0 for none."""
     final_steps: Count = 100

@@ -71,6 +71,8 @@ class Prior(NamedTuple):
         name: shown in results.
         num_classes: of a class-conditional generator, which knows the labels 0 to
             ``num_classes - 1``; None for one that ignores labels.
+        denoise: ``denoise(params, images[n h w c]) -> images``, what is left of images in [0, 1]
+            once noise of unknown strength is taken off; None for a prior without a denoiser.
     """
 
     init: Callable
@@ -80,6 +82,7 @@ class Prior(NamedTuple):
     image_shape: tuple[int, int, int]
     name: str
     num_classes: int | None = None
+    denoise: Callable | None = None
 
 
 class Public(NamedTuple):
@@ -281,6 +284,8 @@ class Guess(NamedTuple):
         factor: [p r]; factor factor^T is the covariance.
         weight: of minus the Gaussian's log density in the search's loss.
         smooth: of the images' total variation there.
+        denoised: of half the squared distance to the images that the prior's denoiser makes of
+            them, which it holds constant in derivatives; of a prior without one it has no use.
         sharpness: what the cosine distance is multiplied by, under distance ``posterior``.
     """
 
@@ -288,6 +293,7 @@ class Guess(NamedTuple):
     factor: jax.Array
     weight: jax.Array | np.float32 = np.float32(1)
     smooth: jax.Array | np.float32 = np.float32(0)
+    denoised: jax.Array | np.float32 = np.float32(0)
     sharpness: jax.Array | np.float32 = np.float32(1)
 
 

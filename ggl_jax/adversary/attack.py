@@ -92,13 +92,23 @@ def _space(model: Model, prior: Prior, search: Search, batch_size: int) -> _Spac
     return _Space(latents, logits if searched else None, classes, images, draw, num_latents)
 
 
-def _penalties(model: Model, search: Search, space: _Space) -> Callable:
+#: Regularisers that need more than a candidate: the model's or client's statistics, the denoiser.
+PROBLEMS = ("batch_norm", "denoised")
+
+
+def _penalties(model: Model, prior: Prior | None, search: Search, space: _Space) -> Callable:
     """``penalties(problem) -> regularize(points, images) -> [n]``."""
-    statistics = model.statistics
+    # a search over pixels needs no prior
+    statistics, denoise = model.statistics, None if prior is None else prior.denoise
     if statistics is None and "batch_norm" in search.regularizer:
         raise GGLError(
             f"regularizer: batch_norm needs a model with BatchNorm layers, and {model.name} has "
             "none; leave it out"
+        )
+    if denoise is None and "denoised" in search.regularizer:
+        raise GGLError(
+            "regularizer: denoised needs a prior with a denoiser (ggl-jax train-denoiser), and "
+            f"{prior.name if prior else 'no prior'} has none; leave it out"
         )
 
     def penalties(problem):
@@ -113,7 +123,15 @@ def _penalties(model: Model, search: Search, space: _Space) -> Callable:
 
             return over_population(jax.vmap(one))(images)
 
-        weighted = parse_regularizer(search.regularizer, more={"batch_norm": batch_norm})
+        def denoised(latents, images):
+            del latents
+            assert denoise is not None
+            every = images.reshape(-1, *images.shape[2:])
+            cleaned = jax.lax.stop_gradient(denoise(problem.prior_params, every))
+            return 0.5 * jnp.sum((images - cleaned.reshape(images.shape)) ** 2, (1, 2, 3, 4))
+
+        own = {"batch_norm": batch_norm, "denoised": denoised}
+        weighted = parse_regularizer(search.regularizer, more=own)
 
         def regularize(points, images):
             latents = space.latents(points)
@@ -122,12 +140,14 @@ def _penalties(model: Model, search: Search, space: _Space) -> Callable:
                 guess = problem.guess
                 total += guess.weight * gaussian_penalty(latents, images)
                 total += guess.smooth * total_variation(latents, images)
+                if denoise is not None:
+                    total += guess.denoised * denoised(latents, images)
             return total
 
         return regularize
 
     # For its errors: before the first step, and without a problem at hand.
-    parse_regularizer(search.regularizer, more={"batch_norm": batch_norm_distance})
+    parse_regularizer(search.regularizer, more=dict.fromkeys(PROBLEMS, batch_norm_distance))
     return penalties
 
 
@@ -208,11 +228,13 @@ def search_attack(
     - ``search.distance`` "likelihood" divides squared l2, where there is noise, by twice the
       noise's estimated variance, in place of ``relative``;
     - the penalty "batch_norm" is the distance of the candidate's BatchNorm statistics to those that
-      the client shared (``problem.statistics``), or else to the model's running ones.
+      the client shared (``problem.statistics``), or else to the model's running ones;
+    - the penalty "denoised" is half the squared distance of the candidate's images to what the
+      prior's denoiser makes of them, which is held constant in derivatives (Romano et al., 2017).
 
     Args:
         model: the federated model.
-        prior: the generator G; not used for a search over pixels.
+        prior: the generator G; a search over pixels uses its denoiser alone.
         search: its options, see :class:`ggl_jax.spec.Search`; ``steps`` are the schedule's.
         view: how a candidate's gradient is transformed before comparison, if ``search`` is
             adaptive (with the parameters in ``problem.estimated``).
@@ -230,6 +252,7 @@ def search_attack(
     search, client, speed = checked(search), client or Client(), speed or Speed()
     if members(search):
         raise GGLError(f"attack: got {search.attack!r}, which is several searches; choose one")
+    known = prior  # what it knows of images serves searches of other coordinates, too
     if search.space == "pixels":
         prior = pixels(model.image_shape)
     _check(model, prior, search)
@@ -240,7 +263,7 @@ def search_attack(
     )
     best = best_so_far(own)
     space = _space(model, prior, search, client.batch_size)
-    penalties = _penalties(model, search, space)
+    penalties = _penalties(model, known, search, space)
     distance = _distance(model, search, view if search.adaptive else None, client, speed)
 
     def loss_fn_of(problem):
@@ -320,8 +343,9 @@ def _check(model: Model, prior: Prior, search: Search) -> None:
         )
 
 
-def refinement_of(search: Search) -> Search:
-    """The search that goes on from another's images in pixels, free of the prior but kept smooth.
+def refinement_of(search: Search, prior: Prior) -> Search:
+    """The search that goes on from another's images in pixels, free of the generator but kept
+    smooth, by the prior's denoiser where it has one.
 
     A generator's range holds no face exactly; the update often tells the rest. Under noise the
     pixels would fit the noise: the loss falls, and the likeness does not rise. It has to be started
@@ -336,7 +360,7 @@ def refinement_of(search: Search) -> Search:
         labels="inferred",
         optimizer="adam:0.04,schedule=ramp,signed=False,box=1",
         distance={"likelihood": "squared_l2", "posterior": "cosine"}.get(own, own),
-        regularizer="total_variation:0.03",
+        regularizer="total_variation:0.03" if prior.denoise is None else "denoised:0.0002",
         steps=search.refine_steps,
         restarts=1,
         pool=0,

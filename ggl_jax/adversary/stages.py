@@ -133,8 +133,9 @@ def make_stages(
             if search.refine_steps != search.steps:
                 last = replace(search, steps=search.refine_steps)
                 attack = build(model, prior, last, speed=exact, **options)
-            return [*stages, Stage(attack, search.refine_steps, _origin, _freed, _below(1.0))]
-        last = refinement_of(search)
+            freed = _BY_DENOISER if prior.denoise is not None else _BY_VARIATION
+            return [*stages, Stage(attack, search.refine_steps, _origin, freed, _below(1.0))]
+        last = refinement_of(search, prior)
         attack = _search_attack(model, prior, last, speed=exact, **options)
         mean = combines(search, view)
         stages.append(Stage(attack, last.steps, _mean_pixels if mean else _best_pixels))
@@ -151,9 +152,13 @@ SHARPNESS = 3.0
 #: Share of its first loss below which that search has to come: where masks jump at every step (a
 #: narrow network whose layers are all clipped), a loss that hardly falls leads away from the image.
 ACCEPT = 0.8
-#: Of the total variation beside the cosine distance in the whitened search's refinement, and the
-#: standard deviation of its pixels.
-SMOOTH, STRIDE = 0.005, 0.13
+#: Beside the cosine distance in the whitened search's refinement: weight of the squared distance to
+#: the denoised image or, of a prior without a denoiser, of the total variation.
+DENOISED, SMOOTH = 0.0002, 0.005
+#: The standard deviation of that refinement's pixels.
+STRIDE = 0.13
+#: Weight of the squared distance to the denoised image beside the noise's likelihood.
+DENOISED_UNDER_NOISE = 60.0
 
 
 def _sharpened(problem: Problem, candidates: Candidates) -> Problem:
@@ -161,16 +166,24 @@ def _sharpened(problem: Problem, candidates: Candidates) -> Problem:
     assert problem.guess is not None
     size = np.prod(candidates.images.shape[2:])
     sharpness = SHARPNESS * size / jnp.maximum(candidates.distances[0], 1e-12)
-    return problem._replace(guess=problem.guess._replace(sharpness=sharpness))
+    denoised = jnp.where(problem.noise > 0, jnp.float32(DENOISED_UNDER_NOISE), 0.0)
+    guess = problem.guess._replace(sharpness=sharpness, denoised=denoised)
+    return problem._replace(guess=guess)
 
 
-def _freed(problem: Problem, candidates: Candidates) -> Problem:
+def _freed(problem: Problem, candidates: Candidates, *, by: str) -> Problem:
     """Around the image that was found every pixel is as uncertain as any other."""
     assert problem.guess is not None
     image = jnp.clip(candidates.images[0], 0.0, 1.0).reshape(-1)
     factor = STRIDE * jnp.eye(image.size, dtype=image.dtype)
-    weights = {"weight": jnp.float32(0), "smooth": SMOOTH * problem.guess.sharpness}
-    return problem._replace(guess=problem.guess._replace(mean=image, factor=factor, **weights))
+    guess = problem.guess._replace(mean=image, factor=factor, weight=jnp.float32(0))
+    weights: dict[str, Any] = {by: {"denoised": DENOISED, "smooth": SMOOTH}[by] * guess.sharpness}
+    return problem._replace(guess=guess._replace(**{"denoised": jnp.float32(0), **weights}))
+
+
+# The same objects for every search, or their programs would be compiled again.
+_BY_DENOISER = functools.partial(_freed, by="denoised")
+_BY_VARIATION = functools.partial(_freed, by="smooth")
 
 
 def _below(share: float) -> Callable:

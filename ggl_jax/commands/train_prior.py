@@ -35,17 +35,23 @@ class TrainPriorCommand:
     config: Config = dataclasses.field(default_factory=Config)
 
 
-def run(command: TrainPriorCommand, argv: list[str]) -> int:
-    """``ggl-jax train-prior``."""
-    from ggl_jax.priors import training
-
+def weighted(data: tuple[str, ...]) -> list[tuple[str, float]]:
+    """Files and weights, from FILE or FILE*WEIGHT."""
     files = []
-    for entry in command.data:
+    for entry in data:
         path, _, weight = entry.partition("*")
         try:
             files.append((path, float(weight or 1)))
         except ValueError:
             raise GGLError(f"data: {entry!r}: the weight after * must be a number") from None
+    return files
+
+
+def run(command: TrainPriorCommand, argv: list[str]) -> int:
+    """``ggl-jax train-prior``."""
+    from ggl_jax.priors import training
+
+    files = weighted(command.data)
     config = command.config
     if command.conditional and config.num_classes is None:
         config = dataclasses.replace(config, num_classes=training.count_classes(files))

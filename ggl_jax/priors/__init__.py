@@ -14,6 +14,7 @@ from ggl_jax.priors.biggan import BIGGAN_DEEP, BigGANConfig, biggan_deep
 from ggl_jax.priors.ceiling import fit_latents, project
 from ggl_jax.priors.convolutional import convolutional
 from ggl_jax.priors.dcgan import Critic, Generator, dcgan
+from ggl_jax.priors.denoiser import DENOISER, with_denoiser
 from ggl_jax.priors.importing import GENERATORS, import_prior
 from ggl_jax.priors.pixels import pixels
 from ggl_jax.priors.samples import image_grid, samples, save_grid
@@ -50,6 +51,8 @@ def load_prior(path_or_name) -> tuple[Prior, Any, dict[str, Any]]:
         raise GGLError(f"checkpoint {path}: kind={kind!r} is none of {', '.join(PRIORS)}")
     try:
         prior = _built(PRIORS[kind], json.dumps(card["arguments"], sort_keys=True))
+        if DENOISER in card:
+            prior = with_denoiser(prior, tuple(card[DENOISER]["arguments"]["widths"]))
     except (KeyError, TypeError) as error:
         raise GGLError(f"checkpoint {path}: its card's arguments do not fit {kind}") from error
     expected = jax.eval_shape(prior.init, jax.random.key(0))

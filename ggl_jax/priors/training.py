@@ -11,7 +11,7 @@ from dataclasses import asdict
 from functools import partial
 from io import StringIO
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, Protocol, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -40,14 +40,14 @@ class Dataset(NamedTuple):
 # --- data -------------------------------------------------------------------------------------
 
 
-def _read(path, *, labelled: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Images [n 32 32 3] and labels [n] of a file; zeros for labels that are not wanted."""
+def _read(path, *, labelled: bool, shape=IMAGE_SHAPE) -> tuple[np.ndarray, np.ndarray]:
+    """Images [n h w c] and labels [n] of a file; zeros for labels that are not wanted."""
     with about(f"training data {path}"):
         found = npz.read(path)
-        if found.images.shape[1:] != IMAGE_SHAPE:
+        if found.images.shape[1:] != tuple(shape):
             raise GGLError(
-                f"`images` has shape {list(found.images.shape)}, must be [n, 32, 32, 3]; resize "
-                "them first"
+                f"`images` has shape {list(found.images.shape)}, must be [n, "
+                f"{', '.join(map(str, shape))}]; resize them first"
             )
         if not labelled:
             return found.images, np.zeros(len(found.images), np.int32)
@@ -74,7 +74,26 @@ def count_classes(data: Sequence) -> int:
     )
 
 
-def load_data(data: Sequence, config: Config) -> Dataset:
+class Split(Protocol):
+    """What of a run's configuration says which images it has."""
+
+    @property
+    def seed(self) -> int: ...
+
+    @property
+    def holdout(self) -> int: ...
+
+    @property
+    def num_classes(self) -> int | None: ...
+
+
+def held_out(data: Sequence, config: Split, shape=IMAGE_SHAPE) -> np.ndarray:
+    """The images of the first file that are kept out of training, uint8 [n h w c]."""
+    images = _read(_pairs(data)[0][0], labelled=False, shape=shape)[0]
+    return images[holdout_split(len(images), config.holdout, config.seed)[1]]
+
+
+def load_data(data: Sequence, config: Split, shape=IMAGE_SHAPE) -> Dataset:
     """Load the training images: every file's, less the held-out ones of the first.
 
     Args:
@@ -82,6 +101,7 @@ def load_data(data: Sequence, config: Config) -> Dataset:
             twice as often as one of weight 1. A file given twice counts twice; its held-out images
             stay out each time.
         config: gives ``holdout``, ``seed`` and ``num_classes``; with classes, labels are read too.
+        shape: of the images, (h, w, c).
 
     Raises:
         GGLError: no file, a bad file (see :func:`ggl_jax.npz.read`), a weight that is not above 0,
@@ -94,7 +114,7 @@ def load_data(data: Sequence, config: Config) -> Dataset:
     for path, weight in pairs:
         if not 0 < weight < float("inf"):
             raise GGLError(f"train-prior: weight {weight} of {path} must be above 0")
-        found, classes = _read(path, labelled=config.num_classes is not None)
+        found, classes = _read(path, labelled=config.num_classes is not None, shape=shape)
         num = len(found)
         kept = np.arange(num)
         if Path(path).resolve() == Path(pairs[0][0]).resolve():
@@ -127,7 +147,7 @@ def load_data(data: Sequence, config: Config) -> Dataset:
 # --- a run's folder ---------------------------------------------------------------------------
 
 
-def _claim_folder(out_dir: Path, config: Config, sources: list[dict]) -> None:
+def _claim_folder(out_dir: Path, config: Any, sources: list[dict]) -> None:
     """Write ``config.json``, or check that the one there is this run's, but for its steps."""
 
     def shown(run):
@@ -153,7 +173,27 @@ def _manager(out_dir: Path) -> ocp.CheckpointManager:
     return ocp.CheckpointManager((out_dir / "checkpoints").resolve(), options=options)
 
 
-def _restore(manager: ocp.CheckpointManager, state: TrainState) -> TrainState:
+@contextlib.contextmanager
+def run_folder(out_dir: Path, config: Any, sources: list[dict]):
+    """The checkpoints of a run's folder, which is made, or whose configuration is compared."""
+    with explaining(f"cannot write to {out_dir}", "mend that or choose another", OSError):
+        out_dir.mkdir(parents=True, exist_ok=True)
+        _claim_folder(out_dir, config, sources)
+        with _manager(out_dir) as manager:
+            yield manager
+
+
+def keep(manager: ocp.CheckpointManager, state: Any) -> None:
+    """Make a checkpoint of a state with a ``step``, unless there is one of it."""
+    step = int(state.step)
+    if step != (manager.latest_step() or 0):
+        manager.save(step, args=ocp.args.StandardSave(state), force=True)
+
+
+State = TypeVar("State")
+
+
+def restore(manager: ocp.CheckpointManager, state: State) -> State:
     """The newest checkpoint, placed where ``state`` lives; ``state`` itself without one."""
     step = manager.latest_step()
     if step is None:
@@ -237,15 +277,12 @@ def train(
     """
     out_dir = Path(out_dir)
     dataset = load_data(data, config)
-    with explaining(f"cannot write to {out_dir}", "mend that or choose another", OSError):
-        out_dir.mkdir(parents=True, exist_ok=True)
-        _claim_folder(out_dir, config, dataset.sources)
-        with _manager(out_dir) as manager:
-            run = _Run(config, dataset, out_dir, manager)
-            with contextlib.suppress(KeyboardInterrupt):
-                run.advance(progress, log_every, sample_every, checkpoint_minutes)
-            run.save()
-            run.show()
+    with run_folder(out_dir, config, dataset.sources) as manager:
+        run = _Run(config, dataset, out_dir, manager)
+        with contextlib.suppress(KeyboardInterrupt):
+            run.advance(progress, log_every, sample_every, checkpoint_minutes)
+        run.save()
+        run.show()
     return run.state
 
 
@@ -281,18 +318,15 @@ class _Run:
             None if x is None else jnp.asarray(x)
             for x in (dataset.images, dataset.cumulative, dataset.labels)
         )
-        self.state = _restore(manager, wgan_gp.init_state(config))
-        self.saved = int(self.state.step)
-        self.rows = _read_losses(out_dir, self.saved)
+        self.state = restore(manager, wgan_gp.init_state(config))
+        self.rows = _read_losses(out_dir, int(self.state.step))
         _write_losses(out_dir, self.rows)
 
     def save(self) -> None:
         """Make a checkpoint, unless there is one, or the weights are not finite."""
-        step = int(self.state.step)
         leaves = jax.tree.leaves((self.state.generator, self.state.critic))
-        if step != self.saved and all(np.isfinite(leaf).all() for leaf in leaves):
-            self.manager.save(step, args=ocp.args.StandardSave(self.state), force=True)
-            self.saved = step
+        if all(np.isfinite(leaf).all() for leaf in leaves):
+            keep(self.manager, self.state)
 
     def show(self) -> None:
         """Write the sample grid and draw the losses."""
@@ -371,7 +405,7 @@ def export(
     with _manager(out_dir) as manager:
         if manager.latest_step() is None:
             raise GGLError(f"{out_dir} holds no checkpoint yet; train first")
-        state = _restore(manager, wgan_gp.init_state(config))
+        state = restore(manager, wgan_gp.init_state(config))
     step = int(state.step)
     key = jax.random.fold_in(jax.random.key(config.seed), 3)
     params = wgan_gp.standing_statistics(config, state.ema, key, num=num_statistics)

@@ -1,0 +1,60 @@
+"""``ggl-jax train-denoiser``: train a denoiser beside a generator, on public images."""
+
+import dataclasses
+import signal
+from pathlib import Path
+
+from ggl_jax.commands._shared import AuditBar, command_of, say
+from ggl_jax.commands.train_prior import weighted
+from ggl_jax.priors import denoiser, load_prior
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainDenoiserCommand:
+    """Train a denoiser beside a prior, on your own public images.
+
+    Attack map then knows what images look like between the pixels, too. Ctrl-C saves, and the same
+    command goes on from there.
+    """
+
+    data: tuple[str, ...]
+    """Training files, as for ggl-jax train-prior, of the prior's image size."""
+    prior: str = "dcgan32_faces"
+    """Prior to put it beside, as for ggl-jax audit; a denoiser that it has is replaced."""
+    out: Path = Path("denoiser")
+    """Folder for checkpoints."""
+    trained_on: tuple[str, ...] = ()
+    """Names of the data sets behind the files, such as celeba lfw: an audit refuses private images
+    from them."""
+    export: Path | None = None
+    """Write prior and denoiser (weights and card) to this folder when done, for --prior."""
+    config: denoiser.Config = dataclasses.field(default_factory=denoiser.Config)
+
+
+def run(command: TrainDenoiserCommand, argv: list[str]) -> int:
+    """``ggl-jax train-denoiser``."""
+    files = weighted(command.data)
+    own, params, card = load_prior(command.prior)
+    prior = denoiser.with_denoiser(own)
+    config = command.config
+    # A stop by the system saves as Ctrl-C does.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    with AuditBar() as bar:
+
+        def progress(step, loss):
+            bar("training", 0, 1, step / config.steps, loss)
+
+        state = denoiser.train(config, prior, files, command.out, progress=progress)
+    if state.step < config.steps:
+        say(f"Interrupted after {state.step} steps. The same command goes on from there.")
+        return 130
+    if command.export is not None:
+        card = denoiser.export(
+            *(state, config, prior, (params, card), files, command.export),
+            trained_on=command.trained_on,
+            command=command_of(argv),
+        )
+        psnrs = card[denoiser.DENOISER]["psnr_held_out"].items()
+        text = "; ".join(f"noise {strength}: {psnr} dB" for strength, psnr in psnrs)
+        say(f"Exported to {command.export}; use it with --prior {command.export}. {text}")
+    return 0
