@@ -47,6 +47,8 @@ class Model(NamedTuple):
         loss: ``loss(logits[b k], labels) -> scalar``, the batch's mean loss, for labels [b] or soft
             ones [b num_classes]; None for softmax cross-entropy, of which alone k has to be the
             number of classes. See :data:`ggl_jax.LOSSES`.
+        reach: at any image, a feature's derivative is 0 but within so many pixels a side; None
+            where it may be the whole image.
     """
 
     init: Callable
@@ -57,6 +59,7 @@ class Model(NamedTuple):
     name: str
     statistics: Callable | None = None
     loss: Callable | None = None
+    reach: int | None = None
 
 
 class Prior(NamedTuple):

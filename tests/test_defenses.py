@@ -34,7 +34,7 @@ from ggl_jax.client.defenses import (
 from ggl_jax.client.defenses.noise import noise_view
 from ggl_jax.client.defenses.soteria import jacobian_norms, pruned_gradient, pruned_variables
 from ggl_jax.client.gradients import gradient
-from ggl_jax.client.models import from_flax
+from ggl_jax.client.models import convnet, from_flax, get_model
 from ggl_jax.errors import GGLError
 from ggl_jax.priors.pixels import pixels
 from ggl_jax.types import Context, Facts
@@ -150,6 +150,28 @@ def test_jacobian_norms_match_torch(golden, golden_context, chunk_size):
     features, norms = run(c.variables, c.images)
     np.testing.assert_allclose(features, golden["features"], rtol=1e-4, atol=1e-6)
     np.testing.assert_allclose(norms, golden["norms"], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("chunk_size", [None, 100])
+def test_jacobian_norms_by_pixels_that_share_no_feature(chunk_size):
+    """Ten apart they share none in convnet; beside the backward passes of all features."""
+    model = convnet(2, (27, 25, 3), width=4)
+    assert model.reach == 10
+    variables = jax.jit(model.init)(jax.random.key(0))
+    images = jax.random.uniform(jax.random.key(1), (2, 27, 25, 3))
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def run(model, variables, images):
+        return jacobian_norms(model, variables, images, chunk_size=chunk_size)
+
+    features, norms = run(model, variables, images)
+    expected = run(model._replace(reach=None), variables, images)
+    assert features.shape[1] == 6 * 6 * 16 > 10 * 10 * 3
+    np.testing.assert_allclose(features, expected[0], rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(norms, expected[1], rtol=1e-4, atol=1e-7)
+    np.testing.assert_array_equal(norms == 0, expected[1] == 0)
+    for other in "convnet:norm=group", "convnet:batch_norm=train", "precode:convnet", "lenet":
+        assert get_model(other, 2, (32, 32, 3)).reach is None
 
 
 @pytest.mark.parametrize("fidelity", FIDELITIES)

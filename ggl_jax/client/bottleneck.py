@@ -90,6 +90,7 @@ def with_bottleneck(base: Model, size: int) -> Model:
         apply=apply,
         name="precode",
         statistics=None if statistics is None else lambda v, x: statistics(plain(v), x),
+        reach=None,
     )
 
 

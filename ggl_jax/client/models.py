@@ -437,9 +437,11 @@ def convnet(
     at_least(1, width=width)
     kind, apply_kwargs = _norm_kind(norm, batch_norm)
     module = ConvNet(num_classes, width, kind)
-    return from_flax(
+    model = from_flax(
         module, image_shape, num_classes, ("fc",), apply_kwargs=apply_kwargs, name="convnet"
     )
+    # Backwards: the largest of its pool, 3 pooled pixels, so 6, 8 and 10. Other norms mix them all.
+    return model._replace(reach=10 if kind == "eval" else None)
 
 
 def mlp(

@@ -8,6 +8,7 @@ import numpy as np
 
 from ggl_jax.client.defenses._images import EMBEDDED, check_source, public_set
 from ggl_jax.client.defenses._views import add_draw, masking
+from ggl_jax.client.defenses.soteria import derivatives_at_once, in_chunks
 from ggl_jax.client.gradients import loss_of
 from ggl_jax.errors import GGLError, about
 from ggl_jax.spec import Count, Positive, ranged
@@ -125,7 +126,7 @@ def sensitivities(model: Model, variables: PyTree, images: jax.Array, labels: ja
         each = jnp.sum(jnp.square(along(direction)), axis=(1, 2, 3))
         return jnp.mean(jnp.sqrt(each))
 
-    norms = jax.lax.map(norm, jnp.eye(len(params)))
+    norms = in_chunks(norm, jnp.eye(len(params)), derivatives_at_once(images))
     return jax.tree.unflatten(treedef, list(norms))
 
 

@@ -36,8 +36,8 @@ def soteria(
             the p-th percentile of the scores themselves. So fewer than a share p are pruned where
             features can be negative, and none where the percentile is. All other tensors keep the
             plain gradient. It masks any update.
-        chunk_size: features whose derivatives are computed together; memory grows with it. None
-            takes 16 at 224x224 and as many more as the images are smaller.
+        chunk_size: derivatives that are computed together; memory grows with it. None takes 16 at
+            224x224 and as many more as the images are smaller.
 
     Returns:
         A Defense. Record: ``rate``, the share of features that were pruned (of each image), and
@@ -119,18 +119,30 @@ def jacobian_norms(
     """Each feature and the l2 norm of its derivative with respect to the image.
 
     Runs backward passes for ``chunk_size`` features at a time, on the residuals of one forward
-    pass; no Jacobian is ever held.
+    pass; no Jacobian is ever held. Where ``model.reach`` is known, pixels so far apart have no
+    feature in common, and one forward derivative serves all of them: those are then computed
+    instead, if they are fewer.
 
     Args:
         model: any model whose last layer is Dense.
         variables: its variables.
         images: [b h w c] in [0, 1].
-        chunk_size: features per pass, at least 1; None as for :func:`soteria`.
+        chunk_size: derivatives per pass, at least 1; None as for :func:`soteria`.
 
     Returns:
         ``(features[b d], norms[b d])``.
     """
-    features, pull_back = jax.vjp(lambda x: model.apply(variables, x)[1], images)
+    chunk_size = derivatives_at_once(images) if chunk_size is None else chunk_size
+
+    def features_of(x):
+        return model.apply(variables, x)[1]
+
+    if model.reach is not None:
+        _, height, width, channels = images.shape
+        period = (min(model.reach, height), min(model.reach, width), channels)
+        if math.prod(period) < jax.eval_shape(features_of, images).shape[1]:
+            return _norms_by_pixels(features_of, images, period, chunk_size)
+    features, pull_back = jax.vjp(features_of, images)
 
     def norms_of(i):
         # Images are independent, so one cotangent serves the whole batch.
@@ -138,13 +150,43 @@ def jacobian_norms(
         (derivative,) = pull_back(one_hot)
         return jnp.sqrt(jnp.sum(jnp.square(derivative), axis=(1, 2, 3)))
 
-    indices = jnp.arange(features.shape[1])
-    if chunk_size is None:
-        chunk_size = max(1, 16 * 224 * 224 * 3 // images.size)
-    if chunk_size >= indices.size:
+    return features, in_chunks(norms_of, jnp.arange(features.shape[1]), chunk_size).T
+
+
+def _norms_by_pixels(features_of, images, period, chunk_size) -> tuple[jax.Array, jax.Array]:
+    """:func:`jacobian_norms`; pixels ``period`` (rows, columns, channels) apart share nothing."""
+    rows, columns, channels = period
+    features, along = jax.linearize(features_of, images)
+
+    def squares(i):
+        row, column, channel = i // (columns * channels), i // channels % columns, i % channels
+        _, height, width, _ = images.shape
+        here = (jnp.arange(height) % rows == row)[:, None, None]
+        here &= (jnp.arange(width) % columns == column)[None, :, None]
+        here &= jnp.arange(channels) == channel
+        return jnp.square(along(jnp.broadcast_to(here, images.shape).astype(images.dtype)))
+
+    def add(total, chunk):
+        return total + jnp.sum(jax.vmap(squares)(chunk), axis=0), None
+
+    turns = -(-math.prod(period) // chunk_size)
+    # What is too many at the end is beyond the last row: no pixel, so it adds nothing.
+    chunks = jnp.arange(turns * chunk_size).reshape(turns, chunk_size)
+    total, _ = jax.lax.scan(add, jnp.zeros_like(features), chunks)
+    return features, jnp.sqrt(total)
+
+
+def derivatives_at_once(images: jax.Array) -> int:
+    """How many derivatives of a batch [b h w c] fit into memory: 16 of one 224x224 image."""
+    return max(1, 16 * 224 * 224 * 3 // images.size)
+
+
+def in_chunks(function, items: jax.Array, size: int) -> jax.Array:
+    """The function of every item, ``size`` of them at a time."""
+    if size >= len(items):
         # Not a loop of one turn: XLA runs convolutions inside loops on one thread on CPUs.
-        return features, jax.vmap(norms_of)(indices).T
-    return features, jax.lax.map(norms_of, indices, batch_size=chunk_size).T
+        return jax.vmap(function)(items)
+    return jax.lax.map(function, items, batch_size=size)
 
 
 def _largest_pruned(features: jax.Array, norms: jax.Array, rate: float) -> jax.Array:
