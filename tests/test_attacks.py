@@ -163,7 +163,7 @@ def test_refinement_leaves_the_prior_behind(model, variables, tiny_images, tiny_
     problem = problem._replace(prior_params=tiny_prior.init(jax.random.key(0)))
     search = attack_of("ggl", model, tiny_prior, optimizer="cma_es:8", view=defense.view, steps=5)
     pixels = dataclasses.replace(
-        refinement_of(gx.Search(refine_steps=150), tiny_prior),
+        refinement_of(gx.Search(refine_steps=150)),
         optimizer="adam:0.05,schedule=ramp,signed=False,box=1",
         regularizer="none",
     )

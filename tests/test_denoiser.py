@@ -1,5 +1,7 @@
 """The denoiser beside a prior: its noise, network, training, and its place in searches."""
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -198,3 +200,23 @@ def test_command_puts_it_beside_a_prior(files, tmp_path, capsys):
     jax.tree.map(np.testing.assert_array_equal, kept, old)
     assert run(["train-denoiser", *options, "--learning-rate", "0"]) == 2
     assert "learning_rate" in capsys.readouterr().err.replace("-", "_")
+
+
+def test_the_denoiser_has_the_last_word_on_coarse_images(tiny_prior):
+    """Only after a refinement of whitened pixels, and on images that it changes."""
+    fine = tiny_prior._replace(denoise=lambda params, x: x + jnp.where(x > 0.5, 0.001, 0.1))
+    found = np.stack([np.full((1, *TINY_SHAPE), level, np.float32) for level in (0.25, 0.75)])
+    outcome = SimpleNamespace(images=found, candidates=None, labels=None)
+    view = gx.parse("none").view
+
+    def result(prior, **changes):
+        search = gx.search_of("standard", "map", **changes)
+        return stages.result_images(search, view, outcome, gx.Public(None, None, prior, {}))
+
+    np.testing.assert_allclose(result(fine)[0], 0.35, atol=1e-6)
+    np.testing.assert_array_equal(result(fine)[1], found[1])
+    np.testing.assert_array_equal(result(fine, refine="none"), found)
+    np.testing.assert_array_equal(result(tiny_prior), found)
+    ggl = gx.search_of("standard", "ggl", combine="best")
+    kept = stages.result_images(ggl, view, outcome, gx.Public(None, None, fine, {}))
+    np.testing.assert_array_equal(kept, found)

@@ -343,9 +343,8 @@ def _check(model: Model, prior: Prior, search: Search) -> None:
         )
 
 
-def refinement_of(search: Search, prior: Prior) -> Search:
-    """The search that goes on from another's images in pixels, free of the generator but kept
-    smooth, by the prior's denoiser where it has one.
+def refinement_of(search: Search) -> Search:
+    """The search that goes on from another's images in pixels, free of the prior but kept smooth.
 
     A generator's range holds no face exactly; the update often tells the rest. Under noise the
     pixels would fit the noise: the loss falls, and the likeness does not rise. It has to be started
@@ -360,7 +359,7 @@ def refinement_of(search: Search, prior: Prior) -> Search:
         labels="inferred",
         optimizer="adam:0.04,schedule=ramp,signed=False,box=1",
         distance={"likelihood": "squared_l2", "posterior": "cosine"}.get(own, own),
-        regularizer="total_variation:0.03" if prior.denoise is None else "denoised:0.0002",
+        regularizer="total_variation:0.03",
         steps=search.refine_steps,
         restarts=1,
         pool=0,

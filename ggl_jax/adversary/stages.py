@@ -135,7 +135,7 @@ def make_stages(
                 attack = build(model, prior, last, speed=exact, **options)
             freed = _BY_DENOISER if prior.denoise is not None else _BY_VARIATION
             return [*stages, Stage(attack, search.refine_steps, _origin, freed, _below(1.0))]
-        last = refinement_of(search, prior)
+        last = refinement_of(search)
         attack = _search_attack(model, prior, last, speed=exact, **options)
         mean = combines(search, view)
         stages.append(Stage(attack, last.steps, _mean_pixels if mean else _best_pixels))
@@ -154,7 +154,7 @@ SHARPNESS = 3.0
 ACCEPT = 0.8
 #: Beside the cosine distance in the whitened search's refinement: weight of the squared distance to
 #: the denoised image or, of a prior without a denoiser, of the total variation.
-DENOISED, SMOOTH = 0.0002, 0.005
+DENOISED, SMOOTH = 0.0003, 0.005
 #: The standard deviation of that refinement's pixels.
 STRIDE = 0.13
 #: Weight of the squared distance to the denoised image beside the noise's likelihood.
@@ -248,10 +248,32 @@ def result_images(search: Search, view: View, outcome: SearchResult, public: Pub
     found = mean_image(outcome.candidates) if mean else outcome.images
     images = np.clip(np.asarray(found), 0.0, 1.0)
     if not denoises(search, view):
-        return images
+        by_denoiser = search.space == "whitened" and refines(search, view)
+        return _cleaned(images, public) if by_denoiser else images
     fitted = project(
         *(public.prior, public.prior_params, images.reshape(-1, *images.shape[-3:])),
         jax.random.key(0),  # the same samples for all: what is found does not depend on the batch
         labels=None if public.prior.num_classes is None else outcome.labels.reshape(-1),
     )
     return np.asarray(fitted).reshape(images.shape)
+
+
+#: Root mean square change of a pixel from which a denoiser has the last word: below it an image is
+#: as near as the denoiser's own error, and keeps what it has.
+COARSE = 0.01
+
+
+def _cleaned(images: np.ndarray, public: Public) -> np.ndarray:
+    """What the prior's denoiser leaves of refined images [i b h w c], each on its own."""
+    if public.prior.denoise is None:
+        return images
+    every = images.reshape(-1, *images.shape[-3:])
+    cleaned = np.clip(_denoise(public.prior, public.prior_params, every), 0.0, 1.0)
+    change = np.sqrt(np.mean((cleaned - every) ** 2, axis=(1, 2, 3), keepdims=True))
+    return np.where(change > COARSE, cleaned, every).reshape(images.shape)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _denoise(prior: Prior, params, images):
+    assert prior.denoise is not None
+    return prior.denoise(params, images)
