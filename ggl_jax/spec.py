@@ -42,6 +42,8 @@ Count = Annotated[int, AtLeast(1)]
 Number = Annotated[int, AtLeast(0)]
 Positive = Annotated[float, Above(0.0)]
 Share = Annotated[float, AtLeast(0.0, below=1.0)]
+#: Between 0 and 1, both excluded.
+Proper = Annotated[float, AtLeast(1e-30, below=1.0)]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -207,8 +207,8 @@ def test_bad_arguments():
     for options, words in (
         ({"truncation": 0.0}, "truncation=0.0 must be in (0, 1]"),
         ({"truncation": 1.2}, "truncation=1.2"),
-        ({"image_size": 0}, "image_size=0"),
-        ({"fidelity": "exact"}, "fidelity='exact'"),
+        ({"image_size": 0}, "image_size: got 0"),
+        ({"fidelity": "exact"}, "fidelity: got 'exact'"),
     ):
         with pytest.raises(GGLError) as error:
             biggan_deep(TINY, **options)
@@ -415,7 +415,7 @@ def test_bad_layers():
         with pytest.raises(GGLError) as error:
             convolutional(layers, latent_dim=4)
         one_line(error, words)
-    with pytest.raises(GGLError, match="latents='cauchy'"):
+    with pytest.raises(GGLError, match="latents: got 'cauchy'"):
         convolutional([fc, image | out], latent_dim=4, latents="cauchy")
     with pytest.raises(GGLError, match="latent_dim: got 0"):
         convolutional([fc, image | out], latent_dim=0)

@@ -427,7 +427,7 @@ def test_export_and_load(uninterrupted, tmp_path):
         training.export(tmp_path, tmp_path / "x", trained_on=(), command="")
     path = tmp_path / "tiny" / "card.json"
     path.write_text(json.dumps({**card, "kind": "diffusion"}))
-    with pytest.raises(GGLError, match="kind='diffusion'"):
+    with pytest.raises(GGLError, match="kind: got 'diffusion'"):
         load_prior(tmp_path / "tiny")
     path.write_text(json.dumps({**card, "arguments": {"width": 3, "latent_dim": 4}}))
     with pytest.raises(GGLError, match="arrays are not those"):

@@ -336,28 +336,20 @@ def perceptual(backbone: str, image_shape: Sequence[int]) -> Perceptual:
 # --- summaries --------------------------------------------------------------------------------
 
 
-def confidence_interval(
-    values: Sequence[float], *, confidence: float = 0.95
-) -> tuple[float, float]:
-    """Student's t interval of the mean of independent values.
+def confidence_interval(values: Sequence[float]) -> tuple[float, float]:
+    """Student's t interval of 95 % for the mean of independent values.
 
     Args:
         values: one per image, e.g. the PSNR above a control.
-        confidence: the probability that the interval covers the mean, in (0, 1).
 
     Returns:
         `(low, high)`. Both NaN where there is no interval: fewer than two values, or NaN or an
         infinity among them. Equal values give an interval of no width.
-
-    Raises:
-        ValueError: confidence outside (0, 1).
     """
-    if not 0 < confidence < 1:
-        raise ValueError(f"confidence={confidence} must lie between 0 and 1")
     numbers = np.asarray(values, np.float64).ravel()
     if len(numbers) < 2 or not np.all(np.isfinite(numbers)):
         return math.nan, math.nan
     mean = float(np.mean(numbers))
     error = float(np.std(numbers, ddof=1)) / math.sqrt(len(numbers))
-    reach = float(special.stdtrit(len(numbers) - 1, 0.5 + confidence / 2)) * error
+    reach = float(special.stdtrit(len(numbers) - 1, 0.975)) * error
     return mean - reach, mean + reach

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from ggl_jax.client.defenses import stages_of
-from ggl_jax.errors import GGLError
+from ggl_jax.errors import GGLError, check_known
 from ggl_jax.grammar import at_least
-from ggl_jax.spec import Positive, check
+from ggl_jax.spec import Positive, Proper, check
 from ggl_jax.types import Defense, Facts
 
 #: Two neighbouring inputs differ in a client's contribution: "add_remove": the update is there, or
@@ -131,21 +131,14 @@ def epsilon(
     check("bound", bound, Positive)
     check("sigma", sigma, Positive)
     at_least(1, rounds=rounds)
-    check_delta(delta)
-    if adjacency not in ADJACENCIES:
-        raise GGLError(f"adjacency={adjacency!r}: give one of {', '.join(ADJACENCIES)}")
+    check("delta", delta, Proper)
+    check_known("adjacency", adjacency, ADJACENCIES)
     if not accountant_installed():
         raise GGLError(f"epsilon needs the package dp-accounting: {REMEDY}")
     from dp_accounting import get_epsilon_gaussian
 
     multiplier = sigma / (ADJACENCIES[adjacency] * bound * math.sqrt(rounds))
     return float(get_epsilon_gaussian(multiplier, delta))
-
-
-def check_delta(delta: float) -> None:
-    """Raise :class:`GGLError` unless 0 < delta < 1."""
-    if not 0 < delta < 1:
-        raise GGLError(f"delta={delta!r}: give a number between 0 and 1, e.g. 1e-5")
 
 
 def accountant_installed() -> bool:

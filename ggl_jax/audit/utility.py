@@ -17,7 +17,7 @@ import numpy as np
 
 from ggl_jax import files
 from ggl_jax.audit import folder as folders
-from ggl_jax.audit import privacy, training
+from ggl_jax.audit import privacy, tables, training
 from ggl_jax.audit.cells import MODEL_STREAM, admit
 from ggl_jax.audit.judge import jsonable
 from ggl_jax.audit.run import Progress
@@ -25,7 +25,7 @@ from ggl_jax.client import defenses as client_defenses
 from ggl_jax.client.defenses.transformations import as_defense
 from ggl_jax.errors import GGLError
 from ggl_jax.gate.defenses import check_defense
-from ggl_jax.spec import Client, Count, Positive, checked
+from ggl_jax.spec import Client, Count, Positive, Proper, checked
 from ggl_jax.types import Defense, Model, PyTree
 
 #: Stream of the run's key for batches and the defenses' noise, beside the model's weights.
@@ -45,7 +45,7 @@ class UtilitySettings(training.TrainingSettings):
     resnet18:batch_norm=train 0.01."""
     rounds: Count = 100
     """Rounds of federated SGD."""
-    delta: Positive = 1e-5
+    delta: Proper = 1e-5
     """Probability with which epsilon's bound may fail."""
 
     @property
@@ -61,7 +61,6 @@ def usable(settings: UtilitySettings) -> UtilitySettings:
         GGLError: one is out of its range, or the learning rates are none or not different.
     """
     settings = checked(settings)
-    privacy.check_delta(settings.delta)
     rates = settings.learning_rate
     if not rates or len(set(rates)) < len(rates):
         raise GGLError(
@@ -271,15 +270,13 @@ def measure(
 
 def _chosen(lines: Sequence[dict[str, Any]], num_rates: int) -> list[dict[str, Any]]:
     """For each defense that was trained at every rate, the training that is best on validation."""
-    tried: dict[str, list[dict[str, Any]]] = {}
-    for line in lines:
-        tried.setdefault(line["defense"], []).append(line)
 
     def merit(line: dict[str, Any]) -> float:
         found = line.get("validation")
         return -1.0 if found is None else found
 
-    return [max(each, key=merit) for each in tried.values() if len(each) == num_rates]
+    tried = tables.grouped(lines, lambda line: line["defense"]).values()
+    return [max(each, key=merit) for each in tried if len(each) == num_rates]
 
 
 def _read_lines(folder: Path) -> list[dict[str, Any]]:

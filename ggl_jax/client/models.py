@@ -20,7 +20,7 @@ from ggl_jax import grammar
 from ggl_jax.client.bottleneck import precode
 from ggl_jax.client.gradients import loss_named
 from ggl_jax.client.networks import MLP, ConvNet, LeNet, ResNet18, ViT
-from ggl_jax.errors import GGLError
+from ggl_jax.errors import GGLError, check_known
 from ggl_jax.gate.arguments import as_image_shape, check_classes
 from ggl_jax.gate.models import check_features, check_logits, one_logit
 from ggl_jax.gate.trying import shapes
@@ -322,15 +322,10 @@ def _dims(shape: Sequence[int]) -> str:
 # --------------------------------------------------------------------------------------------------
 
 
-def _check_option(argument: str, value: Any, allowed: Sequence[str]) -> None:
-    if value not in allowed:
-        raise GGLError(f"{argument}={value!r}: choose one of {', '.join(allowed)}")
-
-
 def _norm_kind(norm: str, batch_norm: str) -> tuple[str, dict[str, Any]]:
     """The kind of normalisation of :mod:`networks`' modules, and what a module of it needs."""
-    _check_option("norm", norm, ("batch", "group", "layer"))
-    _check_option("batch_norm", batch_norm, ("eval", "train"))
+    check_known("norm", norm, ("batch", "group", "layer"))
+    check_known("batch_norm", batch_norm, ("eval", "train"))
     if norm == "batch":
         return batch_norm, {"mutable": ["batch_stats"]} if batch_norm == "train" else {}
     if batch_norm != "eval":
@@ -381,8 +376,8 @@ def resnet18(
     check_classes("num_classes", num_classes)
     if stem is None:
         stem = "cifar" if max(image_shape[:2]) <= 64 else "imagenet"
-    _check_option("stem", stem, ("cifar", "imagenet"))
-    _check_option("weight_init", weight_init, ("torch", "torchvision"))
+    check_known("stem", stem, ("cifar", "imagenet"))
+    check_known("weight_init", weight_init, ("torch", "torchvision"))
     kind, apply_kwargs = _norm_kind(norm, batch_norm)
     module = ResNet18(num_classes, stem, kind, weight_init)
     return from_flax(

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from ggl_jax import checkpoint, grammar
-from ggl_jax.errors import GGLError
+from ggl_jax.errors import GGLError, check_known
 from ggl_jax.priors.biggan import BIGGAN_DEEP, BigGANConfig, biggan_deep
 from ggl_jax.priors.ceiling import fit_latents, project
 from ggl_jax.priors.convolutional import convolutional
@@ -46,9 +46,8 @@ def load_prior(path_or_name) -> tuple[Prior, Any, dict[str, Any]]:
     """
     path = checkpoint.find(path_or_name)
     tree, card = checkpoint.load(path)
-    kind = card.get("kind")
-    if kind not in PRIORS:
-        raise GGLError(f"checkpoint {path}: kind={kind!r} is none of {', '.join(PRIORS)}")
+    kind = str(card.get("kind"))
+    check_known(f"checkpoint {path}: kind", kind, PRIORS)
     try:
         prior = _built(PRIORS[kind], json.dumps(card["arguments"], sort_keys=True))
         if DENOISER in card:

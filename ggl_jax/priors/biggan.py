@@ -20,9 +20,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from ggl_jax import foreign
-from ggl_jax.errors import GGLError, about, explaining
+from ggl_jax.errors import GGLError, about, check_known, explaining
 from ggl_jax.images import area_resize, from_signed
-from ggl_jax.spec import AtLeast, Count, Number, check, options_of
+from ggl_jax.spec import AtLeast, Count, Number, Proper, check, options_of
 from ggl_jax.types import Path as TreePath
 from ggl_jax.types import Prior
 
@@ -60,7 +60,7 @@ class BigGANConfig:
     channel_width: Count = 128
     num_classes: Count = 1000
     attention_layer_position: Number = 8
-    eps: Annotated[float, AtLeast(1e-30, below=1.0)] = 1e-4
+    eps: Proper = 1e-4
     n_stats: Annotated[int, AtLeast(2)] = 51
 
     def __post_init__(self):
@@ -315,12 +315,8 @@ def biggan_deep(
         config = BigGANConfig.of(config)
     if not 0 < truncation <= 1:
         raise GGLError(f"biggan_deep: truncation={truncation} must be in (0, 1]")
-    if image_size is not None and (not isinstance(image_size, int) or image_size < 1):
-        raise GGLError(
-            f"biggan_deep: image_size={image_size!r} must be a whole number of at least 1"
-        )
-    if fidelity not in ("paper", "code"):
-        raise GGLError(f"biggan_deep: fidelity={fidelity!r} must be 'paper' or 'code'")
+    check("biggan_deep: image_size", image_size, Count | None)
+    check_known("biggan_deep: fidelity", fidelity, ("paper", "code"))
     generator = Generator(config, truncation, fidelity)
     size = image_size or config.output_dim
 

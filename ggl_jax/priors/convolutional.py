@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from ggl_jax import foreign
-from ggl_jax.errors import GGLError, about
+from ggl_jax.errors import GGLError, about, check_known
 from ggl_jax.grammar import at_least
 from ggl_jax.images import from_signed
 from ggl_jax.spec import AtLeast, Count, Number, check, options_of
@@ -232,8 +232,7 @@ def convolutional(
             f"layers: the output has the shape {list(shape)} (channels first); it must be an image "
             "with 1 or 3 channels"
         )
-    if latents not in ("normal", "uniform"):
-        raise GGLError(f"convolutional: latents={latents!r} must be 'normal' or 'uniform'")
+    check_known("convolutional: latents", latents, ("normal", "uniform"))
     layout = _torch_layout(made, latent_dim)
     first = next(s for _, s in _walk(made, latent_dim))
 

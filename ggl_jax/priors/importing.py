@@ -10,7 +10,7 @@ from typing import Any
 import jax
 
 from ggl_jax import checkpoint, files
-from ggl_jax.errors import GGLError, explaining
+from ggl_jax.errors import GGLError, check_known, explaining
 from ggl_jax.grammar import at_least
 from ggl_jax.priors.biggan import BIGGAN_DEEP, BigGANConfig, biggan_deep
 from ggl_jax.priors.biggan import from_torch as biggan_from_torch
@@ -107,8 +107,7 @@ def import_prior(
     """
     source, out = Path(source), Path(out)
     config = None if config is None else Path(config)
-    if generator not in GENERATORS:
-        raise GGLError(f"generator={generator!r} is unknown; choose {', '.join(GENERATORS)}")
+    check_known("generator", generator, GENERATORS)
     at_least(0, num_samples=num_samples)
     if generator == "dcgan":
         if truncation != 1.0 or image_size is not None:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from ggl_jax.client.defenses.clip import clip
 from ggl_jax.client.defenses.noise import noise
 from ggl_jax.client.gradients import gradient
-from ggl_jax.spec import AtLeast, Positive, ranged
+from ggl_jax.spec import AtLeast, Positive, Proper, ranged
 from ggl_jax.types import Defense, Facts, View
 
 
@@ -77,7 +77,7 @@ def dp_view(name: str) -> View:
 def flower(
     *,
     epsilon: Positive = 1.0,
-    delta: Annotated[float, AtLeast(1e-30, below=1.0)] = 1e-5,
+    delta: Proper = 1e-5,
     clipping_norm: Positive = 1.0,
     sensitivity: Annotated[float, AtLeast(0.0)] = 1.0,
 ) -> Defense:
