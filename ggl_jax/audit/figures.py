@@ -27,6 +27,7 @@ MAX_LINES, MAX_SERIES = 12, 8
 _COLORS = ("#0072b2", "#d55e00", "#009e73", "#c0609a", "#8a7400", "#7b6ad0", "#7f7f7f", "#b04040")
 _MARKERS = "osD^vPX*"
 _GREY = "#808080"
+_POINT: dict[str, Any] = {"fmt": "o", "color": _COLORS[0], "markersize": 5, "capsize": 3}
 
 _STYLE = (
     "<style>svg{color:#1a1a1a}svg text{fill:currentColor}"
@@ -89,13 +90,11 @@ def _finite(value: float | None) -> float:
     return math.nan if value is None or math.isinf(value) else value
 
 
-def _plot_mean(axis, x, mean: Mean, *, horizontal: bool, **style) -> None:
-    center, low, high = map(_finite, (mean.mean, mean.end(low=True), mean.end(low=False)))
-    reach = [[center - low], [high - center]]
-    if horizontal:
-        axis.errorbar([center], [x], xerr=reach, capsize=3, **style)
-    else:
-        axis.errorbar([x], [center], yerr=reach, capsize=3, **style)
+def _bars(means: Sequence[Mean]) -> tuple[np.ndarray, np.ndarray]:
+    """Means [n], and how far their intervals reach below and above them [2 n]."""
+    ends = [(one.mean, one.end(low=True), one.end(low=False)) for one in means]
+    center, low, high = np.vectorize(_finite)(ends).T
+    return center, np.stack([center - low, high - center])
 
 
 def _by_name(names: Sequence[str], panels: int, title: str) -> tuple[Figure, Any]:
@@ -116,14 +115,12 @@ def by_defense(groups: Sequence[Leakage]) -> Figure:
     chosen = strongest(groups)
     title = "Likeness to the private image, by defense"
     figure, (axis,) = _by_name([group.defense for group in chosen], 1, title)
-    for row, group in enumerate(chosen):
-        label = (lambda text: text) if row == 0 else (lambda text: None)
-        guess, ceiling = (_finite(group.means[name].mean) for name in ("control", "ceiling"))
-        axis.plot([guess], [row], "|", color=_GREY, markersize=11, markeredgewidth=2,
-                  label=label("blind guess"))  # fmt: skip
-        axis.plot([ceiling], [row], ">", color=_COLORS[2], markersize=6, label=label("ceiling"))
-        _plot_mean(axis, row, group.means["psnr"], horizontal=True, fmt="o", color=_COLORS[0],
-                   markersize=5, label=label("reconstruction"))  # fmt: skip
+    rows = range(len(chosen))
+    guess, ceiling = ([_finite(g.means[n].mean) for g in chosen] for n in ("control", "ceiling"))
+    axis.plot(guess, rows, "|", color=_GREY, markersize=11, markeredgewidth=2, label="blind guess")
+    axis.plot(ceiling, rows, ">", color=_COLORS[2], markersize=6, label="ceiling")
+    center, reach = _bars([group.means["psnr"] for group in chosen])
+    axis.errorbar(center, rows, xerr=reach, label="reconstruction", **_POINT)
     axis.set_xlabel("PSNR, dB", fontsize=8)
     figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=8)
     return figure
@@ -147,10 +144,10 @@ def by_parameter(groups: Sequence[Leakage]) -> dict[str, Figure]:
         for series, variant in enumerate(variants[:MAX_SERIES]):
             own = sorted(((v, g) for v, g in members if g.variant == variant), key=lambda p: p[0])
             style: dict[str, Any] = {"color": _COLORS[series], "marker": _MARKERS[series]}
-            heights = [_finite(g.means["psnr"].mean) for _, g in own]
-            axis.plot([v for v, _ in own], heights, label=variant, markersize=5, **style)
-            for value, group in own:
-                _plot_mean(axis, value, group.means["psnr"], horizontal=False, **style)
+            center, reach = _bars([group.means["psnr"] for _, group in own])
+            at = [value for value, _ in own]
+            axis.plot(at, center, label=variant, markersize=5, **style)
+            axis.errorbar(at, center, yerr=reach, capsize=3, linestyle="none", **style)
         by_value = dict(members)
         for name, score, line in (("blind guess", "control", "--"), ("ceiling", "ceiling", ":")):
             heights = [_finite(by_value[value].means[score].mean) for value in values]
@@ -268,8 +265,9 @@ def privacy_utility(
     """
     title = "What leaks, and what the defense leaves of the model"
     figure, (left, right) = _by_name([name for name, _, _ in points], 2, title)
-    for row, (_, gain, accuracy) in enumerate(points):
-        _plot_mean(left, row, gain, horizontal=True, fmt="o", color=_COLORS[0], markersize=5)
+    center, reach = _bars([gain for _, gain, _ in points])
+    left.errorbar(center, range(len(points)), xerr=reach, **_POINT)
+    for row, (_, _, accuracy) in enumerate(points):
         if accuracy is None:
             right.text(0.03, row, "diverged", va="center", fontsize=8,
                        transform=right.get_yaxis_transform())  # fmt: skip
