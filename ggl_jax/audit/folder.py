@@ -51,6 +51,11 @@ class Records(NamedTuple):
         known = self.finished | set(self.failures)
         return [cell for cell in self.cells if cell not in known]
 
+    def told(self, cell: str) -> str:
+        """A cell's values on the axes, in words."""
+        values = self.cells[cell].items()
+        return ", ".join(f"{name} {value}" for name, value in values if name != "evaluations")
+
     def image(self, row: Mapping[str, Any]) -> np.ndarray:
         """A row's reconstruction [h w c], float32 in [0, 1], exactly as it was found."""
         return np.load(self.folder / f"cells/{row['cell']}.npy", allow_pickle=False)[row["part"]]

@@ -220,7 +220,7 @@ def make(records: Records) -> Report:
     if records.failures:
         shown = list(records.failures.items())[:MAX_FAILURES]
         add[f"Failed cells ({len(shown)} of {len(records.failures)})"] = [
-            "\n".join(f"- {escape(_cell(records, cell))}: {escape(why)}" for cell, why in shown)
+            "\n".join(f"- {escape(records.told(cell))}: {escape(why)}" for cell, why in shown)
         ]
     command = " ".join(str(records.config.get("command", "from Python")).split())
     add["Configuration and environment"] = [
@@ -313,11 +313,6 @@ _SEARCHES = (
     Column("Stalled", lambda group: f"{len(group.stalled):,}"),
     Column("Broke down", lambda group: f"{len(group.broken):,}"),
 )
-
-
-def _cell(records: Records, cell: str) -> str:
-    values = records.cells[cell].items()
-    return ", ".join(f"{name} {value}" for name, value in values if name != "evaluations")
 
 
 def _loss_curves(report: Report, groups: Sequence[Leakage]) -> list[str]:

@@ -3,10 +3,12 @@
 import dataclasses
 import datetime
 from pathlib import Path
+from typing import Any
 
 import tyro
 
 from ggl_jax.audit import folder
+from ggl_jax.audit.tables import grouped
 from ggl_jax.commands._shared import say
 
 
@@ -28,8 +30,7 @@ def run(command: StatusCommand, argv: list[str]) -> int:
         left_time = datetime.timedelta(seconds=round(seconds))
         say(f"About {left_time} left at the pace of the finished cells.")
     for cell, reason in records.failures.items():
-        shown = ", ".join(f"{k} {v}" for k, v in records.cells[cell].items() if k != "evaluations")
-        say(f"failed: {shown}: {reason}")
+        say(f"failed: {records.told(cell)}: {reason}")
     return 0
 
 
@@ -39,16 +40,17 @@ def remaining(records) -> float | None:
     The pace is that of cells of the same defense, where there are any: a defense's simulation is
     what makes evaluations dear.
     """
-    spent: dict[str, list[float]] = {}
-    for row in records.rows:
-        for key in (row["defense"], ""):
-            total = spent.setdefault(key, [0.0, 0.0])
-            for place, name in enumerate(("seconds", "evaluations")):
-                total[place] += row[name] / row.get("parts", 1)
-    if not spent:
+    if not records.rows:
         return None
-    seconds = 0.0
-    for cell in records.left:
-        known = spent.get(records.cells[cell].get("defense", ""), spent[""])
-        seconds += records.cells[cell]["evaluations"] * known[0] / max(known[1], 1.0)
-    return seconds
+
+    def pace(rows: list[dict[str, Any]]) -> float:
+        spent, done = (
+            sum(row[name] / row.get("parts", 1) for row in rows)
+            for name in ("seconds", "evaluations")
+        )
+        return spent / max(done, 1.0)
+
+    usual, by_defense = pace(records.rows), grouped(records.rows, lambda row: row["defense"])
+    known = {defense: pace(rows) for defense, rows in by_defense.items()}
+    left = [records.cells[cell] for cell in records.left]
+    return sum(one["evaluations"] * known.get(one.get("defense", ""), usual) for one in left)

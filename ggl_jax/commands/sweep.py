@@ -225,8 +225,7 @@ def carry_out(grid, out: Path, running: Running) -> int:
             f"{len(records.left):,} left."
         )
         for cell, reason in list(records.failures.items())[:5]:
-            shown = ", ".join(f"{k} {v}" for k, v in records.cells[cell].items())
-            say(f"  failed: {shown}: {reason}")
+            say(f"  failed: {records.told(cell)}: {reason}")
         if records.failures:
             say("Try these again with --retry-failed.")
         if records.rows:
