@@ -26,7 +26,6 @@ class SamplePriorCommand:
 
 def run(command: SamplePriorCommand, argv: list[str]) -> int:
     """``ggl-jax sample-prior``."""
-    del argv
     if command.out.exists():
         raise GGLError(f"out: {command.out} exists; choose another --out, or remove it first")
 

@@ -50,7 +50,6 @@ class ScorePriorCommand:
 
 def run(command: ScorePriorCommand, argv: list[str]) -> int:
     """``ggl-jax score-prior``."""
-    del argv
     command = checked(command)
 
     prior, params, card = load_prior(command.prior)

@@ -88,15 +88,9 @@ def run(command: UtilityCommand, argv: list[str]) -> int:
         base, defenses, size, known = audit_command.AuditCommand(), [], 32, (None, None)
     if command.defenses is not None:
         defenses = list(command.defenses)
-    setup = base.setup
-    setup = replace(
-        setup,
-        data=command.data or setup.data,
-        model=command.model or setup.model,
-        weights=command.weights or setup.weights,
-    )
-    data = setup.data
-    dataset = load_labelled(data, size, setup.label)
+    given = {name: getattr(command, name) for name in ("data", "model", "weights")}
+    setup = replace(base.setup, **{name: value for name, value in given.items() if value})
+    dataset = load_labelled(setup.data, size, setup.label)
     shape = dataset.images.shape[1:]
     model, variables = load_model(setup, count_classes(dataset, dataset.labels, *known), shape)
     out = command.out or command.folder
@@ -111,7 +105,11 @@ def run(command: UtilityCommand, argv: list[str]) -> int:
             out=out,
             settings=command.training,
             client=base.client,
-            about={**about(argv), "data": data, "model": [setup.model, model.num_classes, size]},
+            about={
+                **about(argv),
+                "data": setup.data,
+                "model": [setup.model, model.num_classes, size],
+            },
             progress=bar,
         )
     if found.rows:
