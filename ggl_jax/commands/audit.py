@@ -11,6 +11,7 @@ from ggl_jax.adversary.reconstruct import prepare
 from ggl_jax.audit import folder as folders
 from ggl_jax.audit.cells import image_batches
 from ggl_jax.audit.run import AuditInterrupted, audit
+from ggl_jax.audit.tables import counted
 from ggl_jax.client.defenses import in_code, parse
 from ggl_jax.commands import _devices
 from ggl_jax.commands._options import Preset, choice_of
@@ -130,9 +131,8 @@ def run(command: AuditCommand, argv: list[str]) -> int:
     weights = () if loaded.variables is None else (jax.tree.leaves(loaded.variables),)
     content = files.digest(options, *known, *weights)
     out = command.out or Path(f"ggl-audit-{content[:8]}")
-    num = len(dataset.images)
     say(
-        f"Auditing {len(parsed)} defenses on {num} image{'s' * (num != 1)} of "
+        f"Auditing {len(parsed)} defenses on {counted(len(dataset.images), 'image')} of "
         f"{command.setup.data}: {model.name}, prior {loaded.card['name']}, attack {search.attack}. "
         f"Results: {out}/"
     )

@@ -38,6 +38,5 @@ def run(command: ReportCommand, argv: list[str]) -> int:
         path = report.write(compared, command.out or Path("."), "comparison")
     else:
         path = report.write(report.make(records[0]), command.out or records[0].folder)
-    text = path.with_suffix(".md")
-    say(f"{path} and {text}")
+    say(f"{path} and {path.with_suffix('.md')}")
     return 0
