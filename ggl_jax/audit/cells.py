@@ -224,7 +224,7 @@ class Cells:
     def __init__(self, inputs: Inputs, *, told_apart: bool = True):
         self.inputs, self.told_apart = inputs, told_apart
         self.defenses: dict[str, str] = {}
-        self._parsed: dict[str, Defense] = {}
+        self._parse = functools.cache(client_defenses.parse)  # one object for each text
         self._searches: dict[tuple, tuple[int, str, str]] = {}
 
     def defense(self, given: Any) -> Defense:
@@ -235,9 +235,7 @@ class Cells:
         """
         given = as_defense(given)
         if isinstance(given, str):
-            if given not in self._parsed:
-                self._parsed[given] = client_defenses.parse(given)
-            defense, found = self._parsed[given], ""
+            defense, found = self._parse(given), ""
         else:
             check_defense(given, self.inputs.model)
             defense, found = given, str(id(given))
