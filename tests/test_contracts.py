@@ -95,17 +95,21 @@ def test_defense_contract(spec, for_spec):
     assert share._cache_size() == 1
     assert jax.tree.map(jnp.shape, eager) == jax.tree.map(jnp.shape, update)
 
-    estimate = jax.jit(lambda observed: defense.view.estimate(observed, head))
-    estimated = defense.view.estimate(eager, head)
-    close(estimate(eager), estimated)
-    one = lambda tree: jax.tree.map(lambda x: x[None], tree)  # noqa: E731
-    close(jax.vmap(lambda o: defense.view.estimate(o, head))(one(eager)), one(estimated))
-    noisy = defense.view.estimate(eager, head, noise=jnp.float32(0.01))
-    assert jax.tree.structure(noisy) == jax.tree.structure(estimated)
-
+    estimate = functools.partial(defense.view.estimate, head=head)
+    estimated = estimate(eager)
     simulated = defense.view.simulate(estimated, update)
-    close(jax.jit(defense.view.simulate)(estimated, update), simulated)
-    close(jax.vmap(defense.view.simulate)(one(estimated), one(update)), one(simulated))
+
+    @jax.jit
+    def compiled(observed, estimated, update):
+        one = jax.tree.map(lambda x: x[None], (observed, estimated, update))
+        alone = estimate(observed), defense.view.simulate(estimated, update)
+        return alone, (jax.vmap(estimate)(one[0]), jax.vmap(defense.view.simulate)(*one[1:]))
+
+    alone, batch = compiled(eager, estimated, update)
+    close(alone, (estimated, simulated))
+    close(batch, jax.tree.map(lambda x: x[None], (estimated, simulated)))
+    noisy = jax.eval_shape(lambda o: estimate(o, noise=jnp.float32(0.01)), eager)
+    assert jax.tree.structure(noisy) == jax.tree.structure(estimated)
     assert jax.tree.structure(simulated) == jax.tree.structure(update)
     factored = None if defense.view.factor is None else defense.view.factor(estimated)
     if factored is not None:

@@ -12,6 +12,7 @@ import pytest
 
 from ggl_jax import checkpoint
 from ggl_jax.cli import run
+from ggl_jax.client import models
 from ggl_jax.commands import _plugins
 
 ROOT = Path(__file__).parents[1]
@@ -98,8 +99,9 @@ def test_every_part_is_listed_by_the_help(own_parts, plugin, capsys):
     assert "plugin: got 'none.py'" in capsys.readouterr().err
 
 
-def test_every_part_works_from_the_command_line(own_parts, plugin, tmp_path, capsys):
+def test_every_part_works_from_the_command_line(own_parts, plugin, tmp_path, capsys, monkeypatch):
     """Axes of a sweep, its config, report and check; an experiment. No other file is touched."""
+    monkeypatch.setitem(models.MODELS, "resnet18", models.MODELS["lenet"])  # the experiment's own
     data, prior = tmp_path / "mine.npz", tmp_path / "flat"
     (tmp_path / "grid.toml").write_text(
         f"""
