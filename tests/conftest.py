@@ -28,8 +28,10 @@ import jax.numpy as jnp
 import pytest
 from flax import linen as nn
 
+from ggl_jax import checkpoint
 from ggl_jax.adversary.search import release_programs
 from ggl_jax.client.models import from_flax
+from ggl_jax.priors import dcgan
 from ggl_jax.types import Prior
 
 # Tracing makes many objects that live on: collect seldom, and never what the imports made.
@@ -101,6 +103,14 @@ def tiny_images(tiny_prior, tiny_prior_params):
     """Two images in the prior's range."""
     latents = tiny_prior.sample_latent(jax.random.key(2), 2)
     return jnp.asarray(tiny_prior.apply(tiny_prior_params, latents, jnp.zeros(2, jnp.int32)))
+
+
+def write_tiny_prior(folder):
+    """An untrained, tiny DCGAN as a checkpoint with a card; gives the folder."""
+    arguments = {"width": 2, "latent_dim": 4}
+    card = {"name": "tiny", "kind": "dcgan", "arguments": arguments, "trained_on": [], "data": []}
+    checkpoint.save(folder, jax.jit(dcgan(**arguments).init)(jax.random.key(0)), card)
+    return folder
 
 
 #: One specification of every registered defense, by its name, of effect on the tiny model's update.

@@ -10,12 +10,10 @@ import sys
 import time
 from pathlib import Path
 
-import jax
 import pytest
+from conftest import write_tiny_prior
 
-from ggl_jax import checkpoint
 from ggl_jax.cli import run
-from ggl_jax.priors import dcgan
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="reads /proc")
 
@@ -23,12 +21,7 @@ pytestmark = pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="re
 @pytest.fixture
 def arguments(tmp_path):
     """``arguments(out, *more)``: of a small audit."""
-    prior = dcgan(width=2, latent_dim=4)
-    card = {
-        **{"name": "tiny", "kind": "dcgan", "arguments": {"width": 2, "latent_dim": 4}},
-        **{"trained_on": [], "data": []},
-    }
-    checkpoint.save(tmp_path / "prior", prior.init(jax.random.key(0)), card)
+    write_tiny_prior(tmp_path / "prior")
     options = "--optimizer adam --steps 3 --restarts 1 --pool 0 --refine none --num-controls 4"
     options += f" --ceiling-steps 1 --prior {tmp_path}/prior --out"
     return lambda out, *more: ["audit", *options.split(), str(out), *more]
@@ -83,7 +76,7 @@ def test_three_interrupts(arguments, tmp_path):
         while phase not in process.stdout.readline():
             assert process.poll() is None
         assert interrupt(process)
-    assert start(command).wait(timeout=300) == 0
+    assert run(command) == 0
     assert rows(tmp_path / "out") == rows(tmp_path / "undisturbed")
 
 

@@ -7,13 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import DEFENSE_SPECS
+from conftest import DEFENSE_SPECS, write_tiny_prior
 from test_report import Page, make_row, make_sweep, write
 from test_utility import write_utility
 
 import ggl_jax as gx
-from ggl_jax import checkpoint
-from ggl_jax.adversary.attacks import ATTACKS
+from ggl_jax.adversary.attacks import PRESETS
 from ggl_jax.adversary.reconstruct import mismatch
 from ggl_jax.audit import leaderboard, utility
 from ggl_jax.audit.sweep import check_axes
@@ -22,7 +21,6 @@ from ggl_jax.cli import run
 from ggl_jax.client.defenses import DEFENSES, STRENGTHS, parse
 from ggl_jax.client.gradients import gradient
 from ggl_jax.commands.leaderboard import settings
-from ggl_jax.priors import dcgan
 
 # --- the rule -----------------------------------------------------------------------------------
 
@@ -135,19 +133,16 @@ def test_every_defense_has_strengths_and_names_stand_for_them(monkeypatch):
 @pytest.fixture
 def board(tmp_path, monkeypatch):
     """Arguments of a leaderboard that takes seconds."""
-    arguments = {"width": 2, "latent_dim": 4}
-    card = {"name": "tiny", "kind": "dcgan", "arguments": arguments, "trained_on": [], "data": []}
-    checkpoint.save(tmp_path / "tiny", dcgan(**arguments).init(jax.random.key(0)), card)
     rng = np.random.default_rng(0)
     pictures = rng.integers(0, 255, (120, 32, 32, 3)).astype(np.uint8)
     np.savez(tmp_path / "few.npz", images=pictures[:8], labels=np.arange(8) % 2)
     np.savez(tmp_path / "many.npz", images=pictures, labels=np.arange(120) % 2)
-    short = gx.search_of("quick", "ig", steps=2, restarts=1, optimizer="adam:box=1")
-    own = {"attack": "swift", "regularizer": "none"}
-    monkeypatch.setitem(ATTACKS, "swift", gx.Search(**{**vars(short), **own}))
-    given = ["leaderboard", "--data", str(tmp_path / "few.npz"), "--prior", str(tmp_path / "tiny")]
+    short = {"steps": 2, "restarts": 1, "optimizer": "adam:box=1", "regularizer": "none"}
+    monkeypatch.setitem(PRESETS["standard"], "ig", short)
+    prior = write_tiny_prior(tmp_path / "tiny")
+    given = ["leaderboard", "--data", str(tmp_path / "few.npz"), "--prior", str(prior)]
     given += ["--model", "convnet:width=2", "--utility-model", "convnet:width=2", "--rounds", "2"]
-    given += ["--attacks", "swift", "--defenses", "none", "clip:1", "--images", "2"]
+    given += ["--attacks", "ig", "--defenses", "none", "clip:1", "--images", "2"]
     given += ["--num-controls", "4", "--ceiling-steps", "2", "--out", str(tmp_path / "board")]
     return given, tmp_path
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import DEFENSE_SPECS, TINY_SHAPE
+from conftest import DEFENSE_SPECS, TINY_SHAPE, write_tiny_prior
 
 import ggl_jax as gx
 from ggl_jax import trees
@@ -255,7 +255,9 @@ def test_from_the_command_line_to_the_report(tmp_path):
     rng = np.random.default_rng(0)
     data = tmp_path / "faces.npz"
     np.savez(data, images=rng.integers(0, 256, (4, 32, 32, 3), np.uint8), labels=[0, 1, 0, 1])
+    prior = write_tiny_prior(tmp_path / "prior")
     start = ["audit", "--data", str(data), "--indices", "0:2", "--model", "convnet:2"]
+    start += ["--prior", str(prior)]
     small = ["--preset", "quick", "--attack", "ig", "--steps", "1", "--num-controls", "4"]
     small += ["--ceiling-steps", "1", "--out", str(tmp_path / "out"), "--batch-size", "2"]
     defenses = ["--defenses", "noise:0.1"]

@@ -35,7 +35,7 @@ class Net(nn.Module):
 def setting(classes, fidelity, rate=0.9):
     """The model, what a client shared of an image, and losses in four programs."""
     model = gx.from_flax(Net(classes), (12, 12, 3), classes)
-    variables = model.init(jax.random.key(1))
+    variables = jax.jit(model.init)(jax.random.key(1))
     image = jax.random.uniform(jax.random.key(2), (1, 12, 12, 3))
     labels = jnp.array([1])
     defense = gx.parse(FORMS[fidelity](f"sparsify:{rate}"))
@@ -46,7 +46,7 @@ def setting(classes, fidelity, rate=0.9):
         return defense.apply(None, update, gx.Context(model, variables, image, labels))[0]
 
     observed = share(image)
-    estimated = defense.view.estimate(observed, model.head)
+    estimated = gx.estimate(defense.view, observed, model.head)
 
     def make(method, estimated=estimated):
         speed = gx.Speed(method=method)
