@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import TINY_SHAPE, TinyNet
+from conftest import TINY_SHAPE, TinyNet, write_tiny_prior
 from PIL import Image
 
 import ggl_jax as gx
@@ -26,7 +26,6 @@ from ggl_jax.client.updates import (
     whole,
 )
 from ggl_jax.commands.attack import AttackCommand, _scaled
-from ggl_jax.priors import dcgan
 
 
 def to_torch(params):
@@ -139,6 +138,13 @@ def _nest(path, leaf):
     return leaf
 
 
+@pytest.fixture(scope="module")
+def leaked(tiny_model, tiny_variables, tiny_images):
+    """The gradient of the first tiny image, of class 2."""
+    own = jax.jit(gradient, static_argnums=0)
+    return own(tiny_model, tiny_variables, tiny_images[:1], jnp.asarray([2]))
+
+
 @pytest.fixture
 def server(tiny_model, tiny_variables, tiny_prior, tiny_prior_params):
     """The tiny server: ``server(update, defense, **settings)``; it searches by Adam."""
@@ -157,9 +163,8 @@ def server(tiny_model, tiny_variables, tiny_prior, tiny_prior_params):
     return attack
 
 
-def test_the_server_alone_gets_the_image_back(server, tiny_model, tiny_variables, tiny_images):
-    update = gradient(tiny_model, tiny_variables, tiny_images[:1], jnp.asarray([2]))
-    clipped, _ = gx.clip(bound=0.5).apply(jax.random.key(0), update, None)
+def test_the_server_alone_gets_the_image_back(server, leaked, tiny_images):
+    clipped, _ = gx.clip(bound=0.5).apply(jax.random.key(0), leaked, None)
     # The kind is known; the bound is estimated.
     found = server(clipped, "clip:9", steps=150, restarts=4, regularizer="none")
     assert found.labels.tolist() == [2]
@@ -167,23 +172,13 @@ def test_the_server_alone_gets_the_image_back(server, tiny_model, tiny_variables
     assert found.history.shape == (150,)
 
 
-def test_the_server_averages_restarts_where_it_was_asked_to(
-    server, tiny_model, tiny_variables, tiny_images
-):
-    update = gradient(tiny_model, tiny_variables, tiny_images[:1], jnp.asarray([2]))
+def test_the_server_averages_restarts_where_it_was_asked_to(server, leaked):
     found = {
-        combine: server(update, "noise:0.1", steps=2, restarts=3, combine=combine).images
+        combine: server(leaked, "noise:0.1", steps=2, restarts=3, combine=combine).images
         for combine in ("best", "mean", "auto")
     }
     np.testing.assert_array_equal(found["auto"], found["mean"])
     assert np.max(np.abs(found["best"] - found["mean"])) > 0.05
-
-
-@pytest.fixture(scope="module")
-def leaked(tiny_model, tiny_variables, tiny_images):
-    """The gradient of the first tiny image, of class 2."""
-    own = jax.jit(gradient, static_argnums=0)
-    return own(tiny_model, tiny_variables, tiny_images[:1], jnp.asarray([2]))
 
 
 @pytest.fixture
@@ -251,7 +246,7 @@ def test_what_was_not_shared_is_left_out(
     own = dict(zip(trees.names(leaked), jax.tree.leaves(leaked), strict=True))
     own = {name: own[name] for name in part}
     context = gx.Context(tiny_model, tiny_variables, tiny_images[:1], jnp.asarray([2]))
-    sent, _ = made.apply(jax.random.key(0), own, context)
+    sent, _ = jax.jit(lambda own: made.apply(jax.random.key(0), own, context))(own)
     observed = whole(sent, params)
     view = shared_part(made.view, params, part, head).comparing(support)
     estimated = gx.estimate(view, observed, head)
@@ -406,17 +401,7 @@ def test_a_wrong_scale_or_sign_is_said(
 
 @pytest.fixture(scope="module")
 def prior_folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("weights") / "prior"
-    prior = dcgan(width=2, latent_dim=4)
-    card = {
-        "name": "tiny",
-        "kind": "dcgan",
-        "arguments": {"width": 2, "latent_dim": 4},
-        "trained_on": [],
-        "data": [],
-    }
-    checkpoint.save(folder, prior.init(jax.random.key(0)), card)
-    return folder
+    return write_tiny_prior(tmp_path_factory.mktemp("weights") / "prior")
 
 
 def test_the_command(tmp_path, monkeypatch, capsys, prior_folder):
@@ -435,21 +420,31 @@ def test_the_command(tmp_path, monkeypatch, capsys, prior_folder):
         "out": "out",
         "prior": prior_folder,
     }
+    stored = dict(np.load(tmp_path / "update.npz"))
+    frozen = {name: x for name, x in stored.items() if not name.startswith("fc")}
+    np.savez(tmp_path / "frozen.npz", **frozen)
     command = ["attack", "--model", "lenet", "--steps", "2", "--num-controls", "4"]
     command += ["--ceiling-steps", "2", "--optimizer", "cma_es"]
     for name, value in options.items():
         command += [f"--{name}", str(tmp_path / value)]
-    assert run(command) == 0
+    # A frozen last layer: the labels are unknown, and searched.
+    other = ["--gradient", str(tmp_path / "frozen.npz")]
+    assert run([*command, *other]) == 0
     result = json.loads((tmp_path / "out" / "result.json").read_text())
-    assert result["labels"] == [2]
+    assert not result["labels_known"]
     assert "judged" not in result
-    assert "cannot be told without it" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "cannot be told without it" in said
+    assert "6 of the model's 8 tensors were shared" in said
+    assert "the labels are unknown" in said
     assert (tmp_path / "out" / "reconstruction-0.png").is_file()
     judged_too = [*command, "--image", str(tmp_path / "private.png"), "--label", "2"]
-    assert run(judged_too) == 2
+    assert run([*judged_too, *other]) == 2
     assert "holds something else" in capsys.readouterr().err
     assert run([*judged_too, "--out", str(tmp_path / "judged")]) == 0
-    judged = json.loads((tmp_path / "judged" / "result.json").read_text())["judged"]
+    result = json.loads((tmp_path / "judged" / "result.json").read_text())
+    assert result["labels"] == [2]
+    judged = result["judged"]
     shown = np.asarray(Image.open(tmp_path / "judged" / "reconstruction-0.png")) / 255.0
     error = np.mean((shown - image / 255.0) ** 2)
     assert judged["psnr"] == pytest.approx(-10 * np.log10(error), abs=0.05)
@@ -473,14 +468,3 @@ def test_the_command(tmp_path, monkeypatch, capsys, prior_folder):
     assert run([*after, "--after", str(tmp_path / "weights.npz")]) == 2
     assert "learning_rate" in capsys.readouterr().err
     assert not (tmp_path / "other").exists()
-    # A frozen last layer: the labels are unknown, and searched.
-    stored = dict(np.load(tmp_path / "update.npz"))
-    frozen = {name: x for name, x in stored.items() if not name.startswith("fc")}
-    np.savez(tmp_path / "frozen.npz", **frozen)
-    options = ["--gradient", str(tmp_path / "frozen.npz"), "--out", str(tmp_path / "frozen")]
-    assert run([*command, *options]) == 0
-    said = capsys.readouterr().out
-    assert "6 of the model's 8 tensors were shared" in said
-    assert "the labels are unknown" in said
-    result = json.loads((tmp_path / "frozen" / "result.json").read_text())
-    assert not result["labels_known"]

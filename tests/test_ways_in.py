@@ -24,6 +24,10 @@ PRIOR_PARAMS = PRIOR.init(jax.random.key(0))
 IMAGES = np.random.default_rng(0).random((2, *TINY_SHAPE)).astype(np.float32)
 SEARCH = gx.Search(optimizer="adam:0.1", steps=2, regularizer="none")
 
+#: Each as one program, which compiles sooner than their operations one by one.
+gradient = jax.jit(gx.gradient, static_argnums=0)
+infer_labels = jax.jit(gx.infer_labels, static_argnums=1)
+
 
 class Net(nnx.Module):
     def __init__(self, rngs):
@@ -114,8 +118,8 @@ def test_a_model_is_the_function_that_it_was_made_of(way):
     )
     if reference is not None:
         np.testing.assert_allclose(logits, reference(jnp.asarray(IMAGES)), rtol=1e-4, atol=1e-5)
-    update = gx.gradient(model, variables, IMAGES[:1], np.asarray([2]))
-    assert gx.infer_labels(update, model.head).tolist() == [2]
+    update = gradient(model, variables, IMAGES[:1], np.asarray([2]))
+    assert infer_labels(update, model.head).tolist() == [2]
 
 
 @pytest.mark.parametrize("way", [of_nnx, of_equinox, of_function])
@@ -185,17 +189,18 @@ def huber(logits, labels):
 def test_client_and_both_methods_of_matching_use_the_models_loss(outputs, loss, written):
     model = linear(outputs, loss, 2 if outputs == 1 else None)
     variables, labels = model.init(jax.random.key(0)), np.asarray([1, 0])
-    update = gx.gradient(model, variables, IMAGES, labels)
+    update = gradient(model, variables, IMAGES, labels)
     x = IMAGES.reshape(2, -1)
     kernel = variables["params"]["head"]["kernel"]
     wanted = jax.grad(lambda w: jnp.mean(written(x @ w, labels)))(kernel)
     np.testing.assert_allclose(update["head"]["kernel"], wanted, rtol=1e-4, atol=1e-6)
     # Soteria takes the gradient anew; with nothing pruned it is the same.
     kept = np.ones((2, 192), np.float32)
-    again = pruned_gradient(model, variables, jnp.asarray(IMAGES), labels, kept)
+    pruned = jax.jit(pruned_gradient, static_argnums=0)
+    again = pruned(model, variables, jnp.asarray(IMAGES), labels, kept)
     np.testing.assert_allclose(again["head"]["kernel"], wanted, rtol=1e-4, atol=1e-6)
     losses = [
-        matching_loss(model, variables, update, speed=gx.Speed(method=method))(
+        jax.jit(matching_loss(model, variables, update, speed=gx.Speed(method=method)))(
             jnp.stack([IMAGES, IMAGES[::-1]]), labels
         )
         for method in ("fused", "direct")
@@ -214,8 +219,8 @@ def test_the_class_of_one_output():
 def test_binary_labels_are_inferred(label):
     model = linear(1, "binary_cross_entropy")
     assert model.num_classes == 2
-    update = gx.gradient(model, model.init(jax.random.key(0)), IMAGES[:1], np.asarray([label]))
-    assert gx.infer_labels(*softmax_form(model, update)).tolist() == [label]
+    update = gradient(model, model.init(jax.random.key(0)), IMAGES[:1], np.asarray([label]))
+    assert infer_labels(*softmax_form(model, update)).tolist() == [label]
 
 
 def audit(model, search=SEARCH, defenses=("none",), images=IMAGES[:1], labels=(1,), **options):
@@ -296,6 +301,6 @@ def test_several_inputs_and_heads_by_a_function_around_them():
     model = gx.from_function_model(lambda p, x: module.apply(p, x, 0.4)[0], params, TINY_SHAPE)
     assert model.head == ("params", "Dense_1")
     variables = model.init(jax.random.key(0))
-    update = gx.gradient(model, variables, IMAGES[:1], np.asarray([2]))
-    assert gx.infer_labels(update, model.head).tolist() == [2]
+    update = gradient(model, variables, IMAGES[:1], np.asarray([2]))
+    assert infer_labels(update, model.head).tolist() == [2]
     assert not np.any(update["params"]["Dense_2"]["kernel"])
