@@ -19,6 +19,7 @@ _SLICES = 8
 _PERIOD = 8
 
 
+@jax.jit
 def split(values: jax.Array, count: jax.Array | int) -> tuple[jax.Array, jax.Array]:
     """A threshold with ``count`` entries of smaller magnitude.
 

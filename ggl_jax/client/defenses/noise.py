@@ -1,5 +1,6 @@
 """Additive Gaussian noise, and how the server finds its level."""
 
+import functools
 from typing import Annotated
 
 import jax
@@ -156,6 +157,7 @@ def core_spread(values: jax.Array, *, cut: float) -> jax.Array:
     return _core_spreads([values], cut=cut)[0]
 
 
+@functools.partial(jax.jit, static_argnames="cut")
 def _core_spreads(samples: list[jax.Array], *, cut: float) -> jax.Array:
     """:func:`core_spread` of several samples, padded to one size so that the loop compiles once."""
     size = max(values.size for values in samples)
