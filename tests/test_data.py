@@ -672,6 +672,19 @@ def test_training_files_are_known_by_their_hash(tmp_path):
         data.check_prior_overlap(data.load(path, indices="0"), card, allow_held_out=True)
 
 
+def test_training_files_of_a_denoiser_count_too(tmp_path):
+    path = tmp_path / "private.npz"
+    np.savez(path, images=noise(0, 20 * 32, 32).reshape(20, 32, 32, 3))
+    entry = {"file": "public.npz", "num_images": 20, "num_held_out": 4}
+    entry["sha256"] = data.load(path).sha256
+    card = {"trained_on": [], "data": [], "config": {"seed": 0}}
+    card["denoiser"] = {"data": [entry], "config": {"seed": 7}}
+    trained, held_out = (part.tolist() for part in holdout_split(20, 4, 7))
+    data.check_prior_overlap(data.load(path, indices=held_out), card, allow_held_out=True)
+    with pytest.raises(GGLError, match=f"denoiser was trained on image {trained[0]} of public.npz"):
+        data.check_prior_overlap(data.load(path, indices=trained[:1]), card, allow_held_out=True)
+
+
 # --- the development data ---------------------------------------------------------------------
 
 

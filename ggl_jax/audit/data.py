@@ -265,7 +265,8 @@ def check_prior_overlap(dataset: Dataset, card: Mapping, *, allow_held_out: bool
         card: the prior's card: ``trained_on``, names of data sets (training parts), and ``data``,
             one object per training file with ``file``, ``sha256``, ``num_images`` and
             ``num_held_out``; the held-out images follow from the training seed,
-            ``card["config"]["seed"]``.
+            ``card["config"]["seed"]``. A denoiser beside the prior has its own, in
+            ``card["denoiser"]``.
         allow_held_out: let images of a training file pass that were held out of training.
 
     Raises:
@@ -279,15 +280,16 @@ def check_prior_overlap(dataset: Dataset, card: Mapping, *, allow_held_out: bool
             "on, so it may have memorised them; choose other images (embedded, embedded:nonfaces, "
             f"a test split) or a prior trained without {', '.join(overlap)}"
         )
-    for entry in card.get("data", ()):
+    parts = {"the prior": card, "the prior's denoiser": card.get("denoiser", {})}
+    for who, part, entry in ((w, p, e) for w, p in parts.items() for e in p.get("data", ())):
         if dataset.sha256 is None or entry.get("sha256") != dataset.sha256:
             continue
-        held_out = held_out_of(card, entry) if allow_held_out else []
+        held_out = held_out_of(part, entry) if allow_held_out else []
         seen = sorted(set(dataset.indices) - set(held_out), key=dataset.indices.index)
         if seen:
             which = "among the held-out ones" if held_out else "a file that it was not trained on"
             raise GGLError(
-                f"data: the prior was trained on image {seen[0]} of {entry.get('file')} "
+                f"data: {who} was trained on image {seen[0]} of {entry.get('file')} "
                 f"({len(seen)} of the {len(dataset.indices)} chosen); choose {which}"
             )
 
