@@ -266,6 +266,23 @@ FAULTS = {
     ("prior", "one set of latents"): (
         prior_with(sample_latent=lambda key, n: jnp.arange(4.0 * n).reshape(n, 4)), "jax.random"
     ),
+    ("prior", "a denoiser that is none"): (prior_with(denoise=3), "denoise: got int"),
+    ("prior", "a denoiser without parameters"): (prior_with(denoise=lambda x: x), "denoise: "),
+    ("prior", "a denoiser of one image"): (
+        prior_with(denoise=lambda params, x: x[0]), "denoise: gave an array (8, 8, 3)"
+    ),
+    ("prior", "a denoiser in NumPy"): (
+        prior_with(denoise=lambda params, x: np.clip(np.asarray(x), 0, 1)), "NumPy"
+    ),
+    ("prior", "a denoiser in bytes"): (
+        prior_with(denoise=lambda params, x: 255 * x), "for images in [0, 1]"
+    ),
+    ("prior", "a denoiser that makes NaN"): (
+        prior_with(denoise=lambda params, x: x * jnp.nan), "from nan to nan"
+    ),
+    ("prior", "a denoiser at random"): (
+        prior_with(denoise=lambda params, x: x * np.random.random()), "denoise: it draws"
+    ),
     # defenses
     ("defense", "a function"): (lambda: check_defense(plain, MODEL), "gx.from_function"),
     ("defense", "a number"): (lambda: check_defense(3, MODEL), "defenses: got int"),

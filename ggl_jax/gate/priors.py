@@ -56,9 +56,16 @@ def check_prior(given: Any, params: PyTree, model: Model) -> None:
         raise error
     size = (3, *given.image_shape)
     check_array(f"{what}: apply", found, size, f"images {list(size)} for 3 latents")
+    images = jax.ShapeDtypeStruct(size, jnp.float32)
+    if given.denoise is not None:
+        cleaned = shapes(f"{what}: denoise", given.denoise, params, images)
+        check_array(f"{what}: denoise", cleaned, size, f"images {list(size)}, as it was given")
     if not ships(given.apply, "ggl_jax.priors"):
         check_repeats(f"{what}: apply", given.apply, params, latents, labels)
         _check_values(given, params)
+    if given.denoise is not None and not ships(given.denoise, "ggl_jax.priors"):
+        check_repeats(f"{what}: denoise", given.denoise, params, images)
+        _check_cleaned(given, params)
 
 
 def _check_values(given: Prior, params: PyTree) -> None:
@@ -85,4 +92,19 @@ def _check_values(given: Prior, params: PyTree) -> None:
         raise GGLError(
             f"{what}: made the same image of two latents, so there is nothing to search; use the "
             "latents, and check prior_params"
+        )
+
+
+def _check_cleaned(given: Prior, params: PyTree) -> None:
+    what = f"prior {given.name}: denoise"
+    with explained(what):
+        assert given.denoise is not None
+        noisy = jax.random.uniform(jax.random.key(0), (3, *given.image_shape))
+        cleaned = np.asarray(given.denoise(params, noisy))
+    low, high = float(cleaned.min()), float(cleaned.max())
+    # what it takes off may overshoot a little; NaN is refused, too
+    if not (low >= -0.5 and high <= 1.5):
+        raise GGLError(
+            f"{what}: gave values from {low:.3g} to {high:.3g} for images in [0, 1], allowed: "
+            "cleaner images in that range, not the noise; convert from and to the network's own"
         )
