@@ -49,6 +49,16 @@ def sha256(tree) -> str:
     return digest.hexdigest()
 
 
+def check_free(path) -> None:
+    """Refuse a folder that holds anything but a checkpoint, which would be replaced.
+
+    Raises:
+        GGLError: it names the folder.
+    """
+    if Path(path).exists() and not (Path(path) / CARD).is_file():
+        raise GGLError(f"{path} exists and is no checkpoint (no {CARD}); give another folder")
+
+
 def save(path, tree, card: dict[str, Any]) -> dict[str, Any]:
     """Write a checkpoint; all of it or nothing.
 
@@ -65,8 +75,7 @@ def save(path, tree, card: dict[str, Any]) -> dict[str, Any]:
         GGLError: the folder holds something else, or cannot be written.
     """
     path = Path(path)
-    if path.exists() and not (path / CARD).is_file():
-        raise GGLError(f"{path} exists and is no checkpoint (no {CARD}); give another folder")
+    check_free(path)
     tree = jax.tree.map(np.asarray, tree)
     arrays = {name: _describe(array) for name, array in _named_leaves(tree).items()}
     card = {**card, "sha256": sha256(tree), "arrays": arrays}

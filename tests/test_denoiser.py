@@ -189,7 +189,9 @@ def test_command_puts_it_beside_a_prior(files, tmp_path, capsys):
     options += ["--steps", "2", "--batch-size", "2", "--trained-on", "more"]
     options += ["--out", str(tmp_path / "run"), "--export", str(tmp_path / "new")]
     assert run(["train-denoiser", *options]) == 0
-    assert "noise 0.1:" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "noise 0.1:" in out
+    assert "dB, from 20.00" in out
     prior, params, card = gx.load_prior(tmp_path / "new")
     assert prior.denoise(params, jnp.zeros((1, 32, 32, 3))).shape == (1, 32, 32, 3)
     assert card["trained_on"] == ["mine", "more"]
@@ -198,8 +200,50 @@ def test_command_puts_it_beside_a_prior(files, tmp_path, capsys):
     old = gx.load_prior(files / "own")[1]
     kept = {k: v for k, v in params.items() if k != "denoiser"}
     jax.tree.map(np.testing.assert_array_equal, kept, old)
+    assert run(["train-denoiser", *options[:-2]]) == 0
+    assert "--export FOLDER" in capsys.readouterr().out
     assert run(["train-denoiser", *options, "--learning-rate", "0"]) == 2
     assert "learning_rate" in capsys.readouterr().err.replace("-", "_")
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ("--data flat8.npz", "must be [n, 32, 32, 3]"),
+        ("--data flat32.npz*0", "weight 0.0 of flat32.npz"),
+        ("--data flat32.npz", "holdout=256 must lie in [0, 24]"),
+        ("--data flat32.npz --holdout 24", "holdout=24 leaves no image to train on; lower it"),
+        ("--data flat32.npz --holdout 8 --steps 0 --export taken", "taken exists and is no checkpoint"),
+    ],
+)
+@pytest.mark.parametrize("command", ["train-denoiser --prior own", "train-prior"])
+def test_what_cannot_be_trained_is_told_before(
+    command, options, said, files, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.chdir(files)
+    (files / "taken").mkdir(exist_ok=True)
+    assert run([*command.split(), *options.split(), "--out", str(tmp_path / "run")]) == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert error.startswith("ggl-jax: ")
+    assert "train-prior" not in error
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("widths", "said"),
+    [([1, 2], "expected 3"), ([0, 1, 2], "zero"), ("abc", "'a'"), ([2, 2, 2], "[2, 2, 2]")],
+)
+def test_a_card_of_another_denoiser_is_refused(widths, said, files, tmp_path):
+    prior, params, card = gx.load_prior(files / "own")
+    one = with_denoiser(prior, (1, 1, 1)).init(jax.random.key(0))
+    folder = tmp_path / "own"
+    card = {**card, "denoiser": {"arguments": {"widths": widths}}}
+    checkpoint.save(folder, {**params, "denoiser": one["denoiser"]}, card)
+    with pytest.raises(gx.GGLError) as error:
+        gx.load_prior(folder)
+    assert said in str(error.value)
+    assert "fetch it again" in str(error.value)
 
 
 def test_the_denoiser_has_the_last_word_on_coarse_images(tiny_prior):

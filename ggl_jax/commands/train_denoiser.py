@@ -1,9 +1,11 @@
 """``ggl-jax train-denoiser``: train a denoiser beside a generator, on public images."""
 
 import dataclasses
+import math
 import signal
 from pathlib import Path
 
+from ggl_jax import checkpoint
 from ggl_jax.commands._shared import AuditBar, command_of, say
 from ggl_jax.commands.train_prior import weighted
 from ggl_jax.priors import denoiser, load_prior
@@ -34,6 +36,8 @@ class TrainDenoiserCommand:
 def run(command: TrainDenoiserCommand, argv: list[str]) -> int:
     """``ggl-jax train-denoiser``."""
     files = weighted(command.data)
+    if command.export is not None:
+        checkpoint.check_free(command.export)  # rather than after hours
     own, params, card = load_prior(command.prior)
     prior = denoiser.with_denoiser(own)
     config = command.config
@@ -48,13 +52,19 @@ def run(command: TrainDenoiserCommand, argv: list[str]) -> int:
     if state.step < config.steps:
         say(f"Interrupted after {state.step} steps. The same command goes on from there.")
         return 130
-    if command.export is not None:
+    if command.export is None:
+        say(f"Trained {state.step} steps. The same command with --export FOLDER writes the prior.")
+    else:
         card = denoiser.export(
             *(state, config, prior, (params, card), files, command.export),
             trained_on=command.trained_on,
             command=command_of(argv),
         )
         psnrs = card[denoiser.DENOISER]["psnr_held_out"].items()
-        text = "; ".join(f"noise {strength}: {psnr} dB" for strength, psnr in psnrs)
-        say(f"Exported to {command.export}; use it with --prior {command.export}. {text}")
+        text = "; ".join(
+            f"noise {strength}: {psnr} dB, from {-20 * math.log10(float(strength)):.2f}"
+            for strength, psnr in psnrs
+        )
+        say(f"Exported to {command.export}; use it with --prior {command.export}.")
+        say(f"PSNR of held-out images: {text or 'none were held out'}.")
     return 0

@@ -4,6 +4,7 @@ import dataclasses
 import signal
 from pathlib import Path
 
+from ggl_jax import checkpoint
 from ggl_jax.commands._shared import AuditBar, command_of, say
 from ggl_jax.errors import GGLError
 from ggl_jax.priors.wgan_gp import Config
@@ -52,6 +53,8 @@ def run(command: TrainPriorCommand, argv: list[str]) -> int:
     from ggl_jax.priors import training
 
     files = weighted(command.data)
+    if command.export is not None:
+        checkpoint.check_free(command.export)  # rather than after hours
     config = command.config
     if command.conditional and config.num_classes is None:
         config = dataclasses.replace(config, num_classes=training.count_classes(files))

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from ggl_jax import checkpoint, grammar
-from ggl_jax.errors import GGLError, check_known
+from ggl_jax.errors import GGLError, check_known, explaining
 from ggl_jax.priors.biggan import BIGGAN_DEEP, BigGANConfig, biggan_deep
 from ggl_jax.priors.ceiling import fit_latents, project
 from ggl_jax.priors.convolutional import convolutional
@@ -48,13 +48,15 @@ def load_prior(path_or_name) -> tuple[Prior, Any, dict[str, Any]]:
     tree, card = checkpoint.load(path)
     kind = str(card.get("kind"))
     check_known(f"checkpoint {path}: kind", kind, PRIORS)
-    try:
+    with explaining(f"checkpoint {path}: its card's arguments do not fit {kind}", "fetch it again"):
         prior = _built(PRIORS[kind], json.dumps(card["arguments"], sort_keys=True))
         if DENOISER in card:
             prior = with_denoiser(prior, tuple(card[DENOISER]["arguments"]["widths"]))
-    except (KeyError, TypeError) as error:
-        raise GGLError(f"checkpoint {path}: its card's arguments do not fit {kind}") from error
-    expected = jax.eval_shape(prior.init, jax.random.key(0))
+        expected = jax.eval_shape(prior.init, jax.random.key(0))
     if jax.tree.map(jnp.shape, tree) != jax.tree.map(jnp.shape, expected):
-        raise GGLError(f"checkpoint {path}: its arrays are not those of {kind} {card['arguments']}")
+        beside = f" with denoiser {card[DENOISER]['arguments']}" if DENOISER in card else ""
+        raise GGLError(
+            f"checkpoint {path}: its arrays are not those of {kind} {card['arguments']}{beside}; "
+            "fetch it again"
+        )
     return prior, jax.tree.map(jnp.asarray, tree), card

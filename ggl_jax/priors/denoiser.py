@@ -106,7 +106,8 @@ class Config:
     seed: Number = 0
     """Seed of the weights, the batches, the noise and the held-out images."""
     holdout: Number = 256
-    """Images of the first file to keep out of training, at least 0: those of the prior's."""
+    """Images of the first file to keep out of training, at least 0; with the prior's own file,
+    number and seed they are the same ones."""
 
     @property
     def num_classes(self) -> None:

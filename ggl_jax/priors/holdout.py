@@ -33,7 +33,9 @@ def holdout_split(num: int, holdout: int, seed: int) -> tuple[np.ndarray, np.nda
     ([0, 1, 4, 5], [3, 2])
     """
     if not 0 <= holdout <= num:
-        raise GGLError(f"holdout={holdout} must lie in [0, {num}], the file's number of images")
+        raise GGLError(
+            f"holdout={holdout} must lie in [0, {num}], the first file's number of images"
+        )
     order = np.random.default_rng(seed).permutation(num)
     return np.sort(order[holdout:]), order[:holdout]
 

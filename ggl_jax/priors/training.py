@@ -108,12 +108,12 @@ def load_data(data: Sequence, config: Split, shape=IMAGE_SHAPE) -> Dataset:
             a label beyond the classes, or no image left to train on.
     """
     if not data:
-        raise GGLError("train-prior: data is empty; give at least one .npz file with `images`")
+        raise GGLError("data is empty; give at least one .npz file with `images`")
     pairs = _pairs(data)
     images, labels, weights, sources = [], [], [], []
     for path, weight in pairs:
         if not 0 < weight < float("inf"):
-            raise GGLError(f"train-prior: weight {weight} of {path} must be above 0")
+            raise GGLError(f"data: weight {weight} of {path} must be above 0")
         found, classes = _read(path, labelled=config.num_classes is not None, shape=shape)
         num = len(found)
         kept = np.arange(num)
@@ -138,7 +138,9 @@ def load_data(data: Sequence, config: Split, shape=IMAGE_SHAPE) -> Dataset:
         )
     every = np.concatenate(weights)
     if not len(every):
-        raise GGLError(f"train-prior: holdout={config.holdout} leaves no image to train on")
+        raise GGLError(
+            f"holdout={config.holdout} leaves no image to train on; lower it, or give more files"
+        )
     cumulative = (np.cumsum(every) / every.sum()).astype(np.float32)
     every_label = None if config.num_classes is None else np.concatenate(labels)
     return Dataset(np.concatenate(images), cumulative, sources, every_label)
