@@ -213,7 +213,7 @@ def test_command_puts_it_beside_a_prior(files, tmp_path, capsys):
         ("--data flat32.npz*0", "weight 0.0 of flat32.npz"),
         ("--data flat32.npz", "holdout=256 must lie in [0, 24]"),
         ("--data flat32.npz --holdout 24", "holdout=24 leaves no image to train on; lower it"),
-        ("--data flat32.npz --holdout 8 --steps 0 --export taken", "taken exists and is no checkpoint"),
+        ("--data flat32.npz --holdout 8 --steps 0 --export taken", "taken exists and is no check"),
     ],
 )
 @pytest.mark.parametrize("command", ["train-denoiser --prior own", "train-prior"])
