@@ -228,3 +228,10 @@ def test_a_failing_cell_of_an_audit_has_its_reason_and_the_others_go_on(given, t
     assert sum("failed" in one for one in stored) == 1
     # It is settled: the same call repeats nothing.
     assert gx.audit(**given, defenses=[poison, "none"], out=tmp_path / "out").rows == result.rows
+
+
+def test_priors_of_other_denoisers_are_told_apart(tiny_prior):
+    ways = None, lambda params, x: 0.9 * x, lambda params, x: 0.8 * x, lambda params, x: 0.8 * x
+    found = [identity.prior_digest(tiny_prior._replace(denoise=way)) for way in ways]
+    assert len({*found}) == 3
+    assert found[2] == found[3]

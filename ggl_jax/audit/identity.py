@@ -17,7 +17,7 @@ from ggl_jax.client.gradients import local_update
 from ggl_jax.errors import GGLError
 from ggl_jax.files import digest
 from ggl_jax.gate.parts import problem_shapes
-from ggl_jax.gate.trying import calls_back, program, reason
+from ggl_jax.gate.trying import calls_back, program, reason, ships
 from ggl_jax.types import Context, Defense, Model, Prior, PyTree, View
 
 _REGISTRIES: tuple[Any, ...] = (ATTACKS, DEFENSES, DISTANCES, OPTIMIZERS, REGULARIZERS)
@@ -85,6 +85,10 @@ def prior_digest(prior: Prior) -> str:
         traced(what, prior.apply, params, latent, label)[0],
         traced(what, functools.partial(prior.sample_latent, num=1), key)[0],
     ]
+    # of ours the weights tell, which are among the parameters
+    if prior.denoise is not None and not ships(prior.denoise, "ggl_jax.priors"):
+        image = jax.ShapeDtypeStruct((1, *prior.image_shape), jnp.float32)
+        parts.append(traced(what, prior.denoise, params, image)[0])
     return digest(parts, prior.num_classes)[:_DIGITS]
 
 
