@@ -113,7 +113,7 @@ def test_checkpoints_are_weights_to_audit(command, data, tmp_path, capsys):
     images = np.load(data)["images"] / np.float32(255)
     images = np.asarray(images.reshape(60, 8, 4, 8, 4, 3).mean((2, 4)), np.float32)
     labels = np.load(data)["labels"]
-    _, test = trained.split(60, trained.CheckpointSettings(2, 8))
+    test = trained.split(60, trained.CheckpointSettings(2, 8)).test
     logits, _ = jax.jit(model.apply)(read[20], jnp.asarray(images[test]))
     expected = np.mean(np.argmax(logits, 1) == labels[test])
     assert cards[20]["accuracy_in_eval"] == pytest.approx(expected)
