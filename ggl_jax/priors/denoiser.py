@@ -26,7 +26,7 @@ from ggl_jax.errors import GGLError
 from ggl_jax.images import from_signed
 from ggl_jax.priors import training
 from ggl_jax.priors.samples import samples, save_grid
-from ggl_jax.priors.wgan_gp import draw_batch
+from ggl_jax.priors.wgan_gp import averaged, draw_batch
 from ggl_jax.spec import Count, Number, Positive, check, options_of
 from ggl_jax.types import Prior, PyTree
 
@@ -197,9 +197,7 @@ def train_step(
     value, gradient = jax.value_and_grad(loss)(state.params)
     updates, optimizer = _optimizer(config).update(gradient, state.optimizer, state.params)
     params = optax.apply_updates(state.params, updates)
-    # early on the random start is forgotten faster
-    decay = jnp.minimum(0.995, (1.0 + state.step) / (10.0 + state.step))
-    ema = optax.incremental_update(params, state.ema, 1.0 - decay)
+    ema = averaged(state.ema, params, state.step, 0.995)
     return TrainState(state.step + 1, params, optimizer, ema), value
 
 
@@ -285,8 +283,8 @@ def export(
     """
     path, (params, card) = Path(path), base
     params = {**params, DENOISER: jax.device_get(state.ema)}
-    sources = training.load_data(data, config, prior.image_shape).sources
-    held_out = training.held_out(data, config, prior.image_shape)[:128].astype(np.float32) / 255
+    dataset = training.load_data(data, config, prior.image_shape)
+    held_out = dataset.held_out[:128].astype(np.float32) / 255
     assert prior.denoise is not None
     denoise = functools.partial(jax.jit(prior.denoise), params)
     psnrs, drawn = {}, np.asarray(samples(prior, params, jax.random.key(0), 8))
@@ -302,7 +300,7 @@ def export(
         "arguments": {"widths": list(Denoiser.widths)},
         "method": "bias-free U-Net, mean squared error over the noise's standard deviation",
         "config": {**asdict(config), "steps": int(state.step)},
-        "data": sources,
+        "data": dataset.sources,
         "psnr_held_out": psnrs,
         "command": command,
         "hardware": machine.cpu_name(),

@@ -34,6 +34,7 @@ class Dataset(NamedTuple):
     images: np.ndarray  # uint8 [n 32 32 3]
     cumulative: np.ndarray  # float32 [n], cumulative probability of drawing each image
     sources: list[dict]  # per file: file, weight, num_images, num_held_out, sha256
+    held_out: np.ndarray  # uint8 [m h w c], of the first file, not trained on
     labels: np.ndarray | None = None  # int32 [n], for a class-conditional prior
 
 
@@ -87,12 +88,6 @@ class Split(Protocol):
     def num_classes(self) -> int | None: ...
 
 
-def held_out(data: Sequence, config: Split, shape=IMAGE_SHAPE) -> np.ndarray:
-    """The images of the first file that are kept out of training, uint8 [n h w c]."""
-    images = _read(_pairs(data)[0][0], labelled=False, shape=shape)[0]
-    return images[holdout_split(len(images), config.holdout, config.seed)[1]]
-
-
 def load_data(data: Sequence, config: Split, shape=IMAGE_SHAPE) -> Dataset:
     """Load the training images: every file's, less the held-out ones of the first.
 
@@ -110,7 +105,7 @@ def load_data(data: Sequence, config: Split, shape=IMAGE_SHAPE) -> Dataset:
     if not data:
         raise GGLError("data is empty; give at least one .npz file with `images`")
     pairs = _pairs(data)
-    images, labels, weights, sources = [], [], [], []
+    images, labels, weights, sources, held_out = [], [], [], [], np.empty(0)
     for path, weight in pairs:
         if not 0 < weight < float("inf"):
             raise GGLError(f"data: weight {weight} of {path} must be above 0")
@@ -118,7 +113,8 @@ def load_data(data: Sequence, config: Split, shape=IMAGE_SHAPE) -> Dataset:
         num = len(found)
         kept = np.arange(num)
         if Path(path).resolve() == Path(pairs[0][0]).resolve():
-            kept = holdout_split(num, config.holdout, config.seed)[0]
+            kept, left = holdout_split(num, config.holdout, config.seed)
+            held_out = found[left]
         if classes.max() >= (config.num_classes or 1):
             raise GGLError(
                 f"training data {path}: label {classes.max()} is beyond num_classes="
@@ -143,7 +139,7 @@ def load_data(data: Sequence, config: Split, shape=IMAGE_SHAPE) -> Dataset:
         )
     cumulative = (np.cumsum(every) / every.sum()).astype(np.float32)
     every_label = None if config.num_classes is None else np.concatenate(labels)
-    return Dataset(np.concatenate(images), cumulative, sources, every_label)
+    return Dataset(np.concatenate(images), cumulative, sources, held_out, every_label)
 
 
 # --- a run's folder ---------------------------------------------------------------------------

@@ -180,6 +180,12 @@ def _init_state(config: Config) -> TrainState:
     )
 
 
+def averaged(average: Any, params: Any, step: jax.Array, most: float) -> Any:
+    """An exponential moving average of weights, whose decay rises to ``most`` with the steps."""
+    decay = jnp.minimum(most, (1.0 + step) / (10.0 + step))
+    return optax.incremental_update(params, average, 1.0 - decay)
+
+
 def train_step(config: Config, state: TrainState, images, cumulative, labels=None):
     """One generator update after ``config.critic_steps`` critic updates.
 
@@ -240,8 +246,7 @@ def train_step(config: Config, state: TrainState, images, cumulative, labels=Non
     updates, generator_optimizer = optimizer.update(gradients, state.generator_optimizer)
     params = optax.apply_updates(state.generator, updates)
 
-    decay = jnp.minimum(config.ema_decay, (1.0 + state.step) / (10.0 + state.step))
-    ema = optax.incremental_update(params, state.ema, 1.0 - decay)
+    ema = averaged(state.ema, params, state.step, config.ema_decay)
     distance, penalty = (jnp.stack(values).mean() for values in zip(*logged, strict=True))
     state = TrainState(state.step + 1, params, critic, generator_optimizer, critic_optimizer, ema)
     return state, Metrics(distance, penalty, loss)
