@@ -2,12 +2,11 @@
 
 import dataclasses
 import math
-import signal
 from pathlib import Path
 
 from ggl_jax import checkpoint
-from ggl_jax.commands._shared import AuditBar, command_of, say
-from ggl_jax.commands.train_prior import weighted
+from ggl_jax.commands._shared import command_of, say
+from ggl_jax.commands.train_prior import trained, weighted
 from ggl_jax.priors import denoiser, load_prior
 
 
@@ -41,16 +40,12 @@ def run(command: TrainDenoiserCommand, argv: list[str]) -> int:
     own, params, card = load_prior(command.prior)
     prior = denoiser.with_denoiser(own)
     config = command.config
-    # A stop by the system saves as Ctrl-C does.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    with AuditBar() as bar:
 
-        def progress(step, loss):
-            bar("training", 0, 1, step / config.steps, loss)
+    def train(show):
+        return denoiser.train(config, prior, files, command.out, progress=show)
 
-        state = denoiser.train(config, prior, files, command.out, progress=progress)
-    if state.step < config.steps:
-        say(f"Interrupted after {state.step} steps. The same command goes on from there.")
+    state = trained(train, config.steps)
+    if state is None:
         return 130
     if command.export is None:
         say(f"Trained {state.step} steps. The same command with --export FOLDER writes the prior.")

@@ -2,7 +2,9 @@
 
 import dataclasses
 import signal
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from ggl_jax import checkpoint
 from ggl_jax.commands._shared import AuditBar, command_of, say
@@ -48,6 +50,20 @@ def weighted(data: tuple[str, ...]) -> list[tuple[str, float]]:
     return files
 
 
+def trained(train: Callable, steps: int) -> Any:
+    """The last state of ``train(show)``, which calls ``show(step, loss)``; None if interrupted.
+
+    A stop by the system saves as Ctrl-C does.
+    """
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    with AuditBar() as bar:
+        state = train(lambda step, loss: bar("training", 0, 1, step / steps, loss))
+    if state.step < steps:
+        say(f"Interrupted after {state.step} steps. The same command goes on from there.")
+        return None
+    return state
+
+
 def run(command: TrainPriorCommand, argv: list[str]) -> int:
     """``ggl-jax train-prior``."""
     from ggl_jax.priors import training
@@ -58,16 +74,14 @@ def run(command: TrainPriorCommand, argv: list[str]) -> int:
     config = command.config
     if command.conditional and config.num_classes is None:
         config = dataclasses.replace(config, num_classes=training.count_classes(files))
-    # A stop by the system saves as Ctrl-C does.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    with AuditBar() as bar:
 
+    def train(show):
         def progress(step, metrics):
-            bar("training", 0, 1, step / config.steps, metrics["wasserstein"])
+            show(step, metrics["wasserstein"])
 
-        state = training.train(config, files, command.out, progress=progress)
-    if state.step < config.steps:
-        say(f"Interrupted after {state.step} steps. The same command goes on from there.")
+        return training.train(config, files, command.out, progress=progress)
+
+    if trained(train, config.steps) is None:
         return 130
     if command.export is not None:
         training.export(
