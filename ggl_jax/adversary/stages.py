@@ -177,8 +177,8 @@ def _freed(problem: Problem, candidates: Candidates, *, by: str) -> Problem:
     image = jnp.clip(candidates.images[0], 0.0, 1.0).reshape(-1)
     factor = STRIDE * jnp.eye(image.size, dtype=image.dtype)
     guess = problem.guess._replace(mean=image, factor=factor, weight=jnp.float32(0))
-    weights: dict[str, Any] = {by: {"denoised": DENOISED, "smooth": SMOOTH}[by] * guess.sharpness}
-    return problem._replace(guess=guess._replace(**{"denoised": jnp.float32(0), **weights}))
+    weight: dict[str, Any] = {by: {"denoised": DENOISED, "smooth": SMOOTH}[by] * guess.sharpness}
+    return problem._replace(guess=guess._replace(**weight))
 
 
 # The same objects for every search, or their programs would be compiled again.
