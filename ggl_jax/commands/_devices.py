@@ -20,7 +20,6 @@ def join(
     Raises:
         GGLError: some of the three without the others, or the processes do not find each other.
     """
-
     given = (coordinator, num_processes, process_id)
     if all(value is None for value in given):
         if not distributed:
@@ -38,7 +37,6 @@ def join(
 
 def mesh(shard: bool):
     """All devices of all processes as a mesh; None where one device is to do the work."""
-
     if not shard and jax.process_count() == 1:
         return None
     return jax.sharding.Mesh(np.asarray(jax.devices()), ("devices",))

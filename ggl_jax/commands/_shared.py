@@ -137,7 +137,6 @@ def load_inputs(
         GGLError: what cannot be loaded, images that the prior was trained on, no labels, or weights
             of another number of classes.
     """
-
     prior, prior_params, card = load_prior(setup.prior)
     size = prior.image_shape[0]
     dataset = audit_data.load(setup.data, image_size=size, indices=indices, labels=setup.label)
@@ -158,7 +157,6 @@ def load_labelled(data: str, size: int, label: int | None = None) -> Any:
     Raises:
         GGLError: what cannot be loaded, or has no labels.
     """
-
     dataset = audit_data.load(data, image_size=size, labels=label)
     if dataset.labels is None:
         raise GGLError(f"data: {data} has no labels; add a labels.csv (file,label)")
@@ -172,7 +170,6 @@ def load_model(setup: Setup, num_classes: int, image_shape: tuple[int, int, int]
         GGLError: an unknown model, weights that are not its own, or another number of classes in
             them than the setup's.
     """
-
     if setup.weights == "random":
         return get_model(setup.model, num_classes=num_classes, image_shape=image_shape), None
     if not Path(setup.weights).exists():
@@ -192,7 +189,6 @@ def load_model(setup: Setup, num_classes: int, image_shape: tuple[int, int, int]
 
 def suspects(setup: Setup, judge: Judge, loaded: Loaded) -> Any:
     """Images [m h w c] of the same data, none of them audited; None where there are none."""
-
     left = np.setdiff1d(np.arange(loaded.dataset.size), loaded.dataset.indices)
     chosen = np.random.default_rng(setup.seed).permutation(left)[: judge.suspects]
     if not len(chosen):
@@ -207,7 +203,6 @@ def suspects(setup: Setup, judge: Judge, loaded: Loaded) -> Any:
 
 def environment() -> dict[str, str]:
     """Versions and hardware that numbers depend on."""
-
     packages = ("ggl-jax", "jax", "jaxlib", "flax", "optax", "evosax", "orbax-checkpoint", "numpy")
     versions = {}
     for name in packages:

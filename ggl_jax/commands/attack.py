@@ -213,7 +213,6 @@ def _sha256(path: Path) -> str:
 
 def _read_part(command: AttackCommand, params) -> dict[str, Any]:
     """The tensors that the client shared, without those that are all zero."""
-
     if (command.gradient is None) == (command.after is None):
         raise GGLError("gradient: give --gradient, or --after with --learning-rate; one of the two")
     if command.gradient is not None:
@@ -237,7 +236,6 @@ def _read_part(command: AttackCommand, params) -> dict[str, Any]:
 
 def _scaled(command: AttackCommand, key, public, part) -> tuple[dict, dict[str, Any], list[str]]:
     """The update of a loss that was not scaled, what is known of the scale, and what to say."""
-
     params, total = public.variables["params"], len(trees.names(public.variables["params"]))
     notes = []
     if len(part) < total:
@@ -295,7 +293,6 @@ def _write(command: AttackCommand, content: dict) -> None:
 
 def _private_image(command: AttackCommand, prior):
     """The private image [h w c] in [0, 1]."""
-
     assert command.image is not None
     if not command.image.exists():
         raise GGLError(f"image: {command.image} does not exist; give an image file")
@@ -307,7 +304,6 @@ def _private_image(command: AttackCommand, prior):
 
 def _judge(command: AttackCommand, found, original, public) -> dict:
     """Scores and controls, as in an audit."""
-
     controls = prior_controls(
         public.prior,
         public.prior_params,

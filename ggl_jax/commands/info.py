@@ -19,7 +19,6 @@ class InfoCommand:
 
 def run(command: InfoCommand, argv: list[str]) -> int:
     """``ggl-jax info``."""
-
     table = Table("", "", show_header=False)
     for name, value in environment().items():
         table.add_row(name, value)

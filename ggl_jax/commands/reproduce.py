@@ -123,7 +123,6 @@ def _resolve(command: ReproduceCommand) -> ReproduceCommand:
     Raises:
         GGLError: an unknown experiment, an option out of its range, or no data or prior.
     """
-
     name = command.experiment
     check_known("experiment", name, paper.EXPERIMENTS)
     command = checked(command)
@@ -166,7 +165,6 @@ def _landscape(command: Any, search: Search, argv: list[str]) -> int:
 
 def _write(chosen: Any, experiment: Any, results: Any, inputs: Any, given: Any) -> None:
     """The table and the pictures of what is there."""
-
     key, told = jax.random.key(chosen.seed), given.about
     env = told["environment"]
     controls = paper.control_scores(
@@ -197,7 +195,6 @@ def _write(chosen: Any, experiment: Any, results: Any, inputs: Any, given: Any) 
 
 def _cells(runs: Sequence[Any], inputs: Any) -> list[Any]:
     """The experiment's cells: every search under every one of its defenses, on every image."""
-
     maker, client = Cells(inputs), Client()
     return [
         maker.make(

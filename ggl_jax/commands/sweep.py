@@ -114,7 +114,6 @@ def grid_of(table: dict[str, Any]) -> GridFile:
     Raises:
         GGLError: an unknown option, or a value of a wrong type.
     """
-
     preset = check("grid: preset", table.get("preset", "quick"), Preset)
     fixed, exclude = table.get("fixed", {}), table.get("exclude", [])
     axes = table.get("axes", {})
@@ -153,7 +152,6 @@ def load_grid(file: GridFile, about: dict[str, Any] | None = None, **given: Any)
         about: entries for the folder's ``config.json``.
         **given: further arguments of :class:`ggl_jax.audit.cells.Inputs`.
     """
-
     setup, judge = _first(file), file.fixed.judge
     remedy = "add a labels.csv (file,label) or fix label = 0"
     loaded = load_inputs(setup, indices=file.options["axes"]["image"], remedy=remedy)
@@ -174,7 +172,6 @@ def load_grid(file: GridFile, about: dict[str, Any] | None = None, **given: Any)
 
 def _first(file: GridFile) -> Setup:
     """The setup with the first model and weights of the axes, which tell the number of classes."""
-
     setup, named = file.fixed.setup, file.axes.get("weights", [])
     read = [expand(one)[0] for one in named if one != "random"]
     weights = (read or ["random"])[0] if named else setup.weights
@@ -194,7 +191,6 @@ def run(command: SweepCommand, argv: list[str]) -> int:
 
 def carry_out(grid, out: Path, running: Running) -> int:
     """Run a grid with progress, a summary and the report; the exit code."""
-
     from ggl_jax.audit import report
 
     first = jax.process_index() == 0

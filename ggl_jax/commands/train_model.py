@@ -75,7 +75,6 @@ def run(command: TrainModelCommand, argv: list[str]) -> int:
 
 def _in_eval(text: str, model: Any) -> Any:
     """The model in eval mode, where its text says training mode; else None."""
-
     sizes = {"num_classes": model.num_classes, "image_shape": model.image_shape}
     kind, options = grammar.read(MODELS, text, what="model", offered=tuple(sizes))
     if options.get("batch_norm") != "train":
