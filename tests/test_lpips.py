@@ -120,7 +120,7 @@ def test_torch_agrees(backbone, size, random_weights):
 def test_small_images_work_where_torchs_do(backbone, smallest, random_weights):
     tensors = random_weights[backbone]
     params = L.from_torch(tensors, backbone)
-    assert L.smallest_side(backbone) == smallest
+    assert L.get_backbone(backbone).smallest == smallest
     a, b = images(1, 1, smallest, smallest + 3, 3), images(2, 1, smallest, smallest + 3, 3)
     expected = torch_lpips(tensors, backbone, a, b)
     np.testing.assert_allclose(

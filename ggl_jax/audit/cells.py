@@ -13,7 +13,7 @@ from ggl_jax.adversary.attacks import members
 from ggl_jax.adversary.optimizers import OPTIMIZERS
 from ggl_jax.adversary.reconstruct import Prepared, prepare
 from ggl_jax.audit import identity, metrics
-from ggl_jax.audit.lpips import smallest_side
+from ggl_jax.audit.lpips import get_backbone
 from ggl_jax.client import defenses as client_defenses
 from ggl_jax.client.defenses.transformations import as_defense
 from ggl_jax.errors import GGLError
@@ -96,7 +96,7 @@ class Inputs:
             put("prior", prior)
             put("prior_params", params)
         put("speed", checked(as_options("speed", self.speed, Speed)))
-        smallest_side(self.lpips)  # for its error
+        get_backbone(self.lpips)  # for its error
         at_least(1, num_controls=self.num_controls, ceiling_steps=self.ceiling_steps)
         at_least(0, bound_samples=self.bound_samples)
         machine.settings()  # for its error

@@ -11,13 +11,15 @@ Reference: Zhang, Isola, Efros, Shechtman and Wang, "The unreasonable effectiven
 as a perceptual metric", CVPR 2018, and the weights of its published code, version 0.1.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import linen as nn
+from flax.traverse_util import flatten_dict
 
 from ggl_jax import foreign
 from ggl_jax.errors import GGLError, check_known
@@ -30,73 +32,86 @@ _SCALE = np.array([0.458, 0.448, 0.450], np.float32)
 _EPSILON = 1e-10
 
 
-class _Conv(NamedTuple):
-    """A convolution and its ReLU."""
-
-    channels: int
-    kernel: int
-    stride: int = 1
-    padding: int = 0
+def _conv(channels: int, kernel: int, stride: int = 1, padding: int = 0, name: str | None = None):
+    # A metric should not depend on the device's default precision (TF32).
+    highest = jax.lax.Precision.HIGHEST
+    return nn.Conv(channels, (kernel, kernel), stride, padding, precision=highest, name=name)
 
 
-class _Fire(NamedTuple):
-    """SqueezeNet's module: a 1x1 convolution, then 1x1 and 3x3 ones side by side; with ReLUs."""
+class _Fire(nn.Module):
+    """SqueezeNet's module: a 1x1 convolution and a ReLU, then 1x1 and 3x3 ones side by side."""
 
     squeeze: int
     expand: int
 
+    @nn.compact
+    def __call__(self, x):
+        x = nn.relu(_conv(self.squeeze, 1, name="squeeze")(x))
+        wide = _conv(self.expand, 3, padding=1, name="expand3x3")(x)
+        return jnp.concatenate([_conv(self.expand, 1, name="expand1x1")(x), wide], axis=-1)
 
-class _Pool(NamedTuple):
-    """Max-pooling; ``ceil`` lets the last window reach over the edge."""
+
+class _Pool(nn.Module):
+    """Max-pooling; ``ceil`` lets the last window reach over the edge, as in torch."""
 
     size: int
     stride: int
     ceil: bool = False
+
+    def __call__(self, x):
+        over = [(self.size - n) % self.stride if self.ceil else 0 for n in x.shape[1:3]]
+        window, strides = (self.size, self.size), (self.stride, self.stride)
+        return nn.max_pool(x, window, strides, [(0, n) for n in over])
 
 
 class Backbone(NamedTuple):
     """A network in torchvision's numbering.
 
     Attributes:
-        layers: {number in torchvision's ``features``: layer}, in order.
+        layers: {number in torchvision's ``features``: layer}, in order; a ReLU follows each (pools
+            have positive inputs, on which it does nothing).
         taps: numbers of the layers whose outputs are compared.
+        smallest: height and width of the smallest images, in pixels; below it a convolution or
+            pooling window is larger than what is left of the image.
     """
 
-    layers: dict[str, _Conv | _Fire | _Pool]
+    layers: dict[str, nn.Module]
     taps: tuple[str, ...]
+    smallest: int
 
 
-def _vgg16() -> dict[str, _Conv | _Fire | _Pool]:
-    layers: dict[str, _Conv | _Fire | _Pool] = {}
+def _vgg16() -> dict[str, nn.Module]:
+    layers: dict[str, nn.Module] = {}
     number = 0
     for block, (depth, channels) in enumerate([(2, 64), (2, 128), (3, 256), (3, 512), (3, 512)]):
         if block:
             layers[str(number)] = _Pool(2, 2)
             number += 1
         for _ in range(depth):
-            layers[str(number)] = _Conv(channels, 3, padding=1)
+            layers[str(number)] = _conv(channels, 3, padding=1)
             number += 2  # torchvision counts the ReLU
     return layers
 
 
 #: Backbones by name. "vgg" is the paper's; "alex" is the one that LPIPS' authors recommend.
 BACKBONES: dict[str, Backbone] = {
-    "vgg": Backbone(layers=_vgg16(), taps=("2", "7", "14", "21", "28")),
+    "vgg": Backbone(layers=_vgg16(), taps=("2", "7", "14", "21", "28"), smallest=16),
     "alex": Backbone(
         layers={
-            "0": _Conv(64, 11, stride=4, padding=2),
+            "0": _conv(64, 11, stride=4, padding=2),
             "2": _Pool(3, 2),
-            "3": _Conv(192, 5, padding=2),
+            "3": _conv(192, 5, padding=2),
             "5": _Pool(3, 2),
-            "6": _Conv(384, 3, padding=1),
-            "8": _Conv(256, 3, padding=1),
-            "10": _Conv(256, 3, padding=1),
+            "6": _conv(384, 3, padding=1),
+            "8": _conv(256, 3, padding=1),
+            "10": _conv(256, 3, padding=1),
         },
         taps=("0", "3", "6", "8", "10"),
+        smallest=31,
     ),
     "squeeze": Backbone(
         layers={
-            "0": _Conv(64, 3, stride=2),
+            "0": _conv(64, 3, stride=2),
             "2": _Pool(3, 2, ceil=True),
             "3": _Fire(16, 64),
             "4": _Fire(16, 64),
@@ -110,6 +125,7 @@ BACKBONES: dict[str, Backbone] = {
             "12": _Fire(64, 256),
         },
         taps=("0", "4", "7", "9", "10", "11", "12"),
+        smallest=17,
     ),
 }
 
@@ -124,21 +140,24 @@ def get_backbone(name: str) -> Backbone:
     return BACKBONES[name]
 
 
+class _Features(nn.Module):
+    """Unit-length features [b h w c] at each tap, of images [b h w 3] in [0, 1]."""
+
+    backbone: str
+
+    @nn.compact
+    def __call__(self, images):
+        network, x = BACKBONES[self.backbone], (to_signed(images) - _SHIFT) / _SCALE
+        found = []
+        for number, layer in network.layers.items():
+            x = nn.relu(layer.copy(name=number)(x))
+            if number in network.taps:
+                length = jnp.linalg.norm(x, axis=-1, keepdims=True)
+                found.append(x / (length + _EPSILON))
+        return found
+
+
 # --- parameters -------------------------------------------------------------------------------
-
-
-def _convolutions(backbone: Backbone) -> Iterator[tuple[tuple[str, ...], int, int, int]]:
-    """``(path, kernel size, channels in, channels out)`` of each convolution."""
-    channels = 3
-    for number, layer in backbone.layers.items():
-        if isinstance(layer, _Conv):
-            yield (number,), layer.kernel, channels, layer.channels
-            channels = layer.channels
-        elif isinstance(layer, _Fire):
-            yield (number, "squeeze"), 1, channels, layer.squeeze
-            yield (number, "expand1x1"), 1, layer.squeeze, layer.expand
-            yield (number, "expand3x3"), 3, layer.squeeze, layer.expand
-            channels = 2 * layer.expand
 
 
 def torch_layout(backbone: str) -> dict[str, foreign.Tensor]:
@@ -151,18 +170,19 @@ def torch_layout(backbone: str) -> dict[str, foreign.Tensor]:
         ``features.*`` as in torchvision's state dict of the network, convolutions as
         [out in h w]; ``lin*.model.1.weight`` [1 channels 1 1] as in LPIPS' own files.
     """
-    network = get_backbone(backbone)
+    images = jnp.zeros((1, *[get_backbone(backbone).smallest] * 2, 3))
+    init = _Features(backbone).init_with_output
+    taps, variables = jax.eval_shape(init, jax.random.key(0), images)
+    arrays = flatten_dict(variables["params"])
     layout: dict[str, foreign.Tensor] = {}
-    channels: dict[str, int] = {}
-    for path, kernel, inputs, outputs in _convolutions(network):
-        name, ours = ".".join(("features", *path)), ("features", *path)
-        shape = (outputs, inputs, kernel, kernel)
-        layout[f"{name}.weight"] = foreign.Tensor(shape, (*ours, "kernel"))
-        layout[f"{name}.bias"] = foreign.Tensor((outputs,), (*ours, "bias"))
-        # a Fire module's two outputs are joined
-        channels[path[0]] = 2 * outputs if path[1:] == ("expand3x3",) else outputs
-    for index, tap in enumerate(network.taps):
-        shape = (1, channels[tap], 1, 1)
+    for path in sorted(arrays, key=lambda path: int(path[0])):
+        shape = arrays[path].shape
+        shape = (*shape[:1:-1], *shape[:2])  # [h w in out] to [out in h w], vectors as they are
+        kind = {"kernel": "weight", "bias": "bias"}[path[-1]]
+        name = ".".join(("features", *path[:-1], kind))
+        layout[name] = foreign.Tensor(shape, ("features", *path))
+    for index, tap in enumerate(taps):
+        shape = (1, tap.shape[-1], 1, 1)
         layout[f"lin{index}.model.1.weight"] = foreign.Tensor(shape, ("lin", str(index)), np.ravel)
     return layout
 
@@ -189,77 +209,6 @@ def from_torch(tensors: Mapping[str, np.ndarray], backbone: str) -> PyTree:
 # --- the distance -----------------------------------------------------------------------------
 
 
-def _conv(params, x, *, stride=1, padding=0):
-    x = jax.lax.conv_general_dilated(
-        x,
-        params["kernel"],
-        (stride, stride),
-        [(padding, padding)] * 2,
-        dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        # A metric should not depend on the device's default precision (TF32).
-        precision=jax.lax.Precision.HIGHEST,
-    )
-    return jax.nn.relu(x + params["bias"])
-
-
-def _pooled(length: int, pool: _Pool) -> int:
-    """Length after pooling, by torch's rule; below 1 where it does not fit.
-
-    No window may start beyond the edge; with stride <= size that holds by itself.
-    """
-    reach = length - pool.size + (pool.stride - 1 if pool.ceil else 0)
-    return reach // pool.stride + 1
-
-
-def _pool(x, pool: _Pool):
-    lengths = x.shape[1:3]
-    beyond = [(_pooled(n, pool) - 1) * pool.stride + pool.size - n for n in lengths]
-    window, strides = (1, pool.size, pool.size, 1), (1, pool.stride, pool.stride, 1)
-    padding = [(0, 0), *((0, max(0, extra)) for extra in beyond), (0, 0)]
-    return jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, window, strides, padding)
-
-
-def smallest_side(backbone: str) -> int:
-    """The smallest height and width that the network takes, in pixels: vgg 16, alex 31, squeeze 17.
-
-    Below it a convolution or pooling window is larger than what is left of the image.
-    """
-    network = get_backbone(backbone)
-
-    def fits(length: int) -> bool:
-        for layer in network.layers.values():
-            if isinstance(layer, _Conv):
-                length = (length + 2 * layer.padding - layer.kernel) // layer.stride + 1
-            elif isinstance(layer, _Pool):
-                length = _pooled(length, layer)
-            if length < 1:
-                return False
-        return True
-
-    return next(length for length in range(1, 1000) if fits(length))
-
-
-def _features(params: PyTree, images: jax.Array, network: Backbone) -> list[jax.Array]:
-    """Unit-length features [b h w c] at each tap, of images [b h w 3] in [0, 1]."""
-    x = (to_signed(images) - _SHIFT) / _SCALE
-    found = []
-    for number, layer in network.layers.items():
-        if isinstance(layer, _Pool):
-            x = _pool(x, layer)
-        elif isinstance(layer, _Conv):
-            weights = params["features"][number]
-            x = _conv(weights, x, stride=layer.stride, padding=layer.padding)
-        else:
-            weights = params["features"][number]
-            x = _conv(weights["squeeze"], x)
-            parts = _conv(weights["expand1x1"], x), _conv(weights["expand3x3"], x, padding=1)
-            x = jnp.concatenate(parts, axis=-1)
-        if number in network.taps:
-            length = jnp.linalg.norm(x, axis=-1, keepdims=True)
-            found.append(x / (length + _EPSILON))
-    return found
-
-
 @partial(jax.jit, static_argnames="backbone")
 def layer_distances(params: PyTree, a: jax.Array, b: jax.Array, *, backbone: str) -> jax.Array:
     """The share of each compared layer in :func:`lpips`.
@@ -269,7 +218,7 @@ def layer_distances(params: PyTree, a: jax.Array, b: jax.Array, *, backbone: str
     Returns:
         [... layers]: 5 for vgg and alex, 7 for squeeze.
     """
-    network, smallest = get_backbone(backbone), smallest_side(backbone)
+    smallest = get_backbone(backbone).smallest
     a, b = jnp.asarray(a), jnp.asarray(b)
     for images in (a, b):
         if (
@@ -291,7 +240,8 @@ def layer_distances(params: PyTree, a: jax.Array, b: jax.Array, *, backbone: str
 
     def prepared(images):
         images = jnp.broadcast_to(images, (*images.shape[:-1], 3)).astype(jnp.float32)
-        return _features(params, images.reshape(-1, *images.shape[-3:]), network)
+        images = images.reshape(-1, *images.shape[-3:])
+        return _Features(backbone).apply({"params": params["features"]}, images)
 
     shares = []
     for index, (x, y) in enumerate(zip(prepared(a), prepared(b), strict=True)):
@@ -319,6 +269,6 @@ def lpips(params: PyTree, a: jax.Array, b: jax.Array, *, backbone: str = "vgg") 
         of a position are zero.
 
     Raises:
-        GGLError: an unknown backbone, other shapes, or images below :func:`smallest_side`.
+        GGLError: an unknown backbone, other shapes, or images smaller than the backbone takes.
     """
     return layer_distances(params, a, b, backbone=backbone).sum(axis=-1)

@@ -18,7 +18,7 @@ from jax.typing import ArrayLike
 from scipy import special
 
 from ggl_jax.audit import weights
-from ggl_jax.audit.lpips import lpips, smallest_side
+from ggl_jax.audit.lpips import get_backbone, lpips
 from ggl_jax.types import Model, PyTree
 
 _IMAGE_AXES = (-3, -2, -1)
@@ -322,7 +322,7 @@ def perceptual(backbone: str, image_shape: Sequence[int]) -> Perceptual:
     Raises:
         GGLError: an unknown backbone, or installed weights that are damaged.
     """
-    smallest = smallest_side(backbone)
+    smallest = get_backbone(backbone).smallest
     if min(image_shape[:2]) < smallest:
         note = f"lpips-{backbone} takes images of at least {smallest} x {smallest} pixels"
         return Perceptual(backbone, None, note)
