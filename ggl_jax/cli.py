@@ -45,7 +45,7 @@ from ggl_jax.commands import (
 )
 from ggl_jax.commands._options import choice_of
 from ggl_jax.errors import GGLError, did_you_mean
-from ggl_jax.spec import allowed, options_of, replace
+from ggl_jax.spec import allowed, checked, options_of, replace
 
 #: Subcommands: a module's ``run(options, argv) -> exit code``, whose annotation says the options.
 #: Its ``defaults(argv)``, if any, are the options before the user's own, on which they hang. A new
@@ -207,7 +207,7 @@ def run(argv: list[str] | None = None) -> int:
         print(f"ggl-jax {metadata.version('ggl-jax')}")
         return 0
     try:
-        command = _read(_plugins.load(argv))
+        command = checked(_read(_plugins.load(argv)))
         _set_up_jax()
         (name,) = (name for name, options in OPTIONS.items() if type(command) is options)
         return COMMANDS[name].run(command, argv)

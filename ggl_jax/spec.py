@@ -40,6 +40,8 @@ class Above(NamedTuple):
 
 Count = Annotated[int, AtLeast(1)]
 Number = Annotated[int, AtLeast(0)]
+#: JAX draws by the lowest 32 bits of a seed, so that a larger one would repeat another's numbers.
+Seed = Annotated[int, AtLeast(0, below=2**32)]
 Positive = Annotated[float, Above(0.0)]
 Share = Annotated[float, AtLeast(0.0, below=1.0)]
 #: Between 0 and 1, both excluded.
@@ -72,7 +74,7 @@ class Setup:
     prior: str = "dcgan32_faces"
     """The adversary's generator: the name of one that ships with the tool, or a checkpoint folder
     made by ggl-jax train-prior."""
-    seed: Number = 0
+    seed: Seed = 0
     """Seed of the model's weights, the noise and the search."""
 
 
@@ -328,7 +330,7 @@ def allowed(hint: Any) -> str:
     """
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin is Annotated and isinstance(args[1], AtLeast):
-        below = f" and below {args[1].below:g}" if args[1].below < math.inf else ""
+        below = f" and below {args[1].below:,}" if args[1].below < math.inf else ""
         return f"{allowed(args[0])} of at least {args[1].low:g}{below}"
     if origin is Annotated and isinstance(args[1], Above):
         return f"{allowed(args[0])} above {args[1].low:g}"

@@ -12,8 +12,10 @@ from PIL import Image
 
 from ggl_jax import checkpoint, trees
 from ggl_jax.__main__ import main
+from ggl_jax.cli import OPTIONS
 from ggl_jax.client.models import get_model
 from ggl_jax.priors import dcgan
+from ggl_jax.spec import options_of
 
 RNG = np.random.default_rng(0)
 IMAGES = RNG.integers(0, 256, (4, 32, 32, 3), np.uint8)
@@ -63,6 +65,7 @@ GRIDS = {
     "empty-axis": "[axes]\ndefense = []",
     "date": "[axes]\nseed = [2020-01-01]",
     "preset": "preset = 3",
+    "seed": f"[axes]\nseed = [{2**63}]",
     "exclude": "exclude = 'x'",
     "table": "[axis]\nseed = [0]",
     "axis": "[axes]\ndefence = ['none']",
@@ -154,6 +157,13 @@ AUDIT = f"audit --prior @/prior --model {MODEL} --attack ig --steps 1 --restarts
 ATTACK = f"attack --weights @/weights.npz --gradient @/update.npz --prior @/prior --model {MODEL}"
 ATTACK += " --attack ig --steps 1 --restarts 1 --out out"
 UNREADABLE = "not a readable .npz file"
+#: Every command that has a seed.
+SEEDED = [
+    AUDIT, ATTACK, "reproduce table3 --data @/good.npz", "landscape", "leaderboard",
+    "utility --defenses none --data @/many.npz --out out", "train-model --data @/good.npz",
+    "train-prior --data @/good.npz", "train-denoiser --data @/good.npz",
+    "score-prior --data @/good.npz", "sample-prior",
+]  # fmt: skip
 
 
 def audits(option, faults, command=AUDIT):
@@ -359,6 +369,11 @@ FAULTS = {
         "import-prior dcgan --from @/weights.npz --out out": ["layers"],
         "weights lpips-vg": ["did you mean 'lpips-vgg'"], "weights": ["lpips-vgg"],
         "info extra": ["extra"], "repot": ["did you mean 'report'"], "--versio": ["--versio"],
+        **{
+            f"{one} --seed {seed}": [f"seed: got {seed}", "below 4,294,967,296"]
+            for one in SEEDED for seed in (2**32, 2**63)
+        },
+        "sweep @/seed.toml --out out": ["seed: got 9223372036854775808", "below 4,294,967,296"],
         "audit --config @/none.json --out out": ["none.json"],
         "audit --config @/prior/card.json --out out": ["config.json"],
     }),
@@ -392,3 +407,5 @@ def test_one_line_for_each_fault(fault, stock, tmp_path, monkeypatch, capsys):
 
 def test_the_table_is_large_enough():
     assert len(FAULTS) >= 200
+    seeded = {name for name, kind in OPTIONS.items() if "seed" in options_of(kind)}
+    assert seeded == {one.split()[0] for one in SEEDED}

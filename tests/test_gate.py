@@ -385,6 +385,10 @@ def test_one_line_for_each_fault(kind, fault, tmp_path, monkeypatch):
         ({"search": {"steps": 3}}, "search: got dict"),
         ({"client": {"batch_size": 2}}, "client: got dict"),
         ({"seed": "a"}, "seed: got 'a'"),
+        (
+            {"seed": 2**63},
+            "seed: got 9223372036854775808, allowed: whole numbers of at least 0 and",
+        ),
         ({"speed": 3}, "speed: got int"),
         ({"num_controls": 0}, "num_controls: got 0"),
         ({"ceiling_steps": 0}, "ceiling_steps: got 0"),

@@ -25,7 +25,7 @@ from ggl_jax.gate.parts import check_attack, check_metric, check_optimizer
 from ggl_jax.gate.priors import check_prior
 from ggl_jax.grammar import at_least
 from ggl_jax.priors import load_prior
-from ggl_jax.spec import Client, Search, Speed, checked
+from ggl_jax.spec import Client, Search, Seed, Speed, check, checked
 from ggl_jax.types import Defense, Model, Public, PyTree
 
 # Streams of the run's key: the federated model's weights, the adversary's public samples, and those
@@ -280,7 +280,7 @@ class Cells:
         batch: tuple[int, ...],
     ) -> Cell:
         """One cell; see :class:`Cell`. A search that cannot be built has no evaluations."""
-        inputs = self.inputs
+        seed, inputs = check("seed", seed, Seed), self.inputs
         names = [inputs.names[i] for i in batch]
         program = (search, client, defense)
         searched = dataclasses.asdict(search)

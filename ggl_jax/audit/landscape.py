@@ -23,7 +23,7 @@ from ggl_jax.client import defenses as client_defenses
 from ggl_jax.client.share import share
 from ggl_jax.errors import GGLError
 from ggl_jax.priors.decoding import decode_each
-from ggl_jax.spec import AtLeast, Positive, Search, check, replace
+from ggl_jax.spec import AtLeast, Positive, Search, Seed, check, replace
 from ggl_jax.types import Defense, Prior
 
 #: Points in each direction.
@@ -85,7 +85,7 @@ def find_center(
         )
     if isinstance(defense, str):
         defense = client_defenses.parse(defense)
-    public = inputs.public(seed)
+    public = inputs.public(check("seed", seed, Seed))
     key = jax.random.fold_in(jax.random.key(seed), inputs.instance_ids[0])
     stream = jax.random.fold_in(key, STREAM_DEFENSE)
     sent, _ = share(stream, public, inputs.images[:1], inputs.labels[:1], defense=defense)

@@ -36,7 +36,6 @@ from ggl_jax.client.share import share
 from ggl_jax.errors import GGLError, StorageError
 from ggl_jax.files import digest
 from ggl_jax.gate.arguments import as_options
-from ggl_jax.grammar import at_least
 from ggl_jax.spec import Client, Search, checked, varying
 from ggl_jax.types import Model
 
@@ -447,7 +446,6 @@ def audit(
     given = Inputs(images, labels, model, **inputs)
     search = checked(as_options("search", search, Search))
     client = checked(as_options("client", client, Client))
-    at_least(0, seed=seed)
     maker = Cells(given, told_apart=out is not None)
     if isinstance(defenses, str) or not isinstance(defenses, Iterable):
         raise GGLError(f"defenses: got {defenses!r}, allowed: a list, such as ['none', 'clip:4']")

@@ -18,14 +18,14 @@ from ggl_jax.client.defenses.transformations import as_defense
 from ggl_jax.client.models import get_model
 from ggl_jax.client.updates import variables_of
 from ggl_jax.errors import GGLError, did_you_mean
-from ggl_jax.spec import Client, Number, Search, check, combinations, options_of, replace
+from ggl_jax.spec import Client, Search, Seed, check, combinations, options_of, replace
 from ggl_jax.types import Defense, Model
 
 #: Options of the search and of the client, by what they allow.
 OPTIONS = options_of(Search) | options_of(Client)
 #: What an axis can be, by what it allows.
 AXES: dict[str, Any] = {
-    **{"defense": str | Defense, "seed": Number, "model": str, "weights": str},
+    **{"defense": str | Defense, "seed": Seed, "model": str, "weights": str},
     **OPTIONS,
 }
 

@@ -18,7 +18,7 @@ import optax
 from ggl_jax.client.gradients import client_update, predicted
 from ggl_jax.errors import GGLError
 from ggl_jax.grammar import at_least
-from ggl_jax.spec import Client, Count, Number, Positive, Share, check, checked
+from ggl_jax.spec import Client, Count, Positive, Seed, Share, check, checked
 from ggl_jax.types import Context, Defense, Model, PyTree, Shared
 
 #: Images whose logits are computed at once when the accuracy is measured.
@@ -37,7 +37,7 @@ class TrainingSettings:
     """Momentum of the server's SGD."""
     test_images: Count | None = None
     """Images held out of training (default: a fifth, at most 1,000)."""
-    seed: Number = 0
+    seed: Seed = 0
     """Seed of the model's weights, the batches, the noise and the choice of test images."""
 
     @property

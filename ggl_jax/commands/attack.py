@@ -24,7 +24,7 @@ from ggl_jax.commands._shared import AuditBar, about, console, determining, say
 from ggl_jax.errors import GGLError
 from ggl_jax.gate.models import check_values
 from ggl_jax.priors import load_prior
-from ggl_jax.spec import Client, Count, Number, Positive, Search, Speed, checked, replace
+from ggl_jax.spec import Client, Count, Number, Positive, Search, Seed, Speed, replace
 from ggl_jax.types import STATUS_MESSAGES, Public, Shared
 
 
@@ -80,7 +80,7 @@ class AttackCommand:
     """Random samples of the prior for the controls; read only with --image."""
     ceiling_steps: Count = 300
     """Steps of the ceiling's fit; read only with --image."""
-    seed: Number = 0
+    seed: Seed = 0
     """Seed of the search."""
     client: Client = dataclasses.field(default_factory=Client)
     search: Search = dataclasses.field(default_factory=Search)
@@ -97,7 +97,6 @@ def defaults(argv: list[str]) -> AttackCommand:
 
 def run(command: AttackCommand, argv: list[str]) -> int:
     """``ggl-jax attack``."""
-    command = checked(command)
     if command.learning_rate is not None:
         command = replace(command, local_learning_rate=command.learning_rate)
     search, client = command.search, command.client

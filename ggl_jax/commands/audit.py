@@ -25,7 +25,7 @@ from ggl_jax.commands._shared import (
     suspects,
 )
 from ggl_jax.errors import GGLError
-from ggl_jax.spec import Client, Judge, Search, Setup, Speed, checked, flat, replace
+from ggl_jax.spec import Client, Judge, Search, Setup, Speed, flat, replace
 
 DEFENSES = ("none", "noise:0.1", "clip:4", "sparsify:0.9", "soteria:0.8", "clip:4+noise:0.1")
 #: What each preset sets besides the search. Presets differ in effort, never in what is measured.
@@ -117,7 +117,6 @@ def run(command: AuditCommand, argv: list[str]) -> int:
     # Cheap checks first: a typing error should cost no work, and leave no folder behind.
     if not command.defenses:
         raise GGLError("defenses: got none; name at least one, e.g. --defenses none clip:4")
-    command = checked(command)
     search, client = command.search, command.client
     parsed = [parse(text) for text in command.defenses]
     command = replace(command, defenses=tuple(defense.name for defense in parsed))

@@ -17,7 +17,7 @@ from ggl_jax.audit.landscape import Resolution
 from ggl_jax.client.defenses import parse
 from ggl_jax.commands._options import choice_of
 from ggl_jax.commands._shared import AuditBar, about, determining, load_inputs, say
-from ggl_jax.spec import Client, Judge, Number, Positive, Search, Setup, Speed, checked
+from ggl_jax.spec import Client, Judge, Number, Positive, Search, Setup, Speed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +58,6 @@ def defaults(argv: list[str]) -> LandscapeCommand:
 
 def run(command: LandscapeCommand, argv: list[str]) -> int:
     """``ggl-jax landscape``."""
-    command = checked(command)
     search, seed = command.search, command.setup.seed
     defense = parse(command.defense)
     loaded = load_inputs(command.setup, indices=[command.index], remedy="give --label 0")

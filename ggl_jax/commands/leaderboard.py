@@ -11,7 +11,7 @@ from ggl_jax.commands import _devices, sweep
 from ggl_jax.commands import utility as utility_command
 from ggl_jax.commands._options import Choice, Preset
 from ggl_jax.commands._shared import about, check_number, console, load_labelled, say
-from ggl_jax.spec import Count, Judge, Positive, Setup, Speed, checked, flat
+from ggl_jax.spec import Count, Judge, Positive, Setup, Speed, flat
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +85,6 @@ def grid_of(command: LeaderboardCommand) -> sweep.GridFile:
 
 def run(command: LeaderboardCommand, argv: list[str]) -> int:
     """``ggl-jax leaderboard``."""
-    command = checked(command)
     mesh = _devices.mesh(command.running.shard)
     grid = sweep.load_grid(grid_of(command), about(argv), fit=True, mesh=mesh)
     check_number(command.images, len(grid.inputs.images), command.setup.data)

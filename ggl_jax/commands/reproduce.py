@@ -25,7 +25,7 @@ from ggl_jax.commands._shared import (
     stopped,
 )
 from ggl_jax.errors import GGLError, check_known
-from ggl_jax.spec import Client, Count, Judge, Number, Search, Setup, Speed, checked
+from ggl_jax.spec import Client, Count, Judge, Search, Seed, Setup, Speed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +67,7 @@ class ReproduceCommand:
     """Random samples of the prior for the controls."""
     ceiling_steps: Count = 300
     """Steps of the prior's direct fit to the private image, its ceiling."""
-    seed: Number = 0
+    seed: Seed = 0
     """Seed of the model's weights, the noise and the searches."""
     out: Path | None = None
     """Folder for the results; by default ggl-EXPERIMENT-HALF-SCALE here."""
@@ -121,11 +121,10 @@ def _resolve(command: ReproduceCommand) -> ReproduceCommand:
     """The command with the experiment's own defaults filled in.
 
     Raises:
-        GGLError: an unknown experiment, an option out of its range, or no data or prior.
+        GGLError: an unknown experiment, or no data or prior.
     """
     name = command.experiment
     check_known("experiment", name, paper.EXPERIMENTS)
-    command = checked(command)
     kind = paper.EXPERIMENTS[name]
     half: Any = command.half or kind.default_half
     data = command.data or kind.data.get(half)

@@ -8,6 +8,7 @@ import jax
 from ggl_jax.commands._shared import say
 from ggl_jax.errors import GGLError
 from ggl_jax.priors import load_prior, samples
+from ggl_jax.spec import Count, Seed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,9 +17,9 @@ class SamplePriorCommand:
 
     prior: str = "dcgan32_faces"
     """Name of a shipped prior, or a checkpoint folder."""
-    num: int = 64
+    num: Count = 64
     """Number of samples."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the samples."""
     out: Path = Path("samples.png")
     """The PNG to write; one that exists is left alone."""

@@ -13,7 +13,7 @@ from ggl_jax.commands._shared import say
 from ggl_jax.errors import GGLError
 from ggl_jax.priors import load_prior
 from ggl_jax.priors.holdout import held_out_indices
-from ggl_jax.spec import Count, Number, checked
+from ggl_jax.spec import Count, Seed
 
 #: What is measured, and where it is among an audit's controls.
 COLUMNS = {
@@ -44,14 +44,12 @@ class ScorePriorCommand:
     """Steps of each fit."""
     num_controls: Count = 400
     """Random samples for each image, as for ggl-jax audit."""
-    seed: Number = 0
+    seed: Seed = 0
     """Seed of the starting points and samples."""
 
 
 def run(command: ScorePriorCommand, argv: list[str]) -> int:
     """``ggl-jax score-prior``."""
-    command = checked(command)
-
     prior, params, card = load_prior(command.prior)
     indices: str | list[int] = command.indices
     if indices == "held-out":

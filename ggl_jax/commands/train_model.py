@@ -9,7 +9,7 @@ from ggl_jax.audit import trained
 from ggl_jax.audit.trained import CheckpointSettings
 from ggl_jax.client.models import MODELS
 from ggl_jax.commands._shared import AuditBar, about, count_classes, load_labelled, load_model, say
-from ggl_jax.spec import Count, Setup, checked
+from ggl_jax.spec import Count, Setup
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +42,6 @@ class TrainModelCommand:
 
 def run(command: TrainModelCommand, argv: list[str]) -> int:
     """``ggl-jax train-model``."""
-    command = checked(command)
     dataset = load_labelled(command.data, command.image_size)
     named = ("data", "model", "weights", "num_classes")
     setup = Setup(**{name: getattr(command, name) for name in named})

@@ -20,7 +20,7 @@ from ggl_jax.commands._shared import (
 )
 from ggl_jax.errors import GGLError
 from ggl_jax.priors import load_prior
-from ggl_jax.spec import checked, replace
+from ggl_jax.spec import replace
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +75,6 @@ def run(command: UtilityCommand, argv: list[str]) -> int:
     """``ggl-jax utility``."""
     from ggl_jax.audit import report  # here and not above: it loads matplotlib
 
-    command = checked(command)
     if command.folder is not None:
         base, defenses = _of_run(command.folder)
         prior = load_prior(base.setup.prior)[0]

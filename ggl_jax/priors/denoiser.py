@@ -27,7 +27,7 @@ from ggl_jax.images import from_signed
 from ggl_jax.priors import training
 from ggl_jax.priors.samples import samples, save_grid
 from ggl_jax.priors.wgan_gp import averaged, draw_batch
-from ggl_jax.spec import Count, Number, Positive, check, options_of
+from ggl_jax.spec import Count, Number, Positive, Seed, check, options_of
 from ggl_jax.types import Prior, PyTree
 
 #: Where the denoiser's weights lie beside the generator's, in the parameters and on the card.
@@ -103,7 +103,7 @@ class Config:
     """Images per update, at least 1."""
     learning_rate: Positive = 2e-3
     """Adam's first step size, above 0; it goes down to zero on a half cosine."""
-    seed: Number = 0
+    seed: Seed = 0
     """Seed of the weights, the batches, the noise and the held-out images."""
     holdout: Number = 256
     """Images of the first file to keep out of training, at least 0; with the prior's own file,

@@ -18,7 +18,7 @@ import optax
 
 from ggl_jax.images import to_signed
 from ggl_jax.priors.dcgan import IMAGE_SHAPE, Critic, Generator
-from ggl_jax.spec import AtLeast, Count, Number, Positive, Share, check, options_of
+from ggl_jax.spec import AtLeast, Count, Number, Positive, Seed, Share, check, options_of
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Config:
     training it is lowered to (1 + step) / (10 + step), so that the random start is forgotten."""
     steps: Number = 20_000
     """Generator updates. The only option that may change when a run is resumed."""
-    seed: Number = 0
+    seed: Seed = 0
     """Seed of the weights, the batches and the held-out images."""
     holdout: Number = 256
     """Images of the first file to keep out of training, at least 0."""
