@@ -13,6 +13,7 @@ from ggl_jax import checkpoint
 from ggl_jax.adversary import stages
 from ggl_jax.cli import run
 from ggl_jax.priors import denoiser, with_denoiser
+from ggl_jax.priors.holdout import holdout_split
 from ggl_jax.types import Candidates, Guess, Problem
 
 
@@ -182,16 +183,38 @@ def test_training_takes_noise_off(files, tiny_prior, tmp_path):
     noisy = clean + 0.1 * np.random.default_rng(1).standard_normal(clean.shape).astype(np.float32)
     cleaned = prior.denoise({"denoiser": state.ema}, noisy)
     assert np.mean((cleaned - clean) ** 2) < 0.5 * np.mean((noisy - clean) ** 2)
+    base = tiny_prior.init(jax.random.key(0)), {"name": "tiny"}
+    rest = prior, base, [files / "flat8.npz"], tmp_path / "new"
+
+    def exported(state, config=config):
+        return denoiser.export(state, config, *rest, trained_on=[], command="")["denoiser"]
+
+    for known in (config, denoiser.Config(holdout=0)):  # on training images where none are left out
+        with pytest.raises(gx.GGLError, match=r"after 0 steps it leaves images no nearer than.*dB"):
+            exported(denoiser.init_state(config, prior), known)
+    assert not (tmp_path / "new").exists()
+    card = exported(state)
+    assert card["gain"]["0.1"] > 3
+    noise = 0.1 * np.random.default_rng(0).standard_normal((8, *TINY_SHAPE)).astype(np.float32)
+    flat = np.load(files / "flat8.npz")["images"] / 255.0
+    held_out = flat[holdout_split(24, 8, config.seed)[1]]
+    errors = np.mean((np.clip(held_out + noise, 0, 1) - held_out) ** 2, axis=(1, 2, 3))
+    before = np.mean(-10 * np.log10(errors))
+    assert card["psnr_held_out"]["0.1"] - card["gain"]["0.1"] == pytest.approx(before, abs=0.02)
 
 
-def test_command_puts_it_beside_a_prior(files, tmp_path, capsys):
+def test_command_puts_it_beside_a_prior(files, tmp_path, capsys, monkeypatch):
     options = ["--prior", str(files / "own"), "--data", str(files / "flat32.npz"), "--holdout", "8"]
     options += ["--steps", "2", "--batch-size", "2", "--trained-on", "more"]
     options += ["--out", str(tmp_path / "run"), "--export", str(tmp_path / "new")]
+    assert run(["train-denoiser", *options]) == 2
+    assert "train on, with more steps" in capsys.readouterr().err
+    measured = iter([26, 25.5, 20, 21, 15, 17])  # noisy and cleaned: two steps teach it nothing
+    monkeypatch.setattr(denoiser, "_psnr", lambda found, images: float(next(measured)))
     assert run(["train-denoiser", *options]) == 0
     out = capsys.readouterr().out
-    assert "noise 0.1:" in out
-    assert "dB, from 20.00" in out
+    assert "noise 0.05: 25.5 dB, from 26.00; noise 0.1: 21.0 dB, from 20.00" in out
+    assert "Warning: at noise 0.05 it does no better than no denoising" in out
     prior, params, card = gx.load_prior(tmp_path / "new")
     assert prior.denoise(params, jnp.zeros((1, 32, 32, 3))).shape == (1, 32, 32, 3)
     assert card["trained_on"] == ["mine", "more"]

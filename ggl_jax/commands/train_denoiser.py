@@ -1,7 +1,6 @@
 """``ggl-jax train-denoiser``: train a denoiser beside a generator, on public images."""
 
 import dataclasses
-import math
 from pathlib import Path
 
 from ggl_jax import checkpoint
@@ -55,11 +54,17 @@ def run(command: TrainDenoiserCommand, argv: list[str]) -> int:
             trained_on=command.trained_on,
             command=command_of(argv),
         )
-        psnrs = card[denoiser.DENOISER]["psnr_held_out"].items()
+        psnrs, gains = (card[denoiser.DENOISER][name] for name in ("psnr_held_out", "gain"))
         text = "; ".join(
-            f"noise {strength}: {psnr} dB, from {-20 * math.log10(float(strength)):.2f}"
-            for strength, psnr in psnrs
+            f"noise {strength}: {psnr} dB, from {psnr - gains[strength]:.2f}"
+            for strength, psnr in psnrs.items()
         )
         say(f"Exported to {command.export}; use it with --prior {command.export}.")
         say(f"PSNR of held-out images: {text or 'none were held out'}.")
+        worse = [strength for strength, gain in gains.items() if gain <= 0]
+        if worse:
+            say(
+                f"Warning: at noise {' and '.join(worse)} it does no better than no denoising, and "
+                "attack map may lose by it; train on, with more --steps."
+            )
     return 0

@@ -278,30 +278,41 @@ def export(
 
     Returns:
         The card: the prior's, whose "denoiser" says how it was trained and how it does on images
-        held out of that (PSNR in dB by the white noise's standard deviation). Beside it lies
-        ``denoiser.png``: samples of the generator, with noise, and cleaned.
+        held out of that (PSNR in dB by the white noise's standard deviation; "gain" is what it adds
+        to the noisy images', or takes away; of training images where none were held out). Beside it
+        lies ``denoiser.png``: samples of the generator, with noise, and cleaned.
+
+    Raises:
+        GGLError: it takes away at every strength, or ``path`` cannot be written.
     """
     path, (params, card) = Path(path), base
     params = {**params, DENOISER: jax.device_get(state.ema)}
     dataset = training.load_data(data, config, prior.image_shape)
-    held_out = dataset.held_out[:128].astype(np.float32) / 255
+    held_out = len(dataset.held_out) > 0
+    known = (dataset.held_out if held_out else dataset.images)[:128].astype(np.float32) / 255
     assert prior.denoise is not None
     denoise = functools.partial(jax.jit(prior.denoise), params)
-    psnrs, drawn = {}, np.asarray(samples(prior, params, jax.random.key(0), 8))
+    psnrs, gains = {}, {}
+    drawn = np.asarray(samples(prior, params, jax.random.key(0), 8))
     rows = [drawn]  # the public images themselves may not be passed on
     for strength in (0.05, 0.1, 0.2):
-        noisy = [x + strength * _normal(x.shape) for x in (drawn, held_out)]
+        noisy = [x + strength * _normal(x.shape) for x in (drawn, known)]
         rows += [noisy[0], np.asarray(denoise(noisy[0]))]
-        if len(held_out):
-            errors = (np.clip(denoise(noisy[1]), 0, 1) - held_out) ** 2
-            psnr = -10 * np.log10(np.mean(errors, axis=(1, 2, 3)))
-            psnrs[str(strength)] = round(float(np.mean(psnr)), 2)
+        before, after = (_psnr(x, known) for x in (noisy[1], denoise(noisy[1])))
+        psnrs[str(strength)], gains[str(strength)] = round(after, 2), round(after - before, 2)
+    if all(gain <= 0 for gain in gains.values()):
+        told = ", ".join(f"{gain:+.1f} dB at noise {at}" for at, gain in gains.items())
+        raise GGLError(
+            f"train-denoiser: after {int(state.step)} steps it leaves images no nearer than their "
+            f"noise does ({told}), and would spoil attack map; train on, with more steps"
+        )
     about = {
         "arguments": {"widths": list(Denoiser.widths)},
         "method": "bias-free U-Net, mean squared error over the noise's standard deviation",
         "config": {**asdict(config), "steps": int(state.step)},
         "data": dataset.sources,
-        "psnr_held_out": psnrs,
+        "psnr_held_out": psnrs if held_out else {},
+        "gain": gains,
         "command": command,
         "hardware": machine.cpu_name(),
     }
@@ -316,6 +327,11 @@ def export(
     samples(prior, params, jax.random.key(0), 64, path=path / "samples.png")
     save_grid(path / "denoiser.png", np.concatenate(rows), num_columns=len(drawn))
     return card
+
+
+def _psnr(found: np.ndarray | jax.Array, images: np.ndarray) -> float:
+    errors = (np.clip(found, 0, 1) - images) ** 2
+    return float(np.mean(-10 * np.log10(np.mean(errors, axis=(1, 2, 3)))))
 
 
 def _normal(shape: Sequence[int]) -> np.ndarray:
