@@ -534,7 +534,7 @@ def test_two_processes_find_what_one_finds(tmp_path, kind, alone):
 
 
 def test_the_work_is_really_shared_out():
-    """Each device of four evaluates a quarter of the candidates, or of the instances."""
+    """Each device of four evaluates (and denoises) a quarter of the candidates, or of instances."""
     script = textwrap.dedent(
         """
         import jax, jax.numpy as jnp, numpy as np
@@ -548,6 +548,25 @@ def test_the_work_is_really_shared_out():
         with layout.active():
             out = jax.jit(lambda x: sharding.over_population(loss)(x))(jnp.ones((10, 3)))
         assert shapes == [(3, 3)] and out.shape == (10,), (shapes, out.shape)
+        import ggl_jax as gx
+        from ggl_jax.adversary import attack
+        shapes = []
+        def denoise(params, images):
+            shapes.append(images.shape)
+            return params * images
+        model, prior = gx.mlp(image_shape=(4, 4, 3)), gx.pixels((4, 4, 3))
+        search = gx.Search(space="pixels", regularizer="denoised:2")
+        space = attack._space(model, prior, search, 1)
+        of = attack._penalties(model, prior._replace(denoise=denoise), search, space)
+        penalty = of(gx.Problem({}, {}, jnp.float32(0.9), jnp.zeros(1), {}))
+        points = jax.random.uniform(jax.random.key(0), (10, 48))
+        images = points.reshape(10, 1, 4, 4, 3)
+        alone = penalty(points, images)
+        with layout.active():
+            found = jax.jit(penalty)(points, images)
+        assert shapes == [(10, 4, 4, 3), (3, 4, 4, 3)], shapes
+        np.testing.assert_allclose(found, alone, rtol=1e-6)
+        np.testing.assert_allclose(alone, 0.01 * (points**2).sum(1), rtol=1e-5)
         layout = sharding.Layout(mesh, 5)
         assert layout.num_padded == 8
         x = layout.instances(jnp.arange(8.0))

@@ -126,9 +126,13 @@ def _penalties(model: Model, prior: Prior | None, search: Search, space: _Space)
         def denoised(latents, images):
             del latents
             assert denoise is not None
-            every = images.reshape(-1, *images.shape[2:])
-            cleaned = jax.lax.stop_gradient(denoise(problem.prior_params, every))
-            return 0.5 * jnp.sum((images - cleaned.reshape(images.shape)) ** 2, (1, 2, 3, 4))
+
+            def apart(images):
+                every = images.reshape(-1, *images.shape[2:])
+                cleaned = jax.lax.stop_gradient(denoise(problem.prior_params, every))
+                return 0.5 * jnp.sum((images - cleaned.reshape(images.shape)) ** 2, (1, 2, 3, 4))
+
+            return over_population(apart)(images)
 
         own = {"batch_norm": batch_norm, "denoised": denoised}
         weighted = parse_regularizer(search.regularizer, more=own)
