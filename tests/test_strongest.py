@@ -162,13 +162,16 @@ def test_an_audit_tells_which_won_and_goes_on(tmp_path, public, tiny_images, sho
         **{"model": public.model, "prior": public.prior, "prior_params": public.prior_params},
         **{"num_controls": 2, "ceiling_steps": 1, "search": short, "out": tmp_path / "run"},
         "defenses": ["clip:0.2", "noise:0.01"],
+        "fit": True,
     }
+    monkeypatch.setattr(run, "mismatch", None)  # the winner's is known
     rows = gx.audit(tiny_images, [1, 2], **given).rows
     assert {row["attack"] for row in rows} == {"strongest:quick"}
     for row in rows:
         noisy = row["defense"] == "noise:0.01"
         assert row["mismatches"].keys() == ({"ggl"} if noisy else set(NAMES))
         assert row["won"] == min(row["mismatches"], key=row["mismatches"].__getitem__)
+        assert row["mismatch"] == row["mismatches"][row["won"]]
     records = folders.read(tmp_path / "run")
     text = report.make(records).text("")
     assert "Kept by attack strongest, as nearest to the update: clip:0.2: " in text

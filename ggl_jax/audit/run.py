@@ -289,8 +289,12 @@ class _Work:
             report("controls")
             more = {}
             if inputs.fit and first.client.rounds == 1:
-                more["mismatch"] = mismatch(
-                    one, public=self.public, view=first.defense.view, client=first.client
+                known = {"view": first.defense.view, "client": first.client}
+                told = one.search  # of several attacks, each one's was worked out
+                more["mismatch"] = (
+                    told["mismatches"][told["won"]]
+                    if "won" in told
+                    else mismatch(one, public=self.public, **known)
                 )
             one = in_order(one, batch[0])
             files, controls = self.controls(cell, own, one.labels)
