@@ -194,18 +194,18 @@ def test_under_noise_the_prior_fits_what_was_found(public):
             reconstructed(public, sent, defended.view, "map", refine=how, steps=3)
             for how in ("none", refine)
         )
-        assert [plain.search["denoised"], one.search["denoised"]] == [False, True]
+        assert [plain.search["fitted"], one.search["fitted"]] == [False, True]
         assert not one.search["refined"]
         images = project(public.prior, public.prior_params, plain.images, jax.random.key(0))
         assert np.abs(images - plain.images).max() > 0.01
         np.testing.assert_allclose(one.images, images, atol=1e-6)
     _, sent, defended = shared_sample(public, "none")
     one = reconstructed(public, sent, defended.view, "map", steps=3, refine_steps=2)
-    assert [one.search["refined"], one.search["denoised"]] == [True, False]
+    assert [one.search["refined"], one.search["fitted"]] == [True, False]
     # What is within the generator already is left there.
     defended = gx.parse("noise:0.1")
-    assert not stages.denoises(gx.search_of("quick", "ggl"), defended.view)
-    assert not stages.denoises(gx.search_of("quick", "regression"), defended.view)
+    assert not stages.fits(gx.search_of("quick", "ggl"), defended.view)
+    assert not stages.fits(gx.search_of("quick", "regression"), defended.view)
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ from ggl_jax.adversary.matching.factored import FACTORED, as_data
 from ggl_jax.adversary.regression import read
 from ggl_jax.adversary.resume import Checkpoints
 from ggl_jax.adversary.search import Stage, run_stages
-from ggl_jax.adversary.stages import combines, denoises, make_stages, refines, result_images
+from ggl_jax.adversary.stages import combines, fits, make_stages, refines, result_images
 from ggl_jax.client.local import gradients_summed
 from ggl_jax.client.share import update_program
 from ggl_jax.errors import GGLError
@@ -46,9 +46,9 @@ class Reconstruction(NamedTuple):
         seconds: wall-clock time of the search, shared evenly by those of its batch.
         search: whether it was "adaptive", its "optimizer" and "bound", and whether the result is
             the restarts' mean ("combined"), was refined in pixels ("refined", in the last
-            "refinement_steps"), and is the generator's fit ("denoised"); of attack strongest, whose
-            it is ("won") and each attack's :func:`mismatch` ("mismatches"), and evaluations and
-            seconds are those of all.
+            "refinement_steps"), and is the generator's fit to that ("fitted"); of attack strongest,
+            whose it is ("won") and each attack's :func:`mismatch` ("mismatches"), and evaluations
+            and seconds are those of all.
         point: [p], the result in the space that the search's last stage searched.
         attack: of that stage.
         problem: what the search worked on.
@@ -132,7 +132,7 @@ def prepare(
             "combined": combines(search, view),
             "refined": refined,
             "refinement_steps": stages[-1].steps if refined else 0,
-            "denoised": denoises(search, view),
+            "fitted": fits(search, view),
         },
     )
 

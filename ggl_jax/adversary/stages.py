@@ -38,7 +38,7 @@ def refines(search: Search, view: View) -> bool:
     return search.refine == "pixels" or (search.refine == "auto" and not view.adds_noise)
 
 
-def denoises(search: Search, view: View) -> bool:
+def fits(search: Search, view: View) -> bool:
     """Whether the result is what of it looks like the generator's images.
 
     Under noise that takes off what no likelihood tells from the image; searches of latents are
@@ -247,7 +247,7 @@ def result_images(search: Search, view: View, outcome: SearchResult, public: Pub
     mean = combines(search, view) and not refines(search, view)
     found = mean_image(outcome.candidates) if mean else outcome.images
     images = np.clip(np.asarray(found), 0.0, 1.0)
-    if not denoises(search, view):
+    if not fits(search, view):
         by_denoiser = search.space == "whitened" and refines(search, view)
         return _cleaned(images, public) if by_denoiser else images
     fitted = project(

@@ -76,7 +76,10 @@ def read(folder: str | Path) -> Records:
         path = folder / f"cells/{cell}.json"
         if path.exists():
             content = files.read_json(path, f"{folder} is damaged; remove the file")
-            rows.extend(content.get("rows", ()))
+            for row in content.get("rows", ()):
+                if "denoised" in row:  # as "fitted" was once called
+                    row["fitted"] = row.pop("denoised")
+                rows.append(row)
             if "failed" in content:
                 failures[cell] = content["failed"]
     return Records(folder, config, plan["cells"], rows, failures)

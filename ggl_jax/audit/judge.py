@@ -17,7 +17,7 @@ from ggl_jax.images import assign
 from ggl_jax.types import OK, STATUS_MESSAGES, Public
 
 #: What a row tells of the search as it was carried out.
-_SEARCHED = ("adaptive", "optimizer", "combined", "refined", "refinement_steps", "denoised")
+_SEARCHED = ("adaptive", "optimizer", "combined", "refined", "refinement_steps", "fitted")
 
 
 def jsonable(value: Any) -> Any:
