@@ -11,6 +11,7 @@ import pytest
 
 import ggl_jax as gx
 from ggl_jax import cache, files
+from ggl_jax.adversary import bank as banks
 from ggl_jax.adversary import regression
 from ggl_jax.files import digest
 
@@ -21,7 +22,7 @@ NUM = 12
 def kept(tmp_path, monkeypatch):
     """The folder, empty, and a process that has no bank yet."""
     monkeypatch.setattr(cache, "folder", lambda: tmp_path / "arrays")
-    monkeypatch.setattr(regression, "_BANKS", {})
+    monkeypatch.setattr(banks, "_BANKS", {})
     return tmp_path / "arrays"
 
 
@@ -32,21 +33,21 @@ def public(tiny_model, tiny_variables, tiny_prior, tiny_prior_params):
 
 def bank_of(public, label=1, num=NUM):
     """As another process would get it."""
-    regression._BANKS.clear()
-    return regression.bank_of(public, label, num)
+    banks._BANKS.clear()
+    return banks.bank_of(public, label, num)
 
 
 def content(bank):
     """Of all arrays; bfloat16 by its bits."""
-    bits = [g.view(np.uint16) for g in bank.gradients]
-    return digest(*bank._replace(gradients=bits))
+    bits = [[x.view(np.uint16) for x in one] for one in bank.arrays]
+    return digest(*bank._replace(arrays=bits))
 
 
 def compute_none(monkeypatch):
     def refuse(*_, **__):
         raise AssertionError("computed")
 
-    monkeypatch.setattr(regression, "make_bank", refuse)
+    monkeypatch.setattr(banks, "make_bank", refuse)
 
 
 def test_another_process_reads_the_same(public, kept, monkeypatch):
@@ -56,14 +57,14 @@ def test_another_process_reads_the_same(public, kept, monkeypatch):
     problem = gx.Problem(sent.update, *public[1::2], jnp.asarray([1]), {})
 
     def read():
-        regression._BANKS.clear()
+        banks._BANKS.clear()
         found = regression.read(public, problem, None, gx.Client(), NUM)
         return digest(found.guess.mean, found.guess.factor, found.rmse)
 
-    computed, bank = read(), content(regression.bank_of(public, 1, NUM))
+    computed, bank = read(), content(banks.bank_of(public, 1, NUM))
     compute_none(monkeypatch)
     assert read() == computed
-    assert content(regression.bank_of(public, 1, NUM)) == bank
+    assert content(banks.bank_of(public, 1, NUM)) == bank
     # Its own weights, at other places in memory.
     copied = public._replace(variables=jax.tree.map(jnp.copy, public.variables))
     assert content(bank_of(copied)) == bank
@@ -82,8 +83,8 @@ def test_what_differs_is_another_bank(public, kept, monkeypatch):
         "num": (public, 1, NUM + 1),
     }
     first = bank_of(public)
-    names = {regression._content(*other) for other in others.values()}
-    assert len(names - {regression._content(public, 1, NUM)}) == len(others)
+    names = {banks._content(*other) for other in others.values()}
+    assert len(names - {banks._content(public, 1, NUM)}) == len(others)
     compute_none(monkeypatch)
     assert content(bank_of(public)) == content(first)
     for other in others.values():
@@ -165,15 +166,15 @@ def test_a_model_that_calls_back_is_not_kept(public, kept):
         nothing = jax.pure_callback(lambda: np.float32(0), jax.ShapeDtypeStruct((), np.float32))
         return logits + nothing, features
 
-    assert regression._content(public, 1, NUM) is not None
+    assert banks._content(public, 1, NUM) is not None
     other = public._replace(model=model._replace(apply=hidden))
-    assert regression._content(other, 1, NUM) is None
+    assert banks._content(other, 1, NUM) is None
 
 
 def test_processes_agree_on_names(kept, tmp_path):
     code = """
 import jax, ggl_jax as gx
-from ggl_jax.adversary.regression import _content
+from ggl_jax.adversary.bank import _content
 model, prior = gx.convnet(width=4, num_classes=3), gx.load_prior("dcgan32_faces")[:2]
 name = _content(gx.Public(model, model.init(jax.random.key(0)), *prior), 1, 5)
 """

@@ -7,9 +7,11 @@ import pytest
 
 import ggl_jax as gx
 from ggl_jax import trees
+from ggl_jax.adversary import bank as banks
 from ggl_jax.adversary import regression, stages
+from ggl_jax.adversary.bank import Bank, Held
 from ggl_jax.adversary.matching.factored import FACTORED, as_data
-from ggl_jax.adversary.regression import Bank, regress
+from ggl_jax.adversary.regression import regress
 from ggl_jax.adversary.search import _compiled
 from ggl_jax.priors import project
 from ggl_jax.types import Factored, Guess
@@ -30,8 +32,8 @@ def linear(monkeypatch):
     norms = np.stack([np.sum(g**2, axis=1) for g in gradients], axis=1)
     bank = Bank(
         images,
-        (0, 1),
-        [np.asarray(jnp.asarray(g, jnp.bfloat16)) for g in gradients],
+        tuple(Held(leaf, size) for leaf, size in enumerate(SIZES)),
+        [[np.asarray(jnp.asarray(g, jnp.bfloat16))] for g in gradients],
         [g @ g.T for g in gradients],
         norms,
     )
@@ -108,8 +110,8 @@ def test_masks_and_scales_are_the_defenses(linear):
         defended.append(g / (1.0 + np.linalg.norm(g, axis=1, keepdims=True)))
     own = Bank(
         bank.images,
-        bank.kept,
-        [np.asarray(g) for g in defended],
+        bank.held,
+        [[np.asarray(g)] for g in defended],
         [g @ g.T for g in defended],
         np.stack([np.sum(g**2, axis=1) for g in defended], axis=1),
     )
@@ -121,22 +123,58 @@ def test_masks_and_scales_are_the_defenses(linear):
     assert error == pytest.approx(of_own, rel=0.05)
 
 
-def test_a_bank_holds_each_samples_gradient():
-    model, (prior, params) = gx.convnet(width=4, num_classes=3), gx.load_prior("dcgan32_faces")[:2]
+@pytest.fixture(scope="module")
+def formed():
+    """A bank in which most kernels are held unformed, and its gradients by ``jax.grad``."""
+    model, (prior, params) = gx.convnet(width=48, num_classes=3), gx.load_prior("dcgan32_faces")[:2]
     variables = model.init(jax.random.key(0))
     public = gx.Public(model, variables, prior, params)
-    bank = regression.make_bank(public, 2, 3, jax.random.key(1))
-    assert bank.kept == tuple(range(len(jax.tree.leaves(variables["params"]))))
-    for number, image in enumerate(bank.images.reshape(-1, 1, *model.image_shape)):
-        own = jax.tree.leaves(gx.gradient(model, variables, image, jnp.asarray([2])))
-        for found, expected in zip(bank.gradients, own, strict=True):
-            np.testing.assert_allclose(
-                np.asarray(found[number], np.float32),
-                np.ravel(expected),
-                atol=0.01 * float(jnp.max(jnp.abs(expected))) + 1e-12,
-            )
-        norms = [float(jnp.sum(g**2)) for g in own]
-        np.testing.assert_allclose(bank.sq_norms[number], norms, rtol=1e-3, atol=1e-12)
+    bank = banks.make_bank(public, 2, 18, jax.random.key(1))
+    gradients = [
+        jax.tree.leaves(gx.gradient(model, variables, image, jnp.asarray([2])))
+        for image in bank.images.reshape(-1, 1, *model.image_shape)
+    ]
+    return bank, [np.stack(one) for one in zip(*gradients, strict=True)]
+
+
+def test_a_bank_knows_each_samples_gradient(formed):
+    bank, gradients = formed
+    assert [one.leaf for one in bank.held] == list(range(len(gradients)))
+    norms = np.stack([np.sum(g.reshape(len(g), -1) ** 2, axis=1) for g in gradients], axis=1)
+    np.testing.assert_allclose(bank.sq_norms, norms, rtol=0.02, atol=1e-12)
+    for one, arrays, own in zip(bank.held, bank.arrays, gradients, strict=True):
+        parts = list(banks._parts(one, np.arange(own[0].size).reshape(own[0].shape) + 1))
+        order = np.concatenate(parts)
+        found = np.concatenate([np.asarray(x) for x in banks._formed(one, arrays)], axis=1)
+        expected = own.reshape(len(own), -1)[:, order[order > 0] - 1]
+        scale = float(np.abs(own).max())
+        np.testing.assert_allclose(found[:, order > 0], expected, atol=0.02 * scale + 1e-12)
+        assert sorted(order[order > 0]) == list(range(1, own[0].size + 1))
+
+
+@pytest.mark.parametrize("by_pairs", [False, True])
+@pytest.mark.parametrize("masked", ["not", "a number", "entries"])
+def test_products_are_those_of_the_gradients(formed, monkeypatch, by_pairs, masked):
+    bank, gradients = formed
+    monkeypatch.setattr(banks.layers, "pair_work", lambda layer: 0 if by_pairs else 1e12)
+    monkeypatch.setattr(banks, "_WIDTHS", (2**4, 2**8))
+    rng = np.random.default_rng(0)
+    kernels = [banks._kernel(*one) for one in zip(bank.held, bank.arrays, strict=True)]
+    bank = bank._replace(kernels=kernels)
+    assert sum(one.layer is not None for one in bank.held) >= 2
+    for place, own in enumerate(gradients):
+        y = rng.normal(size=own[0].shape).astype(np.float32)
+        mask = {
+            "not": None,
+            "a number": np.asarray(0.5),
+            "entries": rng.uniform(size=y.shape) < 0.3,
+        }
+        g = (own if mask[masked] is None else own * mask[masked]).reshape(len(own), -1)
+        kernel, inner = banks.products(bank, place, y, mask[masked])
+        lengths = np.linalg.norm(g, axis=1)
+        np.testing.assert_allclose(kernel, g @ g.T, atol=0.01 * lengths.max() ** 2 + 1e-12)
+        most = 0.02 * lengths.max() * np.linalg.norm(y) + 1e-12
+        np.testing.assert_allclose(inner, g @ y.ravel(), atol=most)
 
 
 def test_the_factor_is_the_residuals_covariance():
@@ -177,7 +215,7 @@ def test_map_gets_nearer_than_what_it_starts_from(public, defense):
     for attack in ("regression", "map"):
         one = found[attack] = reconstructed(public, sent, defended.view, attack, refine="none")
         assert one.labels == [2]
-    blind = np.mean((regression.bank_of(public, 2, 60).images.mean(0) - image.ravel()) ** 2)
+    blind = np.mean((banks.bank_of(public, 2, 60).images.mean(0) - image.ravel()) ** 2)
     errors = {name: np.mean((one.images - image) ** 2) for name, one in found.items()}
     assert errors["regression"] < 0.8 * blind
     assert errors["map"] < errors["regression"]
@@ -215,7 +253,7 @@ def test_under_noise_the_prior_fits_what_was_found(public):
 )
 def test_defended_updates_are_read_through_the_defense(public, defense, most):
     image, sent, defended = shared_sample(public, defense)
-    bank = regression.bank_of(public, 2, 60)
+    bank = banks.bank_of(public, 2, 60)
     view = defended.view.comparing(True)
     estimated = view.estimate(sent.update, public.model.head)
     variables = public.variables
@@ -315,13 +353,13 @@ def test_what_cannot_be_read_starts_from_the_samples(public):
             client=client,
             search=gx.search_of("quick", "regression", bank=60),
         )
-        bank = regression.bank_of(public, int(one.labels[0]), 60).images
+        bank = banks.bank_of(public, int(one.labels[0]), 60).images
         np.testing.assert_allclose(one.images[0].ravel(), bank.mean(0), atol=1e-4)
 
 
 def test_what_noise_drowns_is_not_read(public):
     """Where the regression expects a larger error than that of the samples' mean, that is taken."""
-    bank = regression.bank_of(public, 2, 60)
+    bank = banks.bank_of(public, 2, 60)
     _, sent, _ = shared_sample(public, "none")
     for noise in (0.0, 1e4):
         drawn = jax.tree.map(lambda g, s=noise: g + s, sent.update)

@@ -179,18 +179,38 @@ def sq_norm(layer: Layer, a: jax.Array, d: jax.Array) -> jax.Array:
     cotangents = _rows(layer, d)
     outer = jnp.einsum("ntgc,nsgc->ngts", cotangents, cotangents)
     if _shifts_grams(layer):
-        inner = _shifted_gram(layer, a)
+        rows = _rows(layer, a)
+        inner = _shifted(layer, jnp.einsum("ntgi,nsgi->ngts", rows, rows))
     else:
         patches = _patches(layer, a)
         inner = jnp.einsum("ngkt,ngks->ngts", patches, patches)
     return jnp.sum((inner * outer).reshape(a.shape[0], -1), axis=1)
 
 
-def _shifted_gram(layer: Layer, a: jax.Array) -> jax.Array:
-    """P P^T [n, groups, T, T] as the sum of shifted copies of the input's Gram matrix."""
-    num, rank = a.shape[0], len(layer.kernel_spatial)
-    rows = _rows(layer, a)
-    gram = jnp.einsum("ntgi,nsgi->ngts", rows, rows)
+def pairs(layer: Layer, a: jax.Array, d: jax.Array, b: jax.Array, e: jax.Array) -> jax.Array:
+    """<g, h> of every candidate's gradient g with each h of others, without either.
+
+    Args:
+        layer: the layer.
+        a: the candidates' inputs, as for :func:`form`; m of them.
+        d: their output cotangents, as for :func:`form`.
+        b: the others' inputs; n of them.
+        e: their output cotangents.
+
+    Returns:
+        [m n].
+    """
+    inner, outer = (
+        jnp.einsum("mtgi,nsgi->mngts", _rows(layer, x), _rows(layer, y))
+        for x, y in ((a, b), (d, e))
+    )
+    inner = _shifted(layer, inner.reshape(-1, *inner.shape[2:])).reshape(outer.shape)
+    return jnp.sum(inner * outer, axis=(2, 3, 4))
+
+
+def _shifted(layer: Layer, gram: jax.Array) -> jax.Array:
+    """P Q^T [n, groups, T, T] as the sum of shifted copies of the inputs' products A B^T."""
+    num, rank = len(gram), len(layer.kernel_spatial)
     sides = (layer.batch, *layer.in_spatial)
     gram = gram.reshape(num, layer.groups, *sides, *sides)
     axes = (*range(3, 3 + rank), *range(4 + rank, 4 + 2 * rank))
@@ -220,6 +240,13 @@ def gram_work(layer: Layer) -> float:
     return min(patches, shifted) + square * layer.out_channels
 
 
+def pair_work(layer: Layer) -> float:
+    """Multiplications of :func:`pairs` for one pair, or what takes as long."""
+    before, after = _input_positions(layer) ** 2, layer.positions**2
+    moved = before + after * layer.offsets * layer.groups
+    return before * layer.in_channels + after * layer.out_channels + _per_entry() * moved
+
+
 def kernel_size(layer: Layer) -> int:
     """Entries of the layer's kernel."""
     return math.prod(layer.kernel_shape)
@@ -237,5 +264,8 @@ def prefers_gram(layer: Layer) -> bool:
     Both multiply T K C times; the Gram form adds :func:`gram_work`, the other writes and reads
     K C entries per candidate.
     """
-    per_entry = _WORK_PER_ENTRY.get(jax.default_backend(), _WORK_PER_ENTRY_ELSEWHERE)
-    return gram_work(layer) < per_entry * kernel_size(layer)
+    return gram_work(layer) < _per_entry() * kernel_size(layer)
+
+
+def _per_entry() -> int:
+    return _WORK_PER_ENTRY.get(jax.default_backend(), _WORK_PER_ENTRY_ELSEWHERE)
