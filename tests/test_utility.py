@@ -70,7 +70,8 @@ def close(a, b, rtol=1e-5, atol=1e-6):
 
 
 @pytest.mark.parametrize("scan", [False, True])
-def test_undefended_training_is_sgd_with_momentum(tiny_model, tiny_variables, shards, scan):
+@pytest.mark.parametrize("rates", [[0.3, 0.3, 0.3, 0.3], [0.3, 0.2, 0.1, 0.05]])
+def test_undefended_training_is_sgd_with_momentum(tiny_model, tiny_variables, shards, scan, rates):
     """Beside a loop in numpy on all six images: every client draws all it has."""
     images, labels = shards
     flat, classes = images.reshape(6, *TINY_SHAPE), labels.reshape(6)
@@ -82,13 +83,14 @@ def test_undefended_training_is_sgd_with_momentum(tiny_model, tiny_variables, sh
     slope = jax.jit(jax.grad(loss))
     params = jax.tree.map(np.asarray, tiny_variables["params"])
     velocity = jax.tree.map(np.zeros_like, params)
-    for _ in range(4):
+    for rate in np.asarray(rates, np.float32):
         step = jax.tree.map(np.asarray, slope(params))
         velocity = jax.tree.map(lambda v, g: np.float32(0.6) * v + g, velocity, step)
-        params = jax.tree.map(lambda w, v: w - np.float32(0.3) * v, params, velocity)
+        params = jax.tree.map(lambda w, v, rate=rate: w - rate * v, params, velocity)
 
     settings = training.TrainingSettings(2, batch_size=3, momentum=0.6)
-    made = training.federated(tiny_model, parse("none"), settings, learning_rate=0.3)
+    schedule = 0.3 if len(set(rates)) == 1 else lambda round: jnp.asarray(rates)[round]
+    made = training.federated(tiny_model, parse("none"), settings, learning_rate=schedule)
     states = list(
         training.train(made, jax.random.key(3), tiny_variables, *shards, stops=[3, 4], scan=scan)
     )
@@ -287,6 +289,20 @@ def test_a_toy_problem_is_learnt_and_strong_noise_destroys_it(toy, tmp_path):
     test = found.config["test_indices"]
     counts = np.bincount(toy["labels"][test], minlength=2)
     assert found.config["majority"] == pytest.approx(counts[0] / 20)
+
+
+def test_the_step_size_falls_along_a_cosine(toy, tmp_path, monkeypatch):
+    seen = []
+    real = training.federated
+
+    def spy(*args, learning_rate, **options):
+        seen.append([float(learning_rate(round)) for round in (0, 10, 20)])
+        return real(*args, learning_rate=learning_rate, **options)
+
+    monkeypatch.setattr(training, "federated", spy)
+    found = utility.measure(**toy, defenses=[], out=tmp_path)
+    np.testing.assert_allclose(seen, [[0.1, 0.05, 0.0]], atol=1e-7)
+    assert found.config["options"]["schedule"] == "cosine"
 
 
 def split_of(test_images, clients, seed=0):

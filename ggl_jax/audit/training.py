@@ -93,7 +93,7 @@ def federated(
     defense: Defense,
     settings: TrainingSettings,
     *,
-    learning_rate: float = 0.03,
+    learning_rate: float | optax.Schedule = 0.03,
     client: Client | None = None,
     track: bool = False,
 ) -> Training:
@@ -104,7 +104,8 @@ def federated(
         defense: applied by every client to its own update, before the server's mean.
         settings: clients, what each draws in a round (without repeats), and the momentum of the
             server's SGD: ``v = momentum v + u; w = w - learning_rate v``.
-        learning_rate: of the server's SGD, > 0. A client's update is a sum of gradients (see
+        learning_rate: of the server's SGD, > 0, or one for each round, as an optax schedule. A
+            client's update is a sum of gradients (see
             :func:`ggl_jax.client.gradients.local_update`), so with one local step and without a
             defense this is SGD on batches of ``clients * batch_size`` images.
         client: the local steps behind each update, as in an audit; its batch size and clients are
@@ -124,7 +125,8 @@ def federated(
     batch's own (Flax), not torch's unbiased one.
     """
     settings, local = checked(settings), dataclasses.replace(client or Client(), clients=1)
-    check("learning_rate", learning_rate, Positive)
+    if not callable(learning_rate):
+        check("learning_rate", learning_rate, Positive)
     statistics = model.statistics if track else None
     if track and statistics is None:
         raise GGLError(f"track: model {model.name} has no BatchNorm layers; leave it out")

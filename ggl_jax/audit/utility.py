@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+import optax
 
 from ggl_jax import files
 from ggl_jax.audit import folder as folders
@@ -39,8 +40,9 @@ class UtilitySettings(training.TrainingSettings):
     """How each defense's training is measured."""
 
     learning_rate: tuple[Positive, ...] = (0.03,)
-    """Step sizes of the server's SGD. Of several, each defense is trained at each and keeps the one
-    that is best on validation images, held out of training like the test images and as many. 0.03
+    """Step sizes that the server's SGD starts with; each falls to 0 along a cosine, so that the
+    last batches do not decide. Of several, each defense is trained at each and keeps the one that
+    is best on validation images, held out of training like the test images and as many. 0.03
     suits convnet without a defense; resnet18 wants 0.001 (and many rounds),
     resnet18:batch_norm=train 0.01."""
     rounds: Count = 100
@@ -221,7 +223,13 @@ def measure(
     asked = asked_for(about)
     local = {k: v for k, v in dataclasses.asdict(client).items() if k.startswith("local_")}
     config = {
-        "options": {**_options(settings), **local, "model": model.name, **asked},
+        "options": {
+            **_options(settings),
+            "schedule": "cosine",
+            **local,
+            "model": model.name,
+            **asked,
+        },
         **{name: value for name, value in (about or {}).items() if name not in asked},
         "inputs": {"data": files.digest(images, labels, jax.tree.leaves(variables))[:12]},
         "model": model.name,
@@ -316,7 +324,7 @@ def chooses(config: Mapping[str, Any]) -> bool:
 def _train(key, model, defense, variables, data, settings, client, report) -> dict[str, Any]:
     """One training, at one rate; ``data`` are the images and labels of each part of a split."""
     began, num_rounds = time.perf_counter(), settings.rounds
-    rate = settings.learning_rate[0]
+    rate = optax.cosine_decay_schedule(settings.learning_rate[0], num_rounds)
     federated = training.federated(model, defense, settings, learning_rate=rate, client=client)
     train, test, validation = data
     rounds, accuracies, diverged, validated = [], [], 0, None
@@ -407,7 +415,9 @@ def warnings(found: Utility) -> list[str]:
 
 def legend(config: Mapping[str, Any]) -> str:
     """What accuracy and epsilon mean here, in a few sentences."""
-    chosen = ""
+    chosen, falling = "", ""
+    if "schedule" in config["options"]:  # a folder from before was trained at a constant one
+        falling = ", the step size falling to 0 along a cosine"
     if chooses(config):
         rates = ", ".join(f"{rate:g}" for rate in config["options"]["learning_rate"])
         chosen = (
@@ -419,9 +429,9 @@ def legend(config: Mapping[str, Any]) -> str:
         f"Accuracy on {config['num_test']:,} images held out of training, after "
         f"{config['rounds']:,} rounds of federated SGD of {config['model']}: "
         f"{config['clients']} clients, each with a batch of {config['batch_size']} in each round, "
-        f"defended by each client; one run. Epsilon at delta {config['delta']:g}: of the Gaussian "
-        "mechanism, for all that one client shares in all rounds, with the server seeing each "
-        "client's update; neighbours differ in whether the client's update is there or zero (add "
-        "or remove), or in what it is (replace). Without a clip before Gaussian noise there is "
+        f"defended by each client{falling}; one run. Epsilon at delta {config['delta']:g}: of the "
+        "Gaussian mechanism, for all that one client shares in all rounds, with the server seeing "
+        "each client's update; neighbours differ in whether the client's update is there or zero "
+        "(add or remove), or in what it is (replace). Without a clip before Gaussian noise there is "
         f"none.{chosen}"
     )
