@@ -1,6 +1,7 @@
 """Files that are written whole or not at all, whatever ends the process, and their digests."""
 
 import contextlib
+import csv
 import errno
 import hashlib
 import json
@@ -63,6 +64,12 @@ def read_json(path: Path, otherwise: str) -> dict[str, Any]:
     except (OSError, ValueError):
         pass
     raise GGLError(f"{otherwise} ({path} is missing or damaged)")
+
+
+def read_csv(path: Path) -> list[dict[str, str]]:
+    """The lines of a table below its heading, by their columns."""
+    with path.open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
 
 
 def differences(old: Any, new: Any, name: str = "") -> list[str]:

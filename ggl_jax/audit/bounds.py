@@ -34,7 +34,7 @@ from ggl_jax.files import digest
 from ggl_jax.grammar import at_least
 from ggl_jax.priors.samples import samples
 from ggl_jax.spec import Client
-from ggl_jax.types import Context, Defense, Model, Public, PyTree
+from ggl_jax.types import Context, Defense, Model, Public
 
 #: Principal directions of the prior in which errors are counted; what lies beside them counts as
 #: known. 32 hold 86 % of the variance of the shipped prior.
@@ -279,15 +279,14 @@ def noisy(defense: Defense, rounds: int = 1) -> Noisy:
 
 
 class _Programs(NamedTuple):
-    """Compiled functions of ``(variables, key, label, ...)``; see :func:`_programs`.
+    """Compiled functions of ``(variables, key, label, x, ...)``; see :func:`_programs`.
 
     Each is of one image or pair: XLA's convolutions within loops use one core of a CPU.
     """
 
+    update: Callable
     product: Callable
     secant: Callable
-    total: Callable
-    distance: Callable
 
 
 @functools.lru_cache(maxsize=8)
@@ -306,13 +305,7 @@ def _programs(model: Model, client: Client, before: tuple[Defense, ...]) -> _Pro
         ends = (update(variables, key, label, x + sign * step / 2) for sign in (1, -1))
         return trees.sq_distance(*ends)
 
-    def total(variables, key, label, x, found):
-        return jax.tree.map(jnp.add, found, update(variables, key, label, x))
-
-    def distance(variables, key, label, x, centre):
-        return jnp.sqrt(trees.sq_distance(update(variables, key, label, x), centre))
-
-    return _Programs(*map(jax.jit, (product, secant, total, distance)))
+    return _Programs(jax.jit(update), jax.jit(product), jax.jit(secant))
 
 
 class Bounds:
@@ -382,16 +375,17 @@ class Bounds:
         points = [_floats(np.ravel(image)) for image in images]
         name = (tuple(stage.name for stage in before), client, label, digest(*points))
         if name not in self._radii:
-            programs, variables = _programs(self.public.model, client, before), self.variables
+            update = _programs(self.public.model, client, before).update
             keys = jax.random.split(jax.random.fold_in(self.key, 3), len(points))
-            total: PyTree = jax.tree.map(jnp.zeros_like, variables["params"])
-            for key, x in zip(keys, points, strict=True):
-                total = programs.total(variables, key, label, x, total)
+
+            def updates():  # one after the other: together they may not fit into memory
+                pairs = zip(keys, points, strict=True)
+                return (update(self.variables, key, label, x) for key, x in pairs)
+
+            total = functools.reduce(functools.partial(jax.tree.map, jnp.add), updates())
             centre = jax.tree.map(lambda x: x / len(points), total)
-            self._radii[name] = max(
-                float(programs.distance(variables, key, label, x, centre))
-                for key, x in zip(keys, points, strict=True)
-            )
+            squares = (trees.sq_distance(one, centre) for one in updates())
+            self._radii[name] = math.sqrt(max(map(float, squares)))
         return self._radii[name] / sigma
 
     def row(

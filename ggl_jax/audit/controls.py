@@ -170,13 +170,13 @@ def _guesses(prior, params, images, classes, key, chunk, num_samples, mean_round
     size = len(images)
     num = size * max(num_samples, mean_rounds)
     psnrs = np.empty((num_samples, size), np.float32)
-    best: list[np.ndarray | None] = [None] * size
-    totals = np.zeros(images.shape, np.float64)
+    best, totals = np.empty(images.shape, np.float32), np.zeros(images.shape, np.float64)
+    places = np.arange(size)
     for first in range(0, num, chunk):
         latents = draw(prior, jax.random.fold_in(key, first), num=chunk)[: num - first]
-        places = jnp.asarray(np.resize(classes, len(latents)))
+        labels = jnp.asarray(np.resize(classes, len(latents)))
         drawn = np.concatenate(
-            decode_each(prior, params, latents, places, lambda x: np.clip(x, 0.0, 1.0))
+            decode_each(prior, params, latents, labels, lambda x: np.clip(x, 0.0, 1.0))
         ).reshape(-1, *images.shape)
         done = first // size
         totals += drawn[: max(0, mean_rounds - done)].sum(axis=0, dtype=np.float64)
@@ -185,11 +185,10 @@ def _guesses(prior, params, images, classes, key, chunk, num_samples, mean_round
             continue
         ordered = np.stack([_in_order(batch, images) for batch in drawn])
         found = np.asarray(_psnr(ordered, images))
-        for place in range(size):
-            highest = found[:, place].argmax()
-            known = psnrs[:done, place].max(initial=-np.inf)
-            if best[place] is None or found[highest, place] > known:
-                best[place] = ordered[highest, place]
+        at = found.argmax(axis=0)
+        better = found[at, places] > psnrs[:done].max(axis=0, initial=-np.inf)
+        better |= not done  # so that NaN has a picture, too
+        best[better] = ordered[at, places][better]
         psnrs[done : done + len(found)] = found
     return psnrs, best, totals
 

@@ -78,6 +78,17 @@ class _Opened(NamedTuple):
     sha256: str | None = None
     keep_size: bool = False  # images that already have the wanted size are left as they are
 
+    @classmethod
+    def of(cls, picture: Callable, names: Sequence[str], labels=None, **more) -> "_Opened":
+        """One whose names and labels are known already."""
+        known = None if labels is None else [int(label) for label in labels]
+        classes = None if known is None else max(2, max(known) + 1)
+
+        def read(i):
+            return picture(i), None if known is None else known[i]
+
+        return cls(len(names), read, names.__getitem__, classes, **more)
+
 
 def load(
     spec: str | os.PathLike,
@@ -327,7 +338,7 @@ def _open(spec: str) -> _Opened:
         if path.suffix.lower() == ".npz" and path.is_file():
             return _open_npz(path)
         if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file():
-            return _Opened(1, lambda i: (_read_image(path), None), lambda i: path.name, None)
+            return _Opened.of(lambda i: _read_image(path), [path.name])
         if path.is_file():
             raise GGLError(
                 f"neither an .npz file nor an image that can be read ({', '.join(IMAGE_SUFFIXES)})"
@@ -356,19 +367,16 @@ def _open_embedded(spec: str) -> _Opened:
         # centre crop; repeating the edge keeps them from darkening what is left.
         above = np.repeat(picture[:1, 128:322], 20, axis=0)
         frame = Image.fromarray(np.concatenate([above, picture[:218, 128:322]]))
-        return _Opened(
-            1, lambda i: (frame, 0), lambda i: "astronaut", 2, source=frozenset({"nasa"})
-        )
+        return _Opened.of(lambda i: frame, ["astronaut"], [0], source=frozenset({"nasa"}))
     pictures = np.rint(255 * skimage.data.lfw_subset()).astype(np.uint8)
-    faces = spec == "embedded:faces"
-    pictures = pictures[:100] if faces else pictures[100:]
-    return _Opened(
-        len(pictures),
-        lambda i: (Image.fromarray(pictures[i]).convert("RGB"), None),
-        lambda i: f"{'face' if faces else 'nonface'}_{i:02d}",
-        None,
-        # the non-faces are cut from LFW's backgrounds, which no face crop shows
-        source=frozenset({"lfw" if faces else "lfw-background"}),
+    name, source, first = "face", "lfw", 0
+    if spec == "embedded:nonfaces":
+        # cut from LFW's backgrounds, which no face crop shows
+        name, source, first = "nonface", "lfw-background", 100
+    return _Opened.of(
+        lambda i: Image.fromarray(pictures[first + i]).convert("RGB"),
+        [f"{name}_{i:02d}" for i in range(100)],
+        source=frozenset({source}),
     )
 
 
@@ -377,14 +385,9 @@ def _open_embedded(spec: str) -> _Opened:
 
 def _open_npz(path: Path) -> _Opened:
     images, labels, names = npz.read(path)
-    return _Opened(
-        len(images),
-        lambda i: (Image.fromarray(images[i]), None if labels is None else int(labels[i])),
-        lambda i: f"{path.stem}[{i}]" if names is None else names[i],
-        None if labels is None else max(2, int(labels.max()) + 1),
-        sha256=files.sha256(path),
-        keep_size=True,
-    )
+    names = names or [f"{path.stem}[{i}]" for i in range(len(images))]
+    more = {"sha256": files.sha256(path), "keep_size": True}
+    return _Opened.of(lambda i: Image.fromarray(images[i]), names, labels, **more)
 
 
 # --- folders ----------------------------------------------------------------------------------
@@ -404,14 +407,7 @@ def _open_folder(folder: Path) -> _Opened:
     label_file = next((folder / name for name in LABEL_FILES if (folder / name).is_file()), None)
     found = _pictures(folder, "**/*" if label_file else "*")
     raw: list[str] | None = None
-    if label_file:
-        table = _read_label_file(label_file)
-        names = [path.relative_to(folder).as_posix() for path in found]
-        missing = next((name for name in names if _key(name) not in table), None)
-        if missing is not None:
-            raise GGLError(f"{label_file.name} has no line for {missing}; add one `file,label`")
-        raw = [table[_key(name)] for name in names]
-    elif not found:
+    if not label_file and not found:
         classes = sorted(
             path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")
         )
@@ -420,21 +416,22 @@ def _open_folder(folder: Path) -> _Opened:
                 f"its folders ({', '.join(path.name for path in classes)}) are named as parts of a "
                 f"data set, not as classes; choose one, e.g. {classes[-1]}"
             )
-        by_class = [(path.name, _pictures(path, "**/*")) for path in classes]
-        found = [path for _, paths in by_class for path in paths]
-        raw = [name for name, paths in by_class for _ in paths]
+        found = [path for one in classes for path in _pictures(one, "**/*")]
+        raw = [path.relative_to(folder).parts[0] for path in found]
+    names = [path.relative_to(folder).as_posix() for path in found]
+    if label_file:
+        table = _read_label_file(label_file)
+        missing = next((name for name in names if _key(name) not in table), None)
+        if missing is not None:
+            raise GGLError(f"{label_file.name} has no line for {missing}; add one `file,label`")
+        raw = [table[_key(name)] for name in names]
     if not found:
         raise GGLError(
             f"holds no images ({', '.join(IMAGE_SUFFIXES)}), neither itself nor in class "
             "sub-folders"
         )
     labels = None if raw is None else _number(raw, label_file)
-    return _Opened(
-        len(found),
-        lambda i: (_read_image(found[i]), None if labels is None else labels[i]),
-        lambda i: found[i].relative_to(folder).as_posix(),
-        None if labels is None else max(2, max(labels) + 1),
-    )
+    return _Opened.of(lambda i: _read_image(found[i]), names, labels)
 
 
 def _key(name: str) -> str:

@@ -9,6 +9,7 @@ image gives NaN. The paper computes its errors on [-1, 1] images with peak 1: `m
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -17,6 +18,7 @@ import numpy as np
 from jax.typing import ArrayLike
 from scipy import special
 
+from ggl_jax import files
 from ggl_jax.audit import weights
 from ggl_jax.audit.lpips import get_backbone, lpips
 from ggl_jax.types import Model, PyTree
@@ -163,15 +165,10 @@ def label_accuracy(inferred: jax.Array, true: jax.Array) -> jax.Array:
         Scalar in [0, 1]. NaN for no true labels.
     """
     inferred, true = jnp.atleast_1d(inferred), jnp.atleast_1d(true)
-
-    def occurrence(labels):
-        """How many equal labels come before each."""
-        return jnp.sum(jnp.tril(labels[:, None] == labels[None], k=-1), axis=1)
-
     # the k-th occurrence of a label is found if the label was inferred at least k times
-    same = true[:, None] == inferred[None]
-    same &= occurrence(true)[:, None] == occurrence(inferred)[None]
-    return jnp.mean(jnp.any(same, axis=1).astype(jnp.float32))
+    earlier = jnp.sum(jnp.tril(true[:, None] == true, k=-1), axis=1)
+    times = jnp.sum(true[:, None] == inferred, axis=1)
+    return jnp.mean((earlier < times).astype(jnp.float32))
 
 
 def identification_ranks(
@@ -237,36 +234,34 @@ class Metric(NamedTuple):
         return self.function(reconstruction, original, model, variables)
 
 
-_ERRORS = (0.0, math.inf)
+def described(functions: Mapping[str, Callable[..., Any]]) -> dict[str, Any]:
+    """A :class:`Metric` of each function, with what ``scores.csv`` says under its name."""
+    told = {row.pop("name"): row for row in files.read_csv(Path(__file__).parent / "scores.csv")}
+    found = {}
+    for name, function in functions.items():
+        row: dict[str, Any] = told[name]
+        low, high = map(float, row["limits"].split())
+        row |= {"limits": (low, high), "shown": row["shown"] == "yes"}
+        found[name] = Metric(function, **row)
+    return found
 
-#: A new metric is one function and one line here; its name is its column in the results.
-METRICS: dict[str, Metric | Callable[..., Any]] = {
-    "psnr": Metric(
-        lambda x, y, model, variables: psnr(x, y),
-        "likeness of pixels, peak 1 on the [0, 1] scale", "PSNR", "dB", ".1f", "higher", _ERRORS,
-    ),
-    "ssim": Metric(
-        lambda x, y, model, variables: ssim(x, y),
-        "structural similarity, 1 for identical images", "SSIM", "", ".2f", "higher", (-1.0, 1.0),
-    ),
-    "mse_i": Metric(
-        lambda x, y, model, variables: mse_i(x, y),
-        "squared error of the pixels on [-1, 1], as in the paper", "MSE-I", "", ".3f", "lower",
-        _ERRORS,
-    ),
-    "mse_r": Metric(
-        mse_r, "squared error of the federated model's features", "MSE-R", "", ".2g", "lower",
-        _ERRORS,
-    ),
-    "mse": Metric(
-        lambda x, y, model, variables: mse(x, y),
-        "squared error of the pixels", "MSE", "", ".2g", "lower", _ERRORS, shown=False,
-    ),
-    "psnr_paper": Metric(
-        lambda x, y, model, variables: psnr_paper(x, y),
-        "PSNR on the paper's scale, 6.02 dB lower", "PSNR (paper)", "dB", ".1f", shown=False,
-    ),
-}  # fmt: skip
+
+def _of_pixels(function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    return lambda x, y, model, variables: function(x, y)
+
+
+#: A new metric is one function and one line here (without one in ``scores.csv``, a
+#: :class:`Metric`); its name is its column in the results.
+METRICS: dict[str, Metric | Callable[..., Any]] = described(
+    {
+        "psnr": _of_pixels(psnr),
+        "ssim": _of_pixels(ssim),
+        "mse_i": _of_pixels(mse_i),
+        "mse_r": mse_r,
+        "mse": _of_pixels(mse),
+        "psnr_paper": _of_pixels(psnr_paper),
+    }
+)
 _SHIPPED = dict(METRICS)
 
 

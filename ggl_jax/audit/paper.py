@@ -8,11 +8,11 @@ and MSE four times as large. (``scale="paper"`` is another matter: the searches'
 A new experiment is a subclass of :class:`Experiment` and its name beside :data:`EXPERIMENTS`.
 """
 
-import csv
 import dataclasses
 import functools
 import inspect
 import itertools
+import operator
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -24,8 +24,10 @@ import numpy as np
 
 from ggl_jax import files
 from ggl_jax.adversary.attacks import search_of
-from ggl_jax.audit import metrics
+from ggl_jax.audit import metrics, tables
+from ggl_jax.audit.judge import jsonable
 from ggl_jax.audit.run import AuditResult
+from ggl_jax.audit.tables import Column
 from ggl_jax.client.defenses import in_code
 from ggl_jax.priors.decoding import decode_each
 from ggl_jax.spec import Search, replace
@@ -121,13 +123,12 @@ class Experiment:
 
     def published(self) -> dict[tuple[str, str], dict[str, str]]:
         """The paper's values by attack and defense, then column, as printed there."""
-        with (Path(__file__).parent / "published.csv").open(encoding="utf-8") as file:
-            form = FORMS[self.fidelity]
-            return {
-                (row["attack"], form(row["defense"])): row
-                for row in csv.DictReader(file)
-                if (row["experiment"], row["half"]) == (self.table, self.half)
-            }
+        form = FORMS[self.fidelity]
+        return {
+            (row["attack"], form(row["defense"])): row
+            for row in files.read_csv(Path(__file__).parent / "published.csv")
+            if (row["experiment"], row["half"]) == (self.table, self.half)
+        }
 
     @property
     def quick(self) -> bool:
@@ -402,12 +403,10 @@ def control_scores(
         images = jnp.clip(images, 0.0, 1.0)
         same = jnp.broadcast_to(original, images.shape)
         scores = {
-            name: np.asarray(metrics.METRICS[name](images, same, public.model, public.variables))
+            name: metrics.METRICS[name](images, same, public.model, public.variables)
             for name in ("mse_i", "psnr_paper", "mse_r", "psnr")
         }
-        if perceptual is not None:
-            scores["lpips"] = np.asarray(perceptual(images, same))
-        return scores
+        return scores if perceptual is None else scores | {"lpips": perceptual(images, same)}
 
     for number, (name, original) in enumerate(result.originals.items()):
         known = result.controls.get(name)
@@ -441,12 +440,6 @@ def _cell(values: Sequence[float | None], decimals: int, spread: str) -> str:
     return f"{mean} ± {statistics.stdev(known):.{decimals}f}"
 
 
-def _gain(row: Mapping[str, Any]) -> float | None:
-    if row["psnr"] is None:  # infinite, of an exact copy
-        return None
-    return row["psnr"] - max(row["psnr_mean_image"], row["psnr_control_mean"])
-
-
 def markdown(
     experiment: Experiment,
     results: Mapping[Run, AuditResult],
@@ -468,66 +461,54 @@ def markdown(
         command: shown below.
         where: date and hardware, shown below.
     """
-    published = experiment.published()
+    published, gain = experiment.published(), tables.scores()["gain"].function
     compared = {name for name, _, _ in COLUMNS if name != "lpips" or lpips == "vgg"}
     headings = [
         heading + f" {lpips}" * (name == "lpips") + " (paper)" * (name in compared)
         for name, heading, _ in COLUMNS
     ]
+    headings = ["Defense", "Attack", *headings, "usual PSNR", "gain over blind guess"]
+
+    def cells(by_seed, spread, theirs):
+        """Ours, and the paper's value in brackets where there is one to compare with."""
+        for metric, decimals in (*((m, d) for m, _, d in COLUMNS), ("psnr", 2), ("gain", 2)):
+            values = [[row.get(metric) for row in rows] for rows in by_seed]
+            if spread == SEEDS_STD:
+                values = [[None if None in own else statistics.fmean(own)] for own in values]
+            text = _cell([value for own in values for value in own], decimals, spread)
+            known = theirs.get(metric) if metric in compared else None
+            yield f"{text} ({known.replace('±', ' ± ')})" if known else text
+
+    rows = [
+        row | {"gain": jsonable(gain(row)), "run": run}
+        for run, result in results.items()
+        for row in result.rows
+    ]
+    total = num_images * len({run.seed for run in results})
+    groups = tables.grouped(rows, lambda row: (row["defense"], row["run"].name))
+    lines = []
+    names = dict.fromkeys(run.name for run in results)
+    for defense, name in itertools.product(experiment.defenses, names):
+        if own := groups.get((defense, name)):
+            by_seed = tables.grouped(own, lambda row: row["run"].seed).values()
+            label = name if len(own) == total else f"{name} ({len(own)} of {total})"
+            theirs = published.get((name, defense), {})
+            lines.append([defense, label, *cells(by_seed, experiment.spread, theirs)])
+    spread = "" if experiment.spread == SEEDS_STD else experiment.spread  # controls have no seeds
+    for label, scored in controls.items():
+        lines.append(["*control*", f"*{label}*", *cells([scored], spread, {})])
     first = next(iter(results.values()))
     notes = sorted({row.get("lpips_note") or "" for row in first.rows} - {""})
-    lines = [
+    words = [
         f"# {experiment.title} ({HALVES[experiment.half]} half, scale {experiment.scale}, "
         f"fidelity {experiment.fidelity})",
-        "",
         inspect.cleandoc(str(type(experiment).__doc__)),
-        "",
         f"Mean ± {experiment.spread}, on the paper's scale; the paper's value in brackets, where "
         "it gives one.",
         *(f"LPIPS was not measured: {note}." for note in notes),
-        "",
-        "| Defense | Attack | " + " | ".join(headings) + " | usual PSNR | gain over blind guess |",
-        "|" + "---|" * (len(headings) + 4),
     ]
-    seeds = dict.fromkeys(run.seed for run in results)
-    for defense, name in itertools.product(
-        experiment.defenses, dict.fromkeys(run.name for run in results)
-    ):
-        by_seed = [
-            [{**row, "gain": _gain(row)} for row in result.rows if row["defense"] == defense]
-            for run, result in results.items()
-            if run.name == name
-        ]
-        by_seed = [rows for rows in by_seed if rows]
-        num = sum(len(rows) for rows in by_seed)
-        if not num:
-            continue
-
-        def ours(metric: str, decimals: int, by_seed=by_seed) -> str:
-            values = [[row.get(metric) for row in rows] for rows in by_seed]
-            if experiment.spread == SEEDS_STD:
-                means = [None if None in v else statistics.fmean(v) for v in values]
-                return _cell(means, decimals, SEEDS_STD)
-            return _cell([value for v in values for value in v], decimals, experiment.spread)
-
-        cells = []
-        for metric, _, decimals in COLUMNS:
-            theirs = published.get((name, defense), {}).get(metric) if metric in compared else None
-            cells.append(
-                ours(metric, decimals) + (f" ({theirs.replace('±', ' ± ')})" if theirs else "")
-            )
-        cells += [ours("psnr", 2), ours("gain", 2)]
-        total = num_images * len(seeds)
-        label = name if num == total else f"{name} ({num} of {total})"
-        lines.append(f"| {defense} | {label} | " + " | ".join(cells) + " |")
-    spread = "" if experiment.spread == SEEDS_STD else experiment.spread  # controls have no seeds
-    for label, scored in controls.items():
-        cells = [
-            _cell([row.get(metric) for row in scored], decimals, spread)
-            for metric, decimals in (*((m, d) for m, _, d in COLUMNS), ("psnr", 2))
-        ]
-        lines.append(f"| *control* | *{label}* | " + " | ".join(cells) + " | |")
-    return "\n".join([*lines, "", f"`{command}`", "", where, ""])
+    columns = [Column(h, operator.itemgetter(i), i < 2) for i, h in enumerate(headings)]
+    return "\n\n".join([*words, tables.table(columns, lines), f"`{command}`", where]) + "\n"
 
 
 def draw(

@@ -5,6 +5,7 @@ import datetime
 import html
 import json
 import math
+import string
 import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -70,41 +71,7 @@ class Report(NamedTuple):
 
 # --- views --------------------------------------------------------------------------------------
 
-_STYLE = """
-:root{color-scheme:light dark;--ink:#1a1a1a;--paper:#fff;--line:#d5d5d5;--soft:#f4f4f4}
-@media (prefers-color-scheme:dark){:root{--ink:#e6e6e6;--paper:#161616;--line:#444;--soft:#232323}}
-body{font:16px/1.5 system-ui,sans-serif;color:var(--ink);background:var(--paper);
-max-width:75rem;margin:0 auto;padding:1rem;overflow-wrap:break-word}
-h1{font-size:1.6rem}h2{font-size:1.25rem;margin-top:2rem}
-.scroll{overflow-x:auto}
-table{border-collapse:collapse;font-variant-numeric:tabular-nums;font-size:.9rem}
-th,td{padding:.25rem .5rem;border-bottom:1px solid var(--line);vertical-align:top}
-td:first-child{overflow-wrap:anywhere;min-width:6em}
-thead th{background:var(--soft);vertical-align:bottom}
-.scroll+p:not(:has(img)){font-size:.85rem;opacity:.85;max-width:60rem}
-img{max-width:100%;height:auto;vertical-align:top;margin:0 .2rem 1rem 0}
-details{border:1px solid var(--line);border-radius:6px;padding:.4rem .8rem;margin:.5rem 0}
-summary{cursor:pointer}
-@media (max-width:500px){table{font-size:.8rem}th,td{padding:.2rem .3rem}}
-pre{background:var(--soft);padding:.8rem;white-space:pre-wrap}
-"""
-
-_PAGE = """<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; \
-style-src 'unsafe-inline'">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title>
-<style>{style}</style>
-</head>
-<body>
-<main>
-{body}</main>
-</body>
-</html>
-"""
+_PAGE = string.Template((Path(__file__).parent / "page.html").read_text("utf-8"))
 
 
 def page(report: Report) -> str:
@@ -127,7 +94,7 @@ def page(report: Report) -> str:
                 content = base64.b64encode(report.pictures[str(child.attrs["src"])]).decode()
                 child.attrs["src"] = f"data:image/svg+xml;base64,{content}"
     body = renderer.render(tokens, markdown.options, {})
-    return _PAGE.format(title=html.escape(report.title), style=_STYLE, body=body)
+    return _PAGE.substitute(title=html.escape(report.title), body=body)
 
 
 class _Table(TableElement):

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from ggl_jax.audit.metrics import METRICS, Metric, confidence_interval
+from ggl_jax.audit.metrics import METRICS, Metric, confidence_interval, described
 from ggl_jax.spec import varying
 from ggl_jax.types import NONFINITE, STATUS_MESSAGES
 
@@ -116,65 +116,32 @@ def _gain(row: Row) -> float:
     return (_entry("psnr")(row) or 0.0) - _control(row)
 
 
-def _nearest(name: str) -> Callable[[Row], float | None]:
-    return lambda row: 100.0 * (row[name] == 1) if "suspects" in row else None
-
-
 def _share(name: str) -> Callable[[Row], float | None]:
-    return lambda row: None if row.get(name) is None else 100.0 * row[name]
+    """A share in percent; of a rank, whether it is the first."""
 
+    def read(row: Row) -> float | None:
+        value = row.get(name)
+        return None if value is None else 100.0 * (value == 1 if "rank" in name else value)
 
-_LEVELS = (0.0, math.inf)
-_SHARE = (0.0, 100.0)
+    return read
+
 
 #: Scores besides METRICS, read off a row of the results.
-DERIVED: dict[str, Metric] = {
-    "control": Metric(
-        _control, "the stronger of two guesses made without the update, the prior's mean image and "
-        "its random samples on average", "Guess", "dB", ".1f", "higher", _LEVELS,
-    ),
-    "gain": Metric(
-        _gain, "PSNR above that guess; with an interval above zero it shows a leak, and no gain is "
-        "no proof of safety", "Gain", "dB", ".1f",
-    ),
-    "best": Metric(
-        _entry("psnr_control_best"), "the best of many random samples, picked with the private "
-        "image in hand", "Best", "dB", ".1f", "higher", _LEVELS,
-    ),
-    "ceiling": Metric(
-        _entry("psnr_ceiling"), "the nearest image that the prior was found to make", "Ceiling",
-        "dB", ".1f", "higher", _LEVELS,
-    ),
-    "lpips": Metric(
-        _entry("lpips"), "perceptual distance by the network in brackets", "LPIPS", "", ".3f",
-        "lower", _LEVELS,
-    ),
-    "label": Metric(
-        lambda row: 100.0 * row["label_accuracy"], "share of the class labels that were read off "
-        "the update (of a batch, in any order)", "Labels right", "%", ".0f", "higher", _SHARE,
-    ),
-    "identified_pixels": Metric(
-        _nearest("rank_pixels"), "how often the private image is nearer to its reconstruction than "
-        "every other suspect is, by pixels", "Identified by pixels", "%", ".0f", "higher", _SHARE,
-    ),
-    "identified_features": Metric(
-        _nearest("rank_features"), "the same by the model's features", "Identified by features",
-        "%", ".0f", "higher", _SHARE,
-    ),
-    "bound_mse": Metric(
-        _entry("bound_mse"), "no attack has a smaller squared error, on average over images drawn "
-        "from a Gaussian of the prior's mean and covariance", "Least MSE", "", ".2g", "lower",
-        _LEVELS,
-    ),
-    "bound_identified": Metric(
-        _share("bound_identified"), "no attack names the private image among these suspects more "
-        "often, each as likely to be it", "Most identified", "%", ".0f", "higher", _SHARE,
-    ),
-    "bound_identified_any": Metric(
-        _share("bound_identified_any"), "the same among as many of any images, by the clip's bound "
-        "alone", "Of any images", "%", ".0f", "higher", _SHARE,
-    ),
-}  # fmt: skip
+DERIVED: dict[str, Metric] = described(
+    {
+        "control": _control,
+        "gain": _gain,
+        "best": _entry("psnr_control_best"),
+        "ceiling": _entry("psnr_ceiling"),
+        "lpips": _entry("lpips"),
+        "label": _share("label_accuracy"),
+        "identified_pixels": _share("rank_pixels"),
+        "identified_features": _share("rank_features"),
+        "bound_mse": _entry("bound_mse"),
+        "bound_identified": _share("bound_identified"),
+        "bound_identified_any": _share("bound_identified_any"),
+    }
+)
 
 #: What was measured and what bounds it.
 BOUNDED = {"mse": "bound_mse", "identified_pixels": "bound_identified"}
@@ -296,21 +263,25 @@ def by_fit(rows: Sequence[dict[str, Any]]) -> list[Leakage]:
     names = variant_names(rows)
     searches = grouped(rows, lambda row: (row["defense"], row["image"], row["seed"]))
     best = [min(own, key=misfit) for own in searches.values()]
-    found = []
-    for defense, part in grouped(best, lambda row: row["defense"]).items():
-        number = collections.Counter(variant_of(row, names) for row in part)
-        shown = ", ".join(f"{variant} ({n} of {len(part)})" for variant, n in number.most_common())
-        found.append(_leakage(defense, shown, part))
-    return found
+    return [
+        _leakage(defense, _tally(variant_of(row, names) for row in part), part)
+        for defense, part in grouped(best, lambda row: row["defense"]).items()
+    ]
+
+
+def _tally(names: Iterable[str]) -> str:
+    """Names by how often they are there: ``"map (3 of 4), ggl (1 of 4)"``."""
+    number = collections.Counter(names)
+    return ", ".join(f"{name} ({n} of {number.total()})" for name, n in number.most_common())
 
 
 def won(groups: Sequence[Leakage]) -> list[str]:
     """A sentence on which attacks' results attack strongest kept; none where it did not run."""
-    told = []
-    for group in groups:
-        number = collections.Counter(row["won"] for row in group.rows if "won" in row)
-        names = ", ".join(f"{name} ({n} of {number.total()})" for name, n in number.most_common())
-        told += [f"{spoken(group.defense)}: {names}"] if names else []
+    told = [
+        f"{spoken(group.defense)}: {names}"
+        for group in groups
+        if (names := _tally(row["won"] for row in group.rows if "won" in row))
+    ]
     return [f"Kept by attack strongest, as nearest to the update: {'; '.join(told)}."] * bool(told)
 
 

@@ -57,14 +57,8 @@ def threat_model(search: Search, client: Client, model: Model, prior: Prior) -> 
     drawn = search.space != "pixels" or search.bank > 0 or search.pool > 0
     public = drawn or search.start == "prior" or counted or not shipped
     penalised = search.regularizer != "none" or search.refine != "none"
-    letter = "A"
-    for found, own in (
-        ("B", penalised),
-        ("C", bool(training)),
-        ("D", public),
-        ("E", client.share_statistics),
-    ):
-        letter = found if own else letter
+    used = {"A": True, "B": penalised, "C": training, "D": public, "E": client.share_statistics}
+    letter = max(letter for letter, own in used.items() if own)
     num = client.batch_size
     update = "update" if client.rounds == 1 else f"updates in {client.rounds} rounds at one state"
     knows = [

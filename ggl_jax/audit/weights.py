@@ -48,49 +48,15 @@ class Source(NamedTuple):
         return self.url.rpartition("/")[2]
 
 
-_TORCHVISION = "https://download.pytorch.org/models/"
-# A commit, not a branch: what lies there cannot change.
-_LPIPS = (
-    "https://raw.githubusercontent.com/richzhang/PerceptualSimilarity/"
-    "082bb24f84c091ea94de2867d34c4544f68e0963/lpips/weights/v0.1/"
-)
-_BACKBONE_LICENCE = (
-    "torchvision is BSD-3-Clause; the weights were trained on ImageNet, whose terms may apply"
-)
-_LIN_LICENCE = (
-    "BSD-2-Clause, Copyright (c) 2018 Richard Zhang, Phillip Isola, Alexei A. Efros, Eli "
-    "Shechtman, Oliver Wang"
-)
+def _recorded() -> dict[str, tuple[Source, ...]]:
+    table = files.read_csv(Path(__file__).parent / "weights.csv")
+    rows = [(row.pop("name"), Source(**row)) for row in table]
+    return {name: tuple(source for own, source in rows if own == name) for name, _ in rows}
 
 
-def _sources(backbone: str, backbone_sha256: str, lin: str, lin_sha256: str) -> tuple[Source, ...]:
-    return (
-        Source(_TORCHVISION + backbone, backbone_sha256, _BACKBONE_LICENCE),
-        Source(_LPIPS + lin, lin_sha256, _LIN_LICENCE),
-    )
-
-
-#: Name -> the files that it is made of.
-SOURCES: dict[str, tuple[Source, ...]] = {
-    "lpips-vgg": _sources(
-        "vgg16-397923af.pth",
-        "397923af8e79cdbb6a7127f12361acd7a2f83e06b05044ddf496e83de57a5bf0",
-        "vgg.pth",
-        "a78928a0af1e5f0fcb1f3b9e8f8c3a2a5a3de244d830ad5c1feddc79b8432868",
-    ),
-    "lpips-alex": _sources(
-        "alexnet-owt-7be5be79.pth",
-        "7be5be791159472b1fbf3c69796f7cb30dca7ad8466c2df70058c37116cdee02",
-        "alex.pth",
-        "df73285e35b22355a2df87cdb6b70b343713b667eddbda73e1977e0c860835c0",
-    ),
-    "lpips-squeeze": _sources(
-        "squeezenet1_1-b8a52dc0.pth",
-        "b8a52dc049b60e4b6ab68ad0df457362afab8b6304b2febdc1650a5dab4d7e7b",
-        "squeeze.pth",
-        "4a5350f23600cb79923ce65bb07cbf57dca461329894153e05a1346bd531cf76",
-    ),
-}
+#: Name -> the files that it is made of. LPIPS' own are of a commit, not of a branch, so that what
+#: lies there cannot change; torchvision's weights were trained on ImageNet.
+SOURCES: dict[str, tuple[Source, ...]] = _recorded()
 
 
 def folder() -> Path:
