@@ -432,6 +432,6 @@ def legend(config: Mapping[str, Any]) -> str:
         f"defended by each client{falling}; one run. Epsilon at delta {config['delta']:g}: of the "
         "Gaussian mechanism, for all that one client shares in all rounds, with the server seeing "
         "each client's update; neighbours differ in whether the client's update is there or zero "
-        "(add or remove), or in what it is (replace). Without a clip before Gaussian noise there is "
-        f"none.{chosen}"
+        "(add or remove), or in what it is (replace). Without a clip before Gaussian noise there "
+        f"is none.{chosen}"
     )
