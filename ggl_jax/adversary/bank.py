@@ -293,7 +293,8 @@ def _parts(one: Held, x: np.ndarray) -> Iterator[np.ndarray]:
     if one.layer is None:
         yield x.ravel()
         return
-    width, x = _channels(one.layer), np.asarray(layers.kernel_in_order(one.layer, x))
+    width = _channels(one.layer)
+    x = np.asarray(layers.kernel_in_order(one.layer, jnp.asarray(x)))
     for first in _starts(one.layer):
         part = x[..., first : first + width, :]
         missing = width - part.shape[-2]
@@ -312,8 +313,7 @@ def _pairs(layer, a, d, b, e):
 
 @functools.partial(jax.jit, static_argnums=0)
 def _inner(layer, a, d, y):
-    y = layers.kernel_in_order(layer, y)
-    return layers.inner_product(layer, *map(_wide, (a, d)), y)
+    return layers.inner_product(layer, _wide(a), _wide(d), layers.kernel_in_order(layer, y))
 
 
 def _wide(x):

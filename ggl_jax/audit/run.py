@@ -289,13 +289,14 @@ class _Work:
             report("controls")
             more = {}
             if inputs.fit and first.client.rounds == 1:
-                known = {"view": first.defense.view, "client": first.client}
-                told = one.search  # of several attacks, each one's was worked out
-                more["mismatch"] = (
-                    told["mismatches"][told["won"]]
-                    if "won" in told
-                    else mismatch(one, public=self.public, **known)
-                )
+                told = one.search
+                if "won" in told:  # of several attacks, each one's was worked out
+                    more["mismatch"] = told["mismatches"][told["won"]]
+                else:
+                    view = first.defense.view
+                    more["mismatch"] = mismatch(
+                        one, public=self.public, view=view, client=first.client
+                    )
             one = in_order(one, batch[0])
             files, controls = self.controls(cell, own, one.labels)
             rows = judge(
