@@ -92,6 +92,31 @@ def test_what_differs_is_another_bank(public, kept, monkeypatch):
             bank_of(*other)
 
 
+def test_a_model_is_told_by_its_derivative_and_traced_once(public, kept):
+    """Of two with the same values; the bank of another label looks at neither again."""
+    calls = []
+
+    def halved(share):
+        @jax.custom_vjp
+        def same(x):
+            return x
+
+        same.defvjp(lambda x: (x, None), lambda _, g: (share * g,))
+
+        def apply(variables, images):
+            calls.append(share)
+            logits, features = public.model.apply(variables, images)
+            return same(logits), features
+
+        return public._replace(model=public.model._replace(apply=apply))
+
+    one, other = halved(0.5), halved(0.25)
+    assert banks._content(one, 1, NUM) != banks._content(other, 1, NUM)
+    seen = len(calls)
+    assert banks._content(one, 2, NUM) != banks._content(one, 1, NUM)
+    assert len(calls) == seen > 0
+
+
 @pytest.mark.parametrize("damage", ["flipped", "half", "empty", "longer"])
 def test_a_damaged_file_is_computed_again(damage, public, kept, monkeypatch):
     first = content(bank_of(public))

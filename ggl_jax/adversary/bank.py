@@ -20,6 +20,7 @@ import numpy as np
 from ggl_jax import cache, machine
 from ggl_jax.adversary.matching import fused, layers
 from ggl_jax.adversary.matching.program import Layer, Program, trace
+from ggl_jax.client.gradients import gradient
 from ggl_jax.files import digest
 from ggl_jax.gate.models import variable_shapes
 from ggl_jax.gate.trying import calls_back, program
@@ -372,21 +373,27 @@ def _content(public: Public, label: int, num: int) -> str | None:
     if cache.folder() is None:
         return None
     model, variables, prior, prior_params, _ = public
-    images = jax.ShapeDtypeStruct((_at_once(), *model.image_shape), np.float32)
-    labels = jax.ShapeDtypeStruct((_at_once(), 1), np.int32)
-    compute = _gradients(model, _held(model, num, True), None)
-    prepared = jax.eval_shape(functools.partial(_prepared, model), variables)
     draw = functools.partial(samples, prior, num=num, labels=label)
-    programs = [
-        program(compute, variables, prepared, images, labels, None)[:2],
-        program(draw, prior_params, jax.random.key(num))[:2],
-    ]
+    programs = [_gradient_of(model), program(draw, prior_params, jax.random.key(num))[:2]]
     if any(calls_back(text) for text, _ in programs):
         return None
     device = machine.cpu_name(), jax.devices()[0].device_kind
-    code = [Path(file).read_bytes() for file in (__file__, layers.__file__)]
-    made_by = [jax.__version__, machine.settings(), device, code]
+    made_by = [jax.__version__, machine.settings(), device, _sources()]
     return digest(programs, variables, prior_params, label, num, made_by)
+
+
+@functools.lru_cache(maxsize=8)
+def _gradient_of(model: Model) -> tuple[str, list[Any]]:
+    """The program of a client's gradient: by it and by our code, the bank's, which is longer."""
+    shape, label = jax.ShapeDtypeStruct((1, *model.image_shape), np.float32), np.zeros(1, np.int32)
+    return program(functools.partial(gradient, model), variable_shapes(model), shape, label)[:2]
+
+
+@functools.cache
+def _sources() -> str:
+    """A digest of this package's code."""
+    home = Path(__file__).parents[1]
+    return digest(*[path.read_bytes() for path in sorted(home.rglob("*.py"))])
 
 
 def _shapes(public: Public, num: int) -> Bank:
