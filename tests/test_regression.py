@@ -152,29 +152,61 @@ def test_a_bank_knows_each_samples_gradient(formed):
         assert sorted(order[order > 0]) == list(range(1, own[0].size + 1))
 
 
+def near(found, expected, lengths):
+    """Products of gradients of these lengths, which are held in bfloat16."""
+    np.testing.assert_allclose(found, expected, atol=0.02 * lengths + 1e-12)
+
+
 @pytest.mark.parametrize("by_pairs", [False, True])
-@pytest.mark.parametrize("masked", ["not", "a number", "entries"])
-def test_products_are_those_of_the_gradients(formed, monkeypatch, by_pairs, masked):
+def test_kernels_are_the_gradients_products(formed, monkeypatch, by_pairs):
     bank, gradients = formed
     monkeypatch.setattr(banks.layers, "pair_work", lambda layer: 0 if by_pairs else 1e12)
     monkeypatch.setattr(banks, "_WIDTHS", (2**4, 2**8))
+    unformed = 0
+    for one, arrays, own in zip(bank.held, bank.arrays, gradients, strict=True):
+        if one.layer is not None and one.layer.positions <= 256:
+            g = own.reshape(len(own), -1)
+            near(banks._kernel(one, arrays), g @ g.T, np.sum(g**2, axis=1).max())
+            unformed += 1
+    assert unformed >= 2
+
+
+@pytest.mark.parametrize("masked", ["not", "a number", "entries"])
+def test_products_are_those_of_the_gradients(formed, monkeypatch, masked):
+    bank, gradients = formed
+    monkeypatch.setattr(banks, "_WIDTHS", (2**4, 2**8))
     rng = np.random.default_rng(0)
-    kernels = [banks._kernel(*one) for one in zip(bank.held, bank.arrays, strict=True)]
-    bank = bank._replace(kernels=kernels)
-    assert sum(one.layer is not None for one in bank.held) >= 2
     for place, own in enumerate(gradients):
         y = rng.normal(size=own[0].shape).astype(np.float32)
-        mask = {
-            "not": None,
-            "a number": np.asarray(0.5),
-            "entries": rng.uniform(size=y.shape) < 0.3,
-        }
-        g = (own if mask[masked] is None else own * mask[masked]).reshape(len(own), -1)
-        kernel, inner = banks.products(bank, place, y, mask[masked])
+        some = rng.uniform(size=y.shape) < 0.3
+        mask = {"not": None, "a number": np.asarray(0.5), "entries": some}[masked]
+        g = (own if mask is None else own * mask).reshape(len(own), -1)
+        kernel, inner = banks.products(bank, place, y, mask)
         lengths = np.linalg.norm(g, axis=1)
-        np.testing.assert_allclose(kernel, g @ g.T, atol=0.01 * lengths.max() ** 2 + 1e-12)
-        most = 0.02 * lengths.max() * np.linalg.norm(y) + 1e-12
-        np.testing.assert_allclose(inner, g @ y.ravel(), atol=most)
+        near(kernel, g @ g.T, lengths.max() ** 2)
+        near(inner, g @ y.ravel(), lengths.max() * np.linalg.norm(y))
+
+
+def test_some_channels_stand_for_all(formed, monkeypatch):
+    """Of a large masked kernel: products of its first parts, as large as those of all."""
+    bank, gradients = formed
+    monkeypatch.setattr(banks, "_WIDTHS", (2**4, 2**8))
+    monkeypatch.setattr(banks, "_ENOUGH", 500)
+    place = max(range(len(gradients)), key=lambda place: bank.held[place].size)
+    own = gradients[place]
+    mask = np.random.default_rng(0).uniform(size=own[0].shape) < 0.3
+    part = np.zeros_like(mask)
+    order = np.arange(own[0].size).reshape(own[0].shape) + 1
+    for block in banks._parts(bank.held[place], order):
+        part.flat[block[block > 0] - 1] = True
+        if np.sum(part & mask) >= 500:
+            break
+    part &= mask
+    assert 500 <= part.sum() < mask.sum() / 2
+    kernel, inner = banks.products(bank, place, own[3] * mask, mask, thin=True)
+    g = (own * part).reshape(len(own), -1) * np.sqrt(mask.sum() / part.sum())
+    near(kernel, g @ g.T, np.sum(g**2, axis=1).max())
+    near(inner, g @ g[3], np.sum(g**2, axis=1).max())
 
 
 def test_the_factor_is_the_residuals_covariance():

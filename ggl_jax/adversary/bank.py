@@ -219,12 +219,14 @@ def _gradients(model: Model, held: tuple[Held, ...], simulate: Callable | None) 
 
 #: Columns of gradients that are multiplied at once: few shapes for tensors of all sizes.
 _WIDTHS = (2**9, 2**12, 2**15)
+#: Masked entries of a kernel that stand for all where no noise has to be averaged out.
+_ENOUGH = 2**15
 #: Samples whose products with all others are computed at once, by Gram matrices.
 _ROWS = 16
 
 
 def products(
-    bank: Bank, place: int, y: np.ndarray, mask: np.ndarray | None
+    bank: Bank, place: int, y: np.ndarray, mask: np.ndarray | None, *, thin: bool = False
 ) -> tuple[np.ndarray, np.ndarray]:
     """Products of the samples' gradients of one tensor, masked, with each other and with ``y``.
 
@@ -233,6 +235,7 @@ def products(
         place: the tensor's among those that are held.
         y: like the tensor, masked.
         mask: like the tensor, or a number; None for 1.
+        thin: whether some input channels of a large masked kernel may stand for all.
 
     Returns:
         [n n] and [n], float32.
@@ -245,7 +248,7 @@ def products(
         else:
             inner = np.asarray(_inner(one.layer, *arrays, y))
         return by**2 * kernel, by * inner
-    kernel, inner = np.zeros_like(kernel), np.zeros(len(kernel), np.float32)
+    kernel, inner, seen = np.zeros_like(kernel), np.zeros(len(kernel), np.float32), 0
     mask = np.broadcast_to(mask, y.shape).astype(np.float32)
     for g, own, part in zip(_formed(one, arrays), _parts(one, y), _parts(one, mask), strict=True):
         where = np.flatnonzero(part)
@@ -253,7 +256,11 @@ def products(
             g = np.asarray(g[:, where], np.float32) * part[where]
             kernel += _product(g, g)
             inner += _product(g, own[None, where])[:, 0]
-    return kernel, inner
+            seen += where.size
+        if thin and seen >= _ENOUGH:
+            break
+    share = np.float32(np.count_nonzero(mask) / max(seen, 1))
+    return share * kernel, share * inner
 
 
 def _kernel(one: Held, arrays: list[np.ndarray]) -> np.ndarray:

@@ -62,7 +62,7 @@ def regress(
     num, norms = len(bank.images), bank.sq_norms.copy()
     kernels, inner = [], []
     for place, one in enumerate(bank.held):
-        kernel, own = products(bank, place, leaves[one.leaf], masks[one.leaf])
+        kernel, own = products(*(bank, place, leaves[one.leaf], masks[one.leaf]), thin=noise == 0)
         kernels.append(kernel)
         inner.append(own)
         norms[:, one.leaf] = np.diagonal(kernel)
