@@ -220,7 +220,7 @@ def _gradients(model: Model, held: tuple[Held, ...], simulate: Callable | None) 
 #: Columns of gradients that are multiplied at once: few shapes for tensors of all sizes.
 _WIDTHS = (2**9, 2**12, 2**15)
 #: Masked entries of a kernel that stand for all where no noise has to be averaged out.
-_ENOUGH = 2**15
+_ENOUGH = 2**13
 #: Samples whose products with all others are computed at once, by Gram matrices.
 _ROWS = 16
 
