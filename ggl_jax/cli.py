@@ -7,6 +7,7 @@ what is finished and exits with 130.
 import contextlib
 import dataclasses
 import functools
+import importlib
 import importlib.metadata as metadata
 import inspect
 import io
@@ -16,33 +17,14 @@ import os
 import re
 import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Annotated, Any
 
 import tyro
 from rich.console import Console
 
 from ggl_jax import files, machine
-from ggl_jax.commands import (
-    _plugins,
-    attack,
-    audit,
-    check,
-    import_prior,
-    info,
-    landscape,
-    leaderboard,
-    report,
-    reproduce,
-    sample_prior,
-    score_prior,
-    status,
-    sweep,
-    train_denoiser,
-    train_model,
-    train_prior,
-    utility,
-    weights,
-)
+from ggl_jax.commands import _plugins
 from ggl_jax.commands._options import choice_of
 from ggl_jax.errors import GGLError, did_you_mean
 from ggl_jax.spec import allowed, checked, options_of, replace
@@ -51,19 +33,13 @@ from ggl_jax.spec import allowed, checked, options_of, replace
 #: Its ``defaults(argv)``, if any, are the options before the user's own, on which they hang. A new
 #: one is one file in ``ggl_jax/commands`` and its name here.
 _MODULES = (
-    *(audit, attack, sweep, status, report, check, reproduce, leaderboard, utility, landscape),
-    *(
-        train_model,
-        train_prior,
-        train_denoiser,
-        sample_prior,
-        score_prior,
-        import_prior,
-        weights,
-        info,
-    ),
+    "audit attack sweep status report check reproduce leaderboard utility landscape train_model "
+    "train_prior train_denoiser sample_prior score_prior import_prior weights info"
 )
-COMMANDS = {one.__name__.rpartition(".")[2].replace("_", "-"): one for one in _MODULES}
+COMMANDS: dict[str, ModuleType] = {
+    name.replace("_", "-"): importlib.import_module(f"ggl_jax.commands.{name}")
+    for name in _MODULES.split()
+}
 OPTIONS: dict[str, type] = {
     name: inspect.get_annotations(one.run)["command"] for name, one in COMMANDS.items()
 }

@@ -1,6 +1,7 @@
 """``ggl-jax attack``: audit an update that came from elsewhere."""
 
 import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -11,7 +12,7 @@ import tyro
 
 from ggl_jax import checkpoint, files, trees
 from ggl_jax.adversary.attacks import members
-from ggl_jax.adversary.reconstruct import expectations, prepare, reconstruct
+from ggl_jax.adversary.reconstruct import Reconstruction, expectations, prepare, reconstruct
 from ggl_jax.adversary.scale import Scale, read_scale
 from ggl_jax.audit import data, metrics
 from ggl_jax.audit.controls import prior_controls
@@ -97,18 +98,10 @@ def defaults(argv: list[str]) -> AttackCommand:
 
 def run(command: AttackCommand, argv: list[str]) -> int:
     """``ggl-jax attack``."""
+    _check(command)
     if command.learning_rate is not None:
         command = replace(command, local_learning_rate=command.learning_rate)
     search, client = command.search, command.client
-    if client.rounds > 1:
-        raise GGLError(
-            f"rounds: got {client.rounds}, allowed: 1, since one update is read; several of the "
-            "same images and weights are attacked as their mean, so give that"
-        )
-    if members(search):
-        raise GGLError("attack: strongest is for audits and sweeps; choose one attack")
-    if command.image is not None and client.batch_size > 1:
-        raise GGLError("image: judged for one image only; use --batch-size 1, or ggl-jax audit")
     prior, prior_params, card = load_prior(command.prior)
     original = None if command.image is None else _private_image(command, prior)
     model, variables = updates.read_variables(command.weights, command.model, prior.image_shape)
@@ -161,48 +154,73 @@ def run(command: AttackCommand, argv: list[str]) -> int:
             mesh=_devices.mesh(command.shard),
             progress=lambda phase, fraction, loss: bar(phase, 0, 1, fraction, loss),
         )
-    norm = sum(float((leaf.astype(float) ** 2).sum()) for leaf in part.values())
     content = {
-        "labels": found.labels.tolist(),
+        **_told(found, part),
         "labels_known": known,
         "defense": defense.name,
-        "defense_estimated": summary(found.estimated),
         "attack": search.attack,
         "scale": scale,
-        "shared": list(part),
         "notes": notes,
-        "loss": found.loss,
-        "distance": found.distance,
-        "squared_norm": norm,
-        "evaluations": found.evaluations,
-        "status": STATUS_MESSAGES[found.status],
-        "loss_history": [float(f"{loss:.5g}") for loss in found.history],
         **told,
     }
     for number, image in enumerate(found.images):
         files.write_png(command.out / f"reconstruction-{number}.png", image)
-    lines = [
-        f"Labels {'inferred' if known else 'that fit best'}: {content['labels']}. Defense as "
-        f"estimated: {content['defense_estimated'] or 'no parameters'}.",
-        _distance_line(found, search, norm),
-    ]
-    if command.loss_scale == "auto":
-        lines.insert(0, f"Loss scale: {scale['factor']:.4g}, from {scale['source'] or 'nothing'}.")
     _write(command, content)  # whatever becomes of the controls
     if original is not None:
         content["judged"] = _judge(command, found, original, public)
-        scores = content["judged"]
-        lines.append(
-            f"PSNR {scores['psnr']:.1f} dB; mean image {scores['psnr_mean_image']:.1f}, random "
-            f"sample {scores['psnr_control_mean']:.1f}, ceiling {scores['psnr_ceiling']:.1f}."
-        )
         _write(command, content)
-    else:
-        lines.append("Whether it shows the private image cannot be told without it (--image).")
-    for line in lines:
+    for line in _lines(command, content, _distance_line(found, search, content["squared_norm"])):
         console.print(line, markup=False)
     say(f"Pictures and numbers: {command.out}/")
     return 0
+
+
+def _check(command: AttackCommand) -> None:
+    """Refuse what is for audits."""
+    if command.client.rounds > 1:
+        raise GGLError(
+            f"rounds: got {command.client.rounds}, allowed: 1, since one update is read; several "
+            "of the same images and weights are attacked as their mean, so give that"
+        )
+    if members(command.search):
+        raise GGLError("attack: strongest is for audits and sweeps; choose one attack")
+    if command.image is not None and command.client.batch_size > 1:
+        raise GGLError("image: judged for one image only; use --batch-size 1, or ggl-jax audit")
+
+
+def _told(found: Reconstruction, part: dict[str, Any]) -> dict[str, Any]:
+    """What ``result.json`` tells of the search and of the tensors that it had."""
+    return {
+        "labels": found.labels.tolist(),
+        "defense_estimated": summary(found.estimated),
+        "shared": list(part),
+        "squared_norm": sum(float((leaf.astype(float) ** 2).sum()) for leaf in part.values()),
+        "loss": found.loss,
+        "distance": found.distance,
+        "evaluations": found.evaluations,
+        "status": STATUS_MESSAGES[found.status],
+        "loss_history": [float(f"{loss:.5g}") for loss in found.history],
+    }
+
+
+def _lines(command: AttackCommand, content: dict[str, Any], distance: str) -> Iterator[str]:
+    """What the terminal shows of ``result.json``."""
+    scale, scores = content["scale"], content.get("judged")
+    if command.loss_scale == "auto":
+        yield f"Loss scale: {scale['factor']:.4g}, from {scale['source'] or 'nothing'}."
+    yield (
+        f"Labels {'inferred' if content['labels_known'] else 'that fit best'}: "
+        f"{content['labels']}. Defense as estimated: "
+        f"{content['defense_estimated'] or 'no parameters'}."
+    )
+    yield distance
+    if scores is None:
+        yield "Whether it shows the private image cannot be told without it (--image)."
+    else:
+        yield (
+            f"PSNR {scores['psnr']:.1f} dB; mean image {scores['psnr_mean_image']:.1f}, random "
+            f"sample {scores['psnr_control_mean']:.1f}, ceiling {scores['psnr_ceiling']:.1f}."
+        )
 
 
 def _sha256(path: Path) -> str:
@@ -257,8 +275,8 @@ def _scaled(command: AttackCommand, key, public, part) -> tuple[dict, dict[str, 
             "The update looks like minus a gradient (of the last layer's biases, too many classes "
             "lose); an update is (before - after) / learning-rate."
         )
-    auto = command.loss_scale == "auto"
-    factor = found.factor if command.loss_scale == "auto" else command.loss_scale
+    given = command.loss_scale
+    auto, factor = given == "auto", found.factor if given == "auto" else given
     left = found._replace(factor=found.factor / factor)
     if left.is_off:
         notes.append(
@@ -286,7 +304,6 @@ def _distance_line(found, search: Search, norm: float) -> str:
 
 
 def _write(command: AttackCommand, content: dict) -> None:
-
     files.write_json(command.out / "result.json", jsonable(content))
 
 

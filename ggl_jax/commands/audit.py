@@ -117,14 +117,13 @@ def run(command: AuditCommand, argv: list[str]) -> int:
     # Cheap checks first: a typing error should cost no work, and leave no folder behind.
     if not command.defenses:
         raise GGLError("defenses: got none; name at least one, e.g. --defenses none clip:4")
-    search, client = command.search, command.client
-    parsed = [parse(text) for text in command.defenses]
+    search, parsed = command.search, [parse(text) for text in command.defenses]
     command = replace(command, defenses=tuple(defense.name for defense in parsed))
     loaded = load_inputs(command.setup, indices=command.indices)
     dataset, model = loaded.dataset, loaded.model
-    image_batches(len(dataset.images), client.batch_size)
+    image_batches(len(dataset.images), command.client.batch_size)
     for defense in parsed:  # for their errors
-        prepare(model, loaded.prior, defense.view, client, search)
+        prepare(model, loaded.prior, defense.view, command.client, search)
     options = determining(command, "config", "retry_failed")
     known = (dataset.images, dataset.labels, loaded.card["sha256"])
     weights = () if loaded.variables is None else (jax.tree.leaves(loaded.variables),)
@@ -147,7 +146,7 @@ def run(command: AuditCommand, argv: list[str]) -> int:
                 **loaded.given(command.judge, command.speed, **more),
                 defenses=list(command.defenses),
                 search=search,
-                client=client,
+                client=command.client,
                 seed=command.setup.seed,
                 out=out,
                 retry_failed=command.retry_failed,
