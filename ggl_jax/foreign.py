@@ -18,6 +18,12 @@ from ggl_jax.types import PyTree
 #: What :func:`read` understands, by the end of the file's name.
 SUFFIXES = (".bin", ".pt", ".pth", ".safetensors", ".npz")
 
+#: How torch calls an array of a layer.
+NAMES = {
+    **{"kernel": "weight", "scale": "weight", "bias": "bias"},
+    **{"mean": "running_mean", "var": "running_var"},
+}
+
 #: Torch's batch norms count their batches in tensors that nobody needs.
 COUNTER = "num_batches_tracked"
 
@@ -193,6 +199,15 @@ def check_shapes(
 def channels_last(array):
     """Torch's axes to ours: [out in ...] to [... in out], vectors as they are."""
     return np.moveaxis(array, (0, 1), (-1, -2)) if array.ndim > 1 else array
+
+
+def channels_first(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Torch's shape of an array of ours.
+
+    >>> channels_first((3, 3, 16, 32)), channels_first((32,))
+    ((32, 16, 3, 3), (32,))
+    """
+    return (*shape[:-3:-1], *shape[:-2])
 
 
 class Tensor(NamedTuple):

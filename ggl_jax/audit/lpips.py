@@ -176,10 +176,8 @@ def torch_layout(backbone: str) -> dict[str, foreign.Tensor]:
     arrays = flatten_dict(variables["params"])
     layout: dict[str, foreign.Tensor] = {}
     for path in sorted(arrays, key=lambda path: int(path[0])):
-        shape = arrays[path].shape
-        shape = (*shape[:1:-1], *shape[:2])  # [h w in out] to [out in h w], vectors as they are
-        kind = {"kernel": "weight", "bias": "bias"}[path[-1]]
-        name = ".".join(("features", *path[:-1], kind))
+        name = ".".join(("features", *path[:-1], foreign.NAMES[path[-1]]))
+        shape = foreign.channels_first(arrays[path].shape)
         layout[name] = foreign.Tensor(shape, ("features", *path))
     for index, tap in enumerate(taps):
         shape = (1, tap.shape[-1], 1, 1)

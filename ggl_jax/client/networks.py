@@ -354,13 +354,6 @@ class ViT(nn.Module):
 # --------------------------------------------------------------------------------------------------
 
 
-#: How torch calls an array of a layer.
-_TORCH_NAMES = {
-    **{"kernel": "weight", "scale": "weight", "bias": "bias"},
-    **{"mean": "running_mean", "var": "running_var"},
-}
-
-
 def torch_layout(variables: PyTree) -> dict[str, foreign.Tensor]:
     """Torch's names and axes of a built-in network's arrays.
 
@@ -386,19 +379,18 @@ def torch_layout(variables: PyTree) -> dict[str, foreign.Tensor]:
     layout: dict[str, foreign.Tensor] = {}
     for entries, leaf in leaves:
         path = tuple(str(getattr(entry, "key", entry)) for entry in entries)
-        if path[-1] not in _TORCH_NAMES:
+        if path[-1] not in foreign.NAMES:
             layout[".".join(path[1:])] = foreign.Tensor(leaf.shape, path, lambda x: x)
             continue
         layer = re.sub(r"^layer(\d)_(\d)", r"layer\1.\2", ".".join(path[1:-1]))
         layer = layer.replace("shortcut_conv", "downsample.0").replace(
             "shortcut_bn", "downsample.1"
         )
-        *inner, inputs, outputs = leaf.shape if path[-1] == "kernel" else (0, *leaf.shape)
-        shape = (outputs, inputs, *inner) if path[-1] == "kernel" else leaf.shape
+        shape = foreign.channels_first(leaf.shape) if path[-1] == "kernel" else leaf.shape
         # Those of a block read tokens.
         reads_images = len(shape) == 2 and len(path) == 3 and shape[1] % channels == 0
         change = flattened if reads_images else foreign.channels_last
-        layout[f"{layer}.{_TORCH_NAMES[path[-1]]}"] = foreign.Tensor(shape, path, change)
+        layout[f"{layer}.{foreign.NAMES[path[-1]]}"] = foreign.Tensor(shape, path, change)
     return layout
 
 

@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import json
 import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, cast
@@ -18,6 +19,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict
 
 from ggl_jax import foreign
 from ggl_jax.errors import GGLError, about, check_known, explaining
@@ -340,45 +342,10 @@ def biggan_deep(
 # --------------------------------------------------------------------------------------------------
 
 
-def _published_layers(
-    config: BigGANConfig,
-) -> tuple[dict[TreePath, tuple[int, ...]], dict[TreePath, int]]:
-    """``(weights, norms)``: our path -> torch's shape of a weight, and channels of a batch norm."""
-    width = config.channel_width
-    condition = config.z_dim + config.class_embed_dim
-    weights: dict[TreePath, tuple[int, ...]] = {
-        ("gen_z",): (16 * config.layers[0][1] * width, condition)
-    }
-    norms: dict[TreePath, int] = {}
-    number = 0
-    for i, (_, into, out) in enumerate(config.layers):
-        c = into * width
-        if i == config.attention_layer_position:
-            for part in ("theta", "phi"):
-                weights[f"layers_{number}", part] = (c // 8, c, 1, 1)
-            weights[f"layers_{number}", "g"] = (c // 2, c, 1, 1)
-            weights[f"layers_{number}", "o_conv"] = (c, c // 2, 1, 1)
-            number += 1
-        middle = c // REDUCTION
-        inputs, outputs = (c, middle, middle, middle), (middle, middle, middle, out * width)
-        for j, (n, o, k) in enumerate(zip(inputs, outputs, (1, 3, 3, 1), strict=True)):
-            norms[f"layers_{number}", f"bn_{j}"] = n
-            for part in ("scale", "offset"):
-                weights[f"layers_{number}", f"bn_{j}", part] = (n, condition)
-            weights[f"layers_{number}", f"conv_{j}"] = (o, n, k, k)
-        number += 1
-    norms["bn",] = width
-    # As many output channels as input channels; all but the first three are thrown away.
-    weights["conv_to_rgb",] = (width, width, 3, 3)
-    return weights, norms
-
-
 def _published_name(path: TreePath) -> str:
     """E.g. layers_3/theta -> generator.layers.3.snconv1x1_theta."""
-    *rest, last = path
-    if last in ("theta", "phi", "g", "o_conv"):
-        last = f"snconv1x1_{last}"
-    return ".".join(("generator", *rest, last)).replace("layers_", "layers.")
+    name = ".".join(("generator", *path)).replace("layers_", "layers.")
+    return re.sub(r"(?<=\.)(theta|phi|g|o_conv)$", r"snconv1x1_\1", name)
 
 
 def published_layout(
@@ -390,11 +357,9 @@ def published_layout(
         config: the size.
         arrays: the weights, whose spectral norms are folded in when they are converted.
     """
-    weights, norms = _published_layers(config)
-    table = (config.class_embed_dim, config.num_classes)
-    layout = {"embeddings.weight": foreign.Tensor(table, ("params", "embeddings"))}
+    layout: dict[str, foreign.Tensor] = {}
 
-    def folded(name: str, kept: int | None, matrix: np.ndarray) -> np.ndarray:
+    def folded(name: str, kept: int, matrix: np.ndarray) -> np.ndarray:
         assert arrays is not None
         matrix = matrix.astype(np.float64)
         u, v = (arrays[f"{name}.weight_{s}"].astype(np.float64) for s in "uv")
@@ -403,29 +368,27 @@ def published_layout(
             raise GGLError(f"{name}: its spectral norm u^T W v is {sigma}; fetch the file again")
         return foreign.channels_last(matrix / sigma)[..., :kept]
 
-    for path, shape in weights.items():
-        name, ours = _published_name(path), ("params", *path)
-        kept = 3 if path == ("conv_to_rgb",) else None
-        fold = functools.partial(folded, name, kept)
-        layout[f"{name}.weight_orig"] = foreign.Tensor(shape, (*ours, "kernel"), fold)
-        layout[f"{name}.weight_u"] = foreign.Tensor(shape[:1])
-        layout[f"{name}.weight_v"] = foreign.Tensor((math.prod(shape[1:]),))
-        if path[-1] not in ("theta", "phi", "g", "o_conv", "scale", "offset"):
-            cut = functools.partial(lambda kept, bias: bias[:kept], kept)
-            layout[f"{name}.bias"] = foreign.Tensor(shape[:1], (*ours, "bias"), cut)
-    for path, features in norms.items():
-        for part in ("means", "vars"):
-            tensor = foreign.Tensor(
-                (config.n_stats, features), ("batch_stats", *path, part), np.asarray
-            )
-            layout[f"{_published_name(path)}.running_{part}"] = tensor
-    for part, last in (("weight", "scale"), ("bias", "bias")):
-        tensor = foreign.Tensor((config.channel_width,), ("params", "bn", last))
-        layout[f"generator.bn.{part}"] = tensor
-    # torch counts the attention among the layers, at its own position
-    number = config.attention_layer_position
-    gamma = foreign.Tensor((1,), ("params", f"layers_{number}", "gamma"), np.squeeze)
-    layout[f"generator.layers.{number}.gamma"] = gamma
+    known = jax.eval_shape(biggan_deep(config).init, jax.random.key(0))
+    for path, leaf in flatten_dict(known).items():
+        name, part = _published_name(path[1:-1]), path[-1]
+        shape, last = leaf.shape, "conv_to_rgb" in path
+        if part == "embeddings":
+            layout["embeddings.weight"] = foreign.Tensor(shape[::-1], path)
+        elif part == "kernel":
+            # As many output channels as input channels; all but the first three are thrown away.
+            shape = foreign.channels_first((*shape[:-1], shape[-2]) if last else shape)
+            fold = functools.partial(folded, name, leaf.shape[-1])
+            layout[f"{name}.weight_orig"] = foreign.Tensor(shape, path, fold)
+            layout[f"{name}.weight_u"] = foreign.Tensor(shape[:1])
+            layout[f"{name}.weight_v"] = foreign.Tensor((math.prod(shape[1:]),))
+        elif part == "bias" and last:
+            layout[f"{name}.bias"] = foreign.Tensor((config.channel_width,), path, lambda b: b[:3])
+        elif part == "gamma":
+            layout[f"{name}.gamma"] = foreign.Tensor((1,), path, np.squeeze)
+        elif part in foreign.NAMES:
+            layout[f"{name}.{foreign.NAMES[part]}"] = foreign.Tensor(shape, path)
+        else:
+            layout[f"{name}.running_{part}"] = foreign.Tensor(shape, path, np.asarray)
     return layout
 
 

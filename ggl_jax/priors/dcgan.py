@@ -12,6 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict
 
 from ggl_jax import foreign
 from ggl_jax.errors import GGLError
@@ -227,35 +228,20 @@ def _torch_layout(arrays, layers: dict[str, str]) -> dict[str, foreign.Tensor]:
     last, dense = arrays.get(f"{layers['up3']}.weight"), arrays.get(f"{layers['dense']}.weight")
     width = last.shape[0] if last is not None and last.ndim == 4 else 64
     latent_dim = dense.shape[1] if dense is not None and dense.ndim == 2 else 128
-    sizes = {"norm1": 64 * width, "norm2": 2 * width, "norm3": width}
-    ups = {"up1": (4 * width, 2 * width), "up2": (2 * width, width), "up3": (width, 3)}
     layout: dict[str, foreign.Tensor] = {}
 
     def to_last(x):
         # (c, 4, 4) flattened -> (4, 4, c) flattened, along the first axis
         return np.moveaxis(x.reshape(-1, 4, 4, *x.shape[1:]), 0, 2).reshape(x.shape)
 
-    def put(entry, shape, *path, change=foreign.channels_last):
-        layout[f"{layers[path[1]]}.{entry}"] = foreign.Tensor(shape, path, change)
-
-    put(
-        "weight",
-        (64 * width, latent_dim),
-        "params",
-        "dense",
-        "kernel",
-        change=lambda x: to_last(x).T,
-    )
-    put("bias", (64 * width,), "params", "dense", "bias", change=to_last)
-    for name, size in sizes.items():
-        change = to_last if name == "norm1" else foreign.channels_last
-        put("weight", (size,), "params", name, "scale", change=change)
-        put("bias", (size,), "params", name, "bias", change=change)
-        for part in ("mean", "var"):
-            put(f"running_{part}", (size,), "batch_stats", name, part, change=change)
-    for name, (inputs, outputs) in ups.items():
-        # [in out h w] -> [in h w out]
-        change = functools.partial(np.moveaxis, source=1, destination=-1)
-        put("weight", (inputs, outputs, 2, 2), "params", name, "kernel", change=change)
-        put("bias", (outputs,), "params", name, "bias")
+    known = jax.eval_shape(dcgan(width=width, latent_dim=latent_dim).init, jax.random.key(0))
+    for path, leaf in flatten_dict(known).items():
+        _, layer, part = path
+        shape, change = leaf.shape, to_last if layer in ("dense", "norm1") else np.asarray
+        if path[1:] == ("dense", "kernel"):
+            shape, change = shape[::-1], lambda x: to_last(x).T
+        elif part == "kernel":  # [in out h w] -> [in h w out]
+            shape = (shape[0], shape[-1], *shape[1:-1])
+            change = functools.partial(np.moveaxis, source=1, destination=-1)
+        layout[f"{layers[layer]}.{foreign.NAMES[part]}"] = foreign.Tensor(shape, path, change)
     return layout
