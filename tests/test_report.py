@@ -205,7 +205,7 @@ def test_check_takes_the_attack_that_got_furthest(tmp_path):
     (finding,) = check(records, {"gain": 2.0})
     assert finding.violated
     assert finding.worst == 5.0
-    assert finding.attack == "ggl"
+    assert finding.group.variant == "ggl"
 
 
 @pytest.mark.parametrize(
@@ -304,8 +304,8 @@ def test_defenses_are_found_in_any_spelling(tmp_path):
         row["axes"]["defense"] = row["defense"].replace("clip:4", "clip:4.0")
     records = make_sweep(tmp_path / "s", rows)
     found = check(records, {"ssim": 0.6}, defenses=["clip:bound=4", "noise:1e-1", "sparsify:.9"])
-    assert [finding.defense for finding in found] == names
-    assert [f.defense for f in check(records, {"ssim": 0.6})] == names
+    assert [finding.group.defense for finding in found] == names
+    assert [f.group.defense for f in check(records, {"ssim": 0.6})] == names
 
 
 # --- status -------------------------------------------------------------------------------------

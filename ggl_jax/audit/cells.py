@@ -211,6 +211,18 @@ class Cell(NamedTuple):
         """Cells of the same program and seed can run in one batch."""
         return (self.search, self.client, self.defense, self.inputs)
 
+    @property
+    def key(self) -> jax.Array:
+        """Of everything random but the model's weights, whatever else is in the run."""
+        number = self.inputs.instance_ids[self.images[0]]
+        return jax.random.fold_in(jax.random.key(self.seed), number)
+
+    @property
+    def private(self) -> tuple[jax.Array, np.ndarray]:
+        """The batch's images [b h w c] and labels [b]."""
+        at = list(self.images)
+        return jax.numpy.asarray(self.inputs.images[at]), self.inputs.labels[at]
+
 
 class Cells:
     """Makes cells, each named by what it computes.
@@ -225,7 +237,7 @@ class Cells:
         self.inputs, self.told_apart = inputs, told_apart
         self.defenses: dict[str, str] = {}
         self._parse = functools.cache(client_defenses.parse)  # one object for each text
-        self._searches: dict[tuple, tuple[int, str, str]] = {}
+        self._searched = functools.cache(self._search)
 
     def defense(self, given: Any) -> Defense:
         """A defense as it is given, by its specification, or of an optax transformation.
@@ -233,16 +245,14 @@ class Cells:
         Raises:
             GGLError: two defenses of one name, or one that does not keep the contract.
         """
-        given = as_defense(given)
-        if isinstance(given, str):
-            defense, found = self._parse(given), ""
-        else:
-            check_defense(given, self.inputs.model)
-            defense, found = given, str(id(given))
-        if identity.names_own(given):
+        given, found = as_defense(given), ""
+        defense = self._parse(given) if isinstance(given, str) else given
+        if defense is given or identity.names_own(given):
             check_defense(defense, self.inputs.model)
-        if self.told_apart and (defense is given or identity.names_own(given)):
-            found = identity.defense_digest(defense, self.inputs.model)
+            if self.told_apart:
+                found = identity.defense_digest(defense, self.inputs.model)
+            elif defense is given:
+                found = str(id(given))
         if self.defenses.setdefault(defense.name, found) != found:
             raise GGLError(
                 f"defenses: {defense.name!r} names two defenses; give each a name of its own "
@@ -270,6 +280,18 @@ class Cells:
             check_attack(found.stages[0].attack, search.attack, inputs.model, params, view, size)
         return found
 
+    def _search(self, search: Search, client: Client, defense: Defense) -> tuple[int, str, str]:
+        """A search's evaluations, the digest of parts of the user's own, why it cannot be built."""
+        inputs, own = self.inputs, ""
+        try:
+            ready = self.ready(search, client, defense)
+            if self.told_apart and identity.names_own(*dataclasses.asdict(search).values()):
+                params, size = inputs.prior_params, client.batch_size
+                own = identity.search_digest(ready, inputs.model, params, defense.view, size)
+        except GGLError as error:  # its cells will fail and say it, too
+            return 0, "", str(error)
+        return ready.evaluations, own, ""
+
     def make(
         self,
         axes: Mapping[str, Any],
@@ -282,24 +304,11 @@ class Cells:
         """One cell; see :class:`Cell`. A search that cannot be built has no evaluations."""
         seed, inputs = check("seed", seed, Seed), self.inputs
         names = [inputs.names[i] for i in batch]
-        program = (search, client, defense)
-        searched = dataclasses.asdict(search)
-        if program not in self._searches:
-            own = ""
-            try:
-                ready = self.ready(search, client, defense)
-                if self.told_apart and identity.names_own(*searched.values()):
-                    own = identity.search_digest(
-                        ready, inputs.model, inputs.prior_params, defense.view, client.batch_size
-                    )
-                self._searches[program] = ready.evaluations, own, ""
-            except GGLError as error:  # its cells will fail and say it, too
-                self._searches[program] = 0, "", str(error)
-        evaluations, own, why = self._searches[program]
+        evaluations, own, why = self._searched(search, client, defense)
         shared = dataclasses.asdict(client)
         if client.rounds == 1:  # so that cells of one round keep their names
             del shared["rounds"]
-        parts: list[Any] = [searched, own, shared]
+        parts: list[Any] = [dataclasses.asdict(search), own, shared]
         for one in members(search, defense.view):  # each is what it would be alone
             parts.append(self.make(axes, one, client, defense, seed, batch).id)
         parts += [defense.name, self.defenses[defense.name], seed, names]
@@ -312,7 +321,8 @@ class Cells:
             parts += [inputs.bound_samples] if inputs.bound_samples else []
         shown = {**axes, "defense": defense.name, "seed": seed, "image": ", ".join(names)}
         name, known_by = digest(parts)[:16], self.defenses[defense.name]
-        return Cell(name, shown, *program, seed, batch, evaluations, inputs, known_by, why)
+        how = (search, client, defense, seed, batch, evaluations, inputs, known_by, why)
+        return Cell(name, shown, *how)
 
 
 def image_batches(num_images: int, batch_size: int) -> list[tuple[int, ...]]:

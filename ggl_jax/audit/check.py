@@ -11,41 +11,43 @@ from ggl_jax.errors import GGLError, check_known, did_you_mean
 
 
 class Finding(NamedTuple):
-    """A defense against one bound, under the attack that got furthest.
+    """A defense against one bound.
 
     Attributes:
-        defense: its specification.
-        measure: what is bounded, in words.
+        group: the defense under the attack that got furthest.
+        name: of the score that is bounded.
         bound: the furthest value allowed.
-        worst: the end of the 95 % interval nearest to the private image, the worst of the attacks'.
-        attack: that attack.
-        num_images: images behind it.
-        nearer: "higher" or "lower", the values of an image nearer to the private one.
     """
 
-    defense: str
-    measure: str
+    group: Leakage
+    name: str
     bound: float
-    worst: float
-    attack: str
-    num_images: int
-    nearer: str = "higher"
+
+    @property
+    def lower(self) -> bool:
+        """Whether lower values are those of an image nearer to the private one."""
+        return scores()[self.name].nearer == "lower"
+
+    @property
+    def worst(self) -> float:
+        """The end of the 95 % interval nearest to the private image."""
+        return self.group.means[self.name].end(low=self.lower)
 
     @property
     def violated(self) -> bool:
         """Whether "leaks no more than the bound" cannot be claimed. NaN cannot."""
-        if self.nearer == "lower":
-            return not self.worst >= self.bound
-        return not self.worst <= self.bound
+        return not (self.worst >= self.bound if self.lower else self.worst <= self.bound)
 
     def sentence(self) -> str:
         """The finding in one line."""
-        less = self.nearer == "lower"
+        group, score = self.group, scores()[self.name]
         verb = "may leak more than" if self.violated else "leaks no more than"
+        measure = "PSNR over control" if self.name == "gain" else score.heading
+        measure += f", {score.unit}" if score.unit else ""
         return (
-            f"{self.defense} {verb} {self.bound:g} ({self.measure}): {'lower' if less else 'upper'}"
-            f" end of the 95 % interval {self.worst:.3g}, by {self.attack}, "
-            f"{counted(self.num_images, 'image')}"
+            f"{group.defense} {verb} {self.bound:g} ({measure}): "
+            f"{'lower' if self.lower else 'upper'} end of the 95 % interval {self.worst:.3g}, by "
+            f"{group.variant}, {counted(len(group.images), 'image')}"
         )
 
 
@@ -99,7 +101,7 @@ def check(
             if any(name not in one.means for one in found[defense]):
                 raise GGLError(f"check: {name} was not measured for every image of {defense}")
     return [
-        _finding(defense, name, bound, found[defense])
+        _furthest(name, bound, found[defense])
         for defense in chosen
         for name, bound in bounds.items()
     ]
@@ -137,16 +139,8 @@ def _check_whole(records: Records, defense: str, found: Sequence[Leakage]) -> No
         )
 
 
-def _finding(defense: str, name: str, bound: float, found: Sequence[Leakage]) -> Finding:
-    score = scores()[name]
-    lower = score.nearer == "lower"
+def _furthest(name: str, bound: float, found: Sequence[Leakage]) -> Finding:
+    def furthest(one: Finding) -> float:
+        return math.inf if math.isnan(one.worst) else -one.worst if one.lower else one.worst
 
-    def furthest(one: Leakage) -> float:
-        end = one.means[name].end(low=lower)
-        return math.inf if math.isnan(end) else -end if lower else end
-
-    worst = max(found, key=furthest)
-    measure = "PSNR over control" if name == "gain" else score.heading
-    measure += f", {score.unit}" if score.unit else ""
-    end, num = worst.means[name].end(low=lower), len(worst.images)
-    return Finding(defense, measure, bound, end, worst.variant, num, score.nearer)
+    return max((Finding(group, name, bound) for group in found), key=furthest)

@@ -528,9 +528,8 @@ def _canonical(name: str) -> str:
     """One spelling per public data set; another part than the training part is kept after ``:``."""
     name, _, part = name.lower().partition(":")
     plain = re.sub(r"[^a-z0-9]", "", name)
-    for family in ("celeba", "imagenet", "lfw"):
-        if plain.startswith(family):
-            plain = family
+    families = ("celeba", "imagenet", "lfw")
+    plain = next((family for family in families if plain.startswith(family)), plain)
     return f"{plain}:{part}" if part and part != "train" else plain
 
 

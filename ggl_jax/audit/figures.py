@@ -75,13 +75,8 @@ def grid(
         axis.set_axis_off()
     for axis, (image, caption) in zip(panels, cells, strict=False):
         image = np.clip(np.asarray(image), 0, 1)
-        axis.imshow(
-            image.squeeze(-1) if image.shape[-1] == 1 else image,
-            cmap="gray",
-            vmin=0,
-            vmax=1,
-            interpolation="none",
-        )
+        image = image.squeeze(-1) if image.shape[-1] == 1 else image
+        axis.imshow(image, cmap="gray", vmin=0, vmax=1, interpolation="none")
         axis.text(0.5, -0.05, caption, fontsize=7, ha="center", va="top", transform=axis.transAxes)
     return figure
 

@@ -2,7 +2,7 @@
 
 import functools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -60,36 +60,38 @@ def _shapes(model: Model) -> tuple[Any, Any, Any, Any]:
     return key, jax.eval_shape(model.init, key), image, jax.ShapeDtypeStruct((1,), jnp.int32)
 
 
+def _digest(what: str, calls: Sequence[tuple], *more: Any) -> str:
+    """A digest of functions with their arguments, those that there are, and of plain values."""
+    parts = [traced(what, *call)[0] for call in calls if call[0] is not None]
+    return digest(parts, *more)[:_DIGITS]
+
+
 @functools.lru_cache(maxsize=64)
 def model_digest(model: Model) -> str:
     """A digest of a model's initialisation, gradient and statistics."""
-    what = f"model {model.name}"
     key, variables, image, label = _shapes(model)
-    parts = [
-        traced(what, model.init, key)[0],
-        traced(what, functools.partial(local_update, model), variables, image, label)[0],
+    calls = [
+        (model.init, key),
+        (functools.partial(local_update, model), variables, image, label),
+        (model.statistics, variables, image),
     ]
-    if model.statistics is not None:
-        parts.append(traced(what, model.statistics, variables, image)[0])
-    return digest(parts, list(model.head), model.num_classes)[:_DIGITS]
+    return _digest(f"model {model.name}", calls, list(model.head), model.num_classes)
 
 
 @functools.lru_cache(maxsize=64)
 def prior_digest(prior: Prior) -> str:
     """A digest of a generator and of its latents' law, without its parameters."""
-    what, key = f"prior {prior.name}", jax.random.key(0)
-    params = jax.eval_shape(prior.init, key)
+    params = jax.eval_shape(prior.init, jax.random.key(0))
     latent = jax.ShapeDtypeStruct((1, prior.latent_dim), jnp.float32)
-    label = jax.ShapeDtypeStruct((1,), jnp.int32)
-    parts = [
-        traced(what, prior.apply, params, latent, label)[0],
-        traced(what, functools.partial(prior.sample_latent, num=1), key)[0],
-    ]
+    image = jax.ShapeDtypeStruct((1, *prior.image_shape), jnp.float32)
     # of ours the weights tell, which are among the parameters
-    if prior.denoise is not None and not ships(prior.denoise, "ggl_jax.priors"):
-        image = jax.ShapeDtypeStruct((1, *prior.image_shape), jnp.float32)
-        parts.append(traced(what, prior.denoise, params, image)[0])
-    return digest(parts, prior.num_classes)[:_DIGITS]
+    own = prior.denoise is not None and not ships(prior.denoise, "ggl_jax.priors")
+    calls = [
+        (prior.apply, params, latent, jax.ShapeDtypeStruct((1,), jnp.int32)),
+        (functools.partial(prior.sample_latent, num=1), jax.random.key(0)),
+        (prior.denoise if own else None, params, image),
+    ]
+    return _digest(f"prior {prior.name}", calls, prior.num_classes)
 
 
 @functools.lru_cache(maxsize=64)

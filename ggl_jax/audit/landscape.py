@@ -14,16 +14,14 @@ from scipy import stats
 
 from ggl_jax import files
 from ggl_jax.adversary.attacks import members
-from ggl_jax.adversary.reconstruct import Reconstruction, reconstruct
+from ggl_jax.adversary.reconstruct import Reconstruction
 from ggl_jax.audit import metrics
-from ggl_jax.audit.cells import Inputs
+from ggl_jax.audit.cells import Cells, Inputs
 from ggl_jax.audit.judge import jsonable
-from ggl_jax.audit.run import STREAM_DEFENSE, STREAM_SEARCH
-from ggl_jax.client import defenses as client_defenses
-from ggl_jax.client.share import share
+from ggl_jax.audit.run import exchange
 from ggl_jax.errors import GGLError
 from ggl_jax.priors.decoding import decode_each
-from ggl_jax.spec import AtLeast, Positive, Search, Seed, check, replace
+from ggl_jax.spec import AtLeast, Client, Positive, Search, Seed, check, replace
 from ggl_jax.types import Defense, Prior
 
 #: Points in each direction.
@@ -83,15 +81,10 @@ def find_center(
             f"attack: got {search.attack!r}, allowed: those on latents, such as ggl; attacks on "
             "pixels have no latents"
         )
-    if isinstance(defense, str):
-        defense = client_defenses.parse(defense)
-    public = inputs.public(check("seed", seed, Seed))
-    key = jax.random.fold_in(jax.random.key(seed), inputs.instance_ids[0])
-    stream = jax.random.fold_in(key, STREAM_DEFENSE)
-    sent, _ = share(stream, public, inputs.images[:1], inputs.labels[:1], defense=defense)
-    stream = jax.random.fold_in(key, STREAM_SEARCH)[None]
-    options: dict[str, Any] = {"search": search, "speed": inputs.speed, "progress": progress}
-    return reconstruct(stream, public, [sent], view=defense.view, **options)[0]
+    maker = Cells(inputs, told_apart=False)
+    cell = maker.make({}, search, Client(), maker.defense(defense), check("seed", seed, Seed), (0,))
+    ((_, found),) = exchange(inputs.public(seed), [cell], progress=progress)
+    return found
 
 
 def plane(point: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -171,8 +164,7 @@ def landscape(
     losses, distances = (
         np.concatenate(x).reshape(resolution, resolution) for x in zip(*found, strict=True)
     )
-    usable = np.isfinite(losses).all() and np.isfinite(distances).all()
-    usable = usable and np.ptp(losses) > 0 and np.ptp(distances) > 0
+    usable = all(np.isfinite(x).all() and np.ptp(x) > 0 for x in (losses, distances))
     correlation = (
         float(stats.spearmanr(losses.ravel(), distances.ravel()).statistic) if usable else np.nan
     )

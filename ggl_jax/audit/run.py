@@ -23,7 +23,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from ggl_jax.adversary.attacks import members
-from ggl_jax.adversary.reconstruct import expectations, mismatch, reconstruct
+from ggl_jax.adversary.reconstruct import Reconstruction, expectations, mismatch, reconstruct
 from ggl_jax.adversary.resume import Checkpoints
 from ggl_jax.adversary.search import release_programs
 from ggl_jax.audit import folder as folders
@@ -37,7 +37,7 @@ from ggl_jax.errors import GGLError, StorageError
 from ggl_jax.files import digest
 from ggl_jax.gate.arguments import as_options
 from ggl_jax.spec import Client, Search, checked, varying
-from ggl_jax.types import Model
+from ggl_jax.types import Model, Public
 
 # Streams of an instance's key, so that defense noise and search never share random numbers.
 STREAM_DEFENSE, STREAM_SEARCH, STREAM_CONTROLS = 0, 1, 2
@@ -183,6 +183,44 @@ def config_of(cells: Sequence[Cell], inputs: Inputs, options: Mapping[str, Any])
     }
 
 
+def exchange(
+    public: Public,
+    cells: Sequence[Cell],
+    *,
+    checkpoints: Checkpoints | None = None,
+    progress: Callable[[str, float, float | None], None] | None = None,
+) -> list[tuple[Mapping[str, Any] | tuple, Reconstruction]]:
+    """Both sides' part in cells of one program: the client's own record, and what the server finds.
+
+    Args:
+        public: what both sides have under the cells' seed.
+        cells: see :attr:`Cell.program`.
+        checkpoints: where a long search keeps its state.
+        progress: as for :func:`ggl_jax.reconstruct`.
+    """
+    first, inputs = cells[0], cells[0].inputs
+    if progress is not None:
+        progress("client's update", 0.0, None)
+    known: dict[str, Any] = {"defense": first.defense, "client": first.client}
+    sent = [
+        share(jax.random.fold_in(cell.key, STREAM_DEFENSE), public, *cell.private, **known)
+        for cell in cells
+    ]
+    found = reconstruct(
+        jnp.stack([jax.random.fold_in(cell.key, STREAM_SEARCH) for cell in cells]),
+        public,
+        [shared for shared, _ in sent],
+        view=first.defense.view,
+        client=first.client,
+        search=first.search,
+        speed=inputs.speed,
+        mesh=inputs.mesh,
+        checkpoints=checkpoints,
+        progress=progress,
+    )
+    return [(record, one) for (_, record), one in zip(sent, found, strict=True)]
+
+
 class _Work:
     """Runs batches of cells and keeps what they give."""
 
@@ -235,7 +273,7 @@ class _Work:
 
     def find(self, cells: list[Cell]) -> list[tuple[list[dict[str, Any]], np.ndarray]]:
         """Share, reconstruct and judge cells of one program; rows and images of each."""
-        began, inputs, first = time.perf_counter(), cells[0].inputs, cells[0]
+        began, first = time.perf_counter(), cells[0]
         label = " ".join(str(first.axes[name]) for name in self.varying)
 
         def report(phase, fraction=0.0, loss=None):
@@ -243,86 +281,62 @@ class _Work:
                 work = fraction * len(cells)
                 self.progress(f"{label}: {phase}", self.done, len(self.todo), work, loss)
 
-        key = jax.random.key(first.seed)
-        if self.world != (inputs, first.seed):
-            self.world = inputs, first.seed
-            self.public = inputs.public(first.seed)
-            own = jax.random.fold_in(key, BOUND_STREAM)
-            self.bounds = Bounds(self.public, own, inputs.bound_samples)
-        if first.client.batch_size > 1 and self.public.expected is None:
-            expected = expectations(jax.random.fold_in(key, PUBLIC_STREAM), self.public)
-            self.public = self.public._replace(expected=expected)
-        keys = [jax.random.fold_in(key, inputs.instance_ids[cell.images[0]]) for cell in cells]
-        private = [
-            (jnp.asarray(inputs.images[list(c.images)]), inputs.labels[list(c.images)])
-            for c in cells
-        ]
-        report("client's update")
-        shared = [
-            share(
-                jax.random.fold_in(own, STREAM_DEFENSE),
-                self.public,
-                *batch,
-                defense=first.defense,
-                client=first.client,
-            )
-            for own, batch in zip(keys, private, strict=True)
-        ]
-        found = reconstruct(
-            jnp.stack([jax.random.fold_in(own, STREAM_SEARCH) for own in keys]),
-            self.public,
-            [sent for sent, _ in shared],
-            view=first.defense.view,
-            client=first.client,
-            search=first.search,
-            speed=inputs.speed,
-            mesh=inputs.mesh,
-            checkpoints=self.checkpoints(cells),
-            progress=report,
-        )
+        self.enter(first)
+        kept = self.checkpoints(cells)
+        found = exchange(self.public, cells, checkpoints=kept, progress=report)
         # The wall-clock time of a batch is shared by its cells.
         seconds = (time.perf_counter() - began) / len(cells)
-        judged = []
-        for cell, own, batch, one, (_, record) in zip(
-            cells, keys, private, found, shared, strict=True
-        ):
-            report("controls")
-            more = {}
-            if inputs.fit and first.client.rounds == 1:
-                told = one.search
-                if "won" in told:  # of several attacks, each one's was worked out
-                    more["mismatch"] = told["mismatches"][told["won"]]
-                else:
-                    view = first.defense.view
-                    more["mismatch"] = mismatch(
-                        one, public=self.public, view=view, client=first.client
-                    )
-            one = in_order(one, batch[0])
-            files, controls = self.controls(cell, own, one.labels)
-            rows = judge(
-                one,
-                *batch,
-                public=self.public,
-                controls=controls,
-                record=record,
-                others=inputs.others,
-                perceptual=inputs.perceptual,
-            )
-            report("bounds")
-            rows[0] |= self.bounds.row(cell.defense, cell.client, *batch, inputs.others)
-            names = [inputs.names[i] for i in cell.images]
-            for row, name, file in zip(rows, names, files, strict=True):
-                row |= {
-                    **{"image": name, "batch": names, "defense": cell.defense.name},
-                    **{"attack": cell.search.attack, "seed": cell.seed},
-                    **{"seconds": seconds, "axes": cell.axes},
-                    "controls": file,
-                    **jsonable(more),
-                }
-            judged.append((rows, one.images))
-        return judged
+        return [
+            self.judged(cell, record, one, seconds, report)
+            for cell, (record, one) in zip(cells, found, strict=True)
+        ]
 
-    def controls(self, cell, key, labels) -> tuple[list[str], list[Controls]]:
+    def enter(self, cell: Cell) -> None:
+        """Make what both sides have under a cell's seed, and its bounds, or go on with them."""
+        inputs, key = cell.inputs, jax.random.key(cell.seed)
+        if self.world != (inputs, cell.seed):
+            self.world = inputs, cell.seed
+            self.public = inputs.public(cell.seed)
+            own = jax.random.fold_in(key, BOUND_STREAM)
+            self.bounds = Bounds(self.public, own, inputs.bound_samples)
+        if cell.client.batch_size > 1 and self.public.expected is None:
+            expected = expectations(jax.random.fold_in(key, PUBLIC_STREAM), self.public)
+            self.public = self.public._replace(expected=expected)
+
+    def judged(self, cell: Cell, record, found, seconds, report):
+        """Rows and images of a cell, in the order of its private images."""
+        inputs, batch, more = cell.inputs, cell.private, {}
+        report("controls")
+        if inputs.fit and cell.client.rounds == 1:
+            view, told = cell.defense.view, found.search
+            if "won" in told:  # of several attacks, each one's was worked out
+                fit = told["mismatches"][told["won"]]
+            else:
+                fit = mismatch(found, public=self.public, view=view, client=cell.client)
+            more["mismatch"] = jsonable(fit)
+        found = in_order(found, batch[0])
+        files, controls = self.controls(cell, found.labels)
+        rows = judge(
+            found,
+            *batch,
+            public=self.public,
+            controls=controls,
+            record=record,
+            others=inputs.others,
+            perceptual=inputs.perceptual,
+        )
+        report("bounds")
+        rows[0] |= self.bounds.row(cell.defense, cell.client, *batch, inputs.others)
+        names = [inputs.names[i] for i in cell.images]
+        for row, name, file in zip(rows, names, files, strict=True):
+            row |= {
+                **{"image": name, "batch": names, "defense": cell.defense.name},
+                **{"attack": cell.search.attack, "seed": cell.seed},
+                **{"seconds": seconds, "axes": cell.axes, "controls": file, **more},
+            }
+        return rows, found.images
+
+    def controls(self, cell: Cell, labels) -> tuple[list[str], list[Controls]]:
         """The controls of a cell's images, and their files: computed once, and kept on disk."""
         inputs = self.inputs
         batch = list(cell.images)
@@ -343,7 +357,7 @@ class _Work:
                 inputs.prior_params,
                 jnp.asarray(inputs.images[batch]),
                 [0] * len(batch) if own is None else own,
-                jax.random.fold_in(jax.random.fold_in(key, STREAM_CONTROLS), 0),
+                jax.random.fold_in(jax.random.fold_in(cell.key, STREAM_CONTROLS), 0),
                 num_samples=inputs.num_controls,
                 ceiling_steps=inputs.ceiling_steps,
             )

@@ -179,10 +179,9 @@ def plan(
         own = search_of(search, **given) if isinstance(search, str) else replace(search, **given)
         shared = replace(client, **{k: v for k, v in values.items() if k in sharing})
         defense = maker(None, None).defense(values["defense"])
-        whole = dataclasses.asdict(own) | dataclasses.asdict(shared)
-        whole |= {"defense": defense.name, "seed": values["seed"]}
         world = values.get("model"), values.get("weights")
-        whole |= dict(zip(("model", "weights"), world, strict=True))
+        whole = dataclasses.asdict(own) | dataclasses.asdict(shared)
+        whole |= {"model": None, "weights": None, **values, "defense": defense.name}
         shown = {name: value for name, value in values.items() if name not in ("defense", "seed")}
         for batch in image_batches(len(inputs.images), shared.batch_size):
             names, ids = ([x[i] for i in batch] for x in (inputs.names, inputs.instance_ids))

@@ -54,7 +54,7 @@ def run(command: CheckCommand, argv: list[str]) -> int:
     violated = [finding for finding in findings if finding.violated]
     lines = [finding.sentence() for finding in violated]
     if not violated:
-        names = dict.fromkeys(finding.defense for finding in findings)
+        names = dict.fromkeys(finding.group.defense for finding in findings)
         lines.append(f"within bounds (95 % interval): {', '.join(names)}")
     chosen = [canonical(defense) for defense in command.defenses]
     groups = tables.leakage(records.rows)
