@@ -168,7 +168,8 @@ class Search:
     refine: Literal["none", "pixels", "generator", "auto"] = "none"
     """What becomes of the result: none, pixels (the search goes on there), generator (the mean of
     the generator's fits to it), or auto (pixels, unless the defense adds noise, which pixels would
-    fit; then generator after a search of whitened pixels)."""
+    fit; then, after a search of whitened pixels, the mean of the result, the generator's fits to it
+    and what regression read)."""
     refine_steps: Count = 300
     """Steps of the refinement in pixels."""
 

@@ -46,9 +46,9 @@ class Reconstruction(NamedTuple):
         seconds: wall-clock time of the search, shared evenly by those of its batch.
         search: whether it was "adaptive", its "optimizer" and "bound", and whether the result is
             the restarts' mean ("combined"), was refined in pixels ("refined", in the last
-            "refinement_steps"), and is the generator's fit to that ("fitted"); of attack strongest,
-            whose it is ("won") and each attack's :func:`mismatch` ("mismatches"), and evaluations
-            and seconds are those of all.
+            "refinement_steps"), and whether the generator's fit has a part in it ("fitted"); of
+            attack strongest, whose it is ("won") and each attack's :func:`mismatch`
+            ("mismatches"), and evaluations and seconds are those of all.
         point: [p], the result in the space that the search's last stage searched.
         attack: of that stage.
         problem: what the search worked on.

@@ -39,9 +39,9 @@ def refines(search: Search, view: View) -> bool:
 
 
 def fits(search: Search, view: View) -> bool:
-    """Whether the result is what of it looks like the generator's images.
+    """Whether the generator's fit has a part in the result.
 
-    Under noise that takes off what no likelihood tells from the image; searches of latents are
+    Under noise it takes off what no likelihood tells from the image; searches of latents are
     within the generator anyway.
     """
     noisy = view.adds_noise and search.space == "whitened"
@@ -237,8 +237,11 @@ def _in_one_order(images: np.ndarray, labels: np.ndarray) -> np.ndarray:
 def result_images(search: Search, view: View, outcome: SearchResult, public: Public) -> np.ndarray:
     """What the adversary ends up with, [i b h w c] in [0, 1]: the best restart, or their mean.
 
+    Under noise no estimate of a single image is certain, so that the mean of three is nearer to it
+    than each: what was searched, the generator's fit to that, and what was read before.
+
     Args:
-        search: its options; they say whether that is fitted by the generator at the end.
+        search: its options.
         view: the server's side of the client's defense.
         outcome: from :func:`ggl_jax.adversary.search.run_stages`.
         public: whose prior fits.
@@ -250,12 +253,20 @@ def result_images(search: Search, view: View, outcome: SearchResult, public: Pub
     if not fits(search, view):
         by_denoiser = search.space == "whitened" and refines(search, view)
         return _cleaned(images, public) if by_denoiser else images
-    fitted = project(
+    found = project(
         *(public.prior, public.prior_params, images.reshape(-1, *images.shape[-3:])),
         jax.random.key(0),  # the same samples for all: what is found does not depend on the batch
         labels=None if public.prior.num_classes is None else outcome.labels.reshape(-1),
     )
-    return np.asarray(fitted).reshape(images.shape)
+    fitted = np.asarray(found).reshape(images.shape)
+    if search.refine == "generator":
+        return fitted
+    estimates = [images, fitted]
+    if images.shape[1] == 1:  # of several images nothing is read
+        guesses = [problem.guess for problem in outcome.problems if problem.guess is not None]
+        read = np.stack([np.asarray(guess.mean) for guess in guesses])
+        estimates.append(read.reshape(images.shape).clip(0.0, 1.0))
+    return np.mean(estimates, axis=0)
 
 
 #: Root mean square change of a pixel from which a denoiser has the last word: below it an image is
