@@ -209,6 +209,21 @@ def test_some_channels_stand_for_all(formed, monkeypatch):
     near(inner, g @ g[3], np.sum(g**2, axis=1).max())
 
 
+@pytest.mark.parametrize("thin", [False, True])
+def test_a_bank_for_one_update_works_its_products_out(formed, monkeypatch, thin):
+    """Thinned without a mask as by one of ones; whole as those of any bank."""
+    bank, gradients = formed
+    monkeypatch.setattr(banks, "_WIDTHS", (2**4, 2**8))
+    monkeypatch.setattr(banks, "_ENOUGH", 500)
+    once = bank._replace(kernels=None)
+    for place, own in enumerate(gradients):
+        mask = np.ones(own[0].shape) if thin and own[0].size > 1 else None
+        expected = banks.products(bank, place, own[3], mask, thin=thin)
+        found = banks.products(once, place, own[3], None, thin=thin)
+        for one, other in zip(found, expected, strict=True):
+            near(one, other, np.sum(own.reshape(len(own), -1) ** 2, axis=1).max())
+
+
 def test_the_factor_is_the_residuals_covariance():
     rng = np.random.default_rng(0)
     residuals = rng.normal(size=(50, 12)).astype(np.float32) * 0.1

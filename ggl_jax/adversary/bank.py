@@ -65,14 +65,15 @@ class Bank(NamedTuple):
         images: [n p] float32.
         held: the tensors whose gradients are held.
         arrays: of each of them :attr:`Held.shapes`, [n ...], bfloat16.
-        kernels: of each of them <g_i, g_j>, [n n] float32.
-        sq_norms: [n t], of every tensor.
+        kernels: of each of them <g_i, g_j>, [n n] float32; None of a bank for a single update,
+            where :func:`products` works them out.
+        sq_norms: [n t], of every tensor; of those that are held only with the kernels.
     """
 
     images: np.ndarray
     held: tuple[Held, ...]
     arrays: list[list[np.ndarray]]
-    kernels: list[np.ndarray]
+    kernels: list[np.ndarray] | None
     sq_norms: np.ndarray
 
 
@@ -83,6 +84,7 @@ def make_bank(
     key: jax.Array,
     progress: Callable[[float], None] | None = None,
     *,
+    once: bool = False,
     simulate: Callable | None = None,
     estimated: PyTree = None,
 ) -> Bank:
@@ -94,6 +96,7 @@ def make_bank(
         num: samples, at least 2.
         key: typed key of the samples.
         progress: called with the share that is done.
+        once: whether it is for a single update.
         simulate: what each gradient goes through, as :attr:`ggl_jax.types.View.simulate`; None
             for nothing.
         estimated: its first argument.
@@ -127,12 +130,15 @@ def make_bank(
     assert pending is not None
     keep(*pending)
     arrays = [[x.view(ml_dtypes.bfloat16) for x in one] for one in bits]
+    images = images.reshape(num, -1)
+    if once:
+        return Bank(images, held, arrays, None, norms)
     kernels = []
     for one, own in zip(held, arrays, strict=True):
         kernels.append(_kernel(one, own))
         norms[:, one.leaf] = np.diagonal(kernels[-1])
         tell(_SAMPLING + (1 - _SAMPLING) * len(kernels) / len(held))
-    return Bank(images.reshape(num, -1), held, arrays, kernels, norms)
+    return Bank(images, held, arrays, kernels, norms)
 
 
 #: Share of a bank's time that the samples' gradients take; the rest are their products.
@@ -219,7 +225,7 @@ def _gradients(model: Model, held: tuple[Held, ...], simulate: Callable | None) 
 
 #: Columns of gradients that are multiplied at once: few shapes for tensors of all sizes.
 _WIDTHS = (2**9, 2**12, 2**15)
-#: Masked entries of a kernel that stand for all where no noise has to be averaged out.
+#: Entries of a kernel that stand for all where no noise has to be averaged out.
 _ENOUGH = 2**13
 #: Samples whose products with all others are computed at once, by Gram matrices.
 _ROWS = 16
@@ -235,21 +241,25 @@ def products(
         place: the tensor's among those that are held.
         y: like the tensor, masked.
         mask: like the tensor, or a number; None for 1.
-        thin: whether some input channels of a large masked kernel may stand for all.
+        thin: whether some input channels of a large kernel may stand for all, where it is masked
+            or its products are not known.
 
     Returns:
         [n n] and [n], float32.
     """
-    one, arrays, kernel = bank.held[place], bank.arrays[place], bank.kernels[place]
-    if mask is None or mask.size == 1:
+    one, arrays = bank.held[place], bank.arrays[place]
+    known = None if bank.kernels is None else bank.kernels[place]
+    whole = mask is None or mask.size == 1
+    if whole and not (thin and known is None):
         by = 1.0 if mask is None else float(mask)
         if one.layer is None:
             inner = _product(arrays[0], y.reshape(1, -1))[:, 0]
         else:
             inner = np.asarray(_inner(one.layer, *arrays, y))
-        return by**2 * kernel, by * inner
-    kernel, inner, seen = np.zeros_like(kernel), np.zeros(len(kernel), np.float32), 0
-    mask = np.broadcast_to(mask, y.shape).astype(np.float32)
+        return by**2 * (_kernel(one, arrays) if known is None else known), by * inner
+    num, seen = len(arrays[0]), 0
+    kernel, inner = np.zeros((num, num), np.float32), np.zeros(num, np.float32)
+    mask = np.broadcast_to(np.float32(1) if mask is None else mask, y.shape).astype(np.float32)
     for g, own, part in zip(_formed(one, arrays), _parts(one, y), _parts(one, mask), strict=True):
         where = np.flatnonzero(part)
         if where.size:

@@ -194,7 +194,8 @@ def read(
         if rewire is not None:
             variables = rewire(problem.estimated, public.variables, public.model.head)
             public = public._replace(variables=variables)
-        bank = make_bank(public, label, num, jax.random.key(num), progress, **through)
+        key = jax.random.key(num)
+        bank = make_bank(public, label, num, key, progress, once=True, **through)
     else:
         bank = bank_of(public, label, num, progress)
     mean = bank.images.mean(0)
