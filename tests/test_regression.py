@@ -8,7 +8,7 @@ import pytest
 import ggl_jax as gx
 from ggl_jax import trees
 from ggl_jax.adversary import bank as banks
-from ggl_jax.adversary import regression, stages
+from ggl_jax.adversary import reconstruct, regression, stages
 from ggl_jax.adversary.bank import Bank, Held
 from ggl_jax.adversary.matching.factored import FACTORED, as_data
 from ggl_jax.adversary.regression import regress
@@ -382,6 +382,24 @@ def test_the_distance_is_weighed_by_that_of_the_guess(public):
     assert guess.smooth == 0
     at_guess = one.history[0]
     assert guess.sharpness * at_guess == pytest.approx(stages.SHARPNESS * 192, rel=1e-4)
+
+
+def test_searches_whose_loss_hardly_falls_keep_the_reading(public, monkeypatch):
+    """Both of them; under noise, which no candidate takes away, what was searched counts."""
+    found = {}
+    for accept in (0.0, 1.0):
+        monkeypatch.setattr(stages, "ACCEPT", accept)
+        reconstruct.prepare.cache_clear()
+        for defense in ("none", "noise:0.001"):
+            _, sent, defended = shared_sample(public, defense)
+            options = {"steps": 3, "refine_steps": 3, "refine": "pixels"}
+            one = reconstructed(public, sent, defended.view, "map", **options)
+            found[defense, accept] = one.images
+            read = reconstructed(public, sent, defended.view, "regression").images
+            kept = np.allclose(one.images, read, atol=1e-6)
+            assert kept == (defense == "none" and accept == 0)
+    reconstruct.prepare.cache_clear()
+    np.testing.assert_array_equal(found["noise:0.001", 0.0], found["noise:0.001", 1.0])
 
 
 def test_what_cannot_be_read_starts_from_the_samples(public):

@@ -134,7 +134,7 @@ def make_stages(
                 last = replace(search, steps=search.refine_steps)
                 attack = build(model, prior, last, speed=exact, **options)
             freed = _BY_DENOISER if prior.denoise is not None else _BY_VARIATION
-            return [*stages, Stage(attack, search.refine_steps, _origin, freed, _below(1.0))]
+            return [*stages, Stage(attack, search.refine_steps, _origin, freed, _below(ACCEPT))]
         last = refinement_of(search)
         attack = _search_attack(model, prior, last, speed=exact, **options)
         mean = combines(search, view)
@@ -149,8 +149,9 @@ _search_attack = functools.lru_cache(maxsize=64)(search_attack)
 #: one standard error counts a half. This and the numbers below were chosen on public images that no
 #: prior was trained on (docs/results.md).
 SHARPNESS = 3.0
-#: Share of its first loss below which that search has to come: where masks jump at every step (a
-#: narrow network whose layers are all clipped), a loss that hardly falls leads away from the image.
+#: Share of its first loss below which that search, and then its refinement, have to come: where
+#: derivatives tell little (signs; masks that jump at every step, in a narrow network whose layers
+#: are all clipped), a loss that hardly falls leads away from the image.
 ACCEPT = 0.8
 #: Beside the cosine distance in the whitened search's refinement: weight of the squared distance to
 #: the denoised image or, of a prior without a denoiser, of the total variation.
