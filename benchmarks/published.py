@@ -193,7 +193,7 @@ def checkout(root: Path | None, attack: str) -> Path:
     return found[0]
 
 
-def _torch_side(case: Case):
+def torch_side(case: Case):
     """Network, update (agreed with ours) and start, in torch."""
     import torch
 
@@ -221,7 +221,7 @@ def their_lbfgs(case: Case, steps: int, *, soft_labels: bool) -> Outcome:
     import torch
     from torch.nn import functional as f
 
-    network, update, label = _torch_side(case)
+    network, update, label = torch_side(case)
     pixels = case.image.size
     shaped = case.start[:pixels].reshape(case.image.shape).transpose(2, 0, 1)[None]
     x = torch.tensor(np.ascontiguousarray(shaped)).requires_grad_()
@@ -255,7 +255,7 @@ def _their_reconstructor(case: Case, folder: Path, name: str, steps: int, config
     """One of the published reconstructors, started where we say and watched."""
     import torch
 
-    network, update, label = _torch_side(case)
+    network, update, label = torch_side(case)
     losses: list[float] = []
     psnrs: list[float] = []
     half = torch.full((1, 3, 1, 1), 0.5)
