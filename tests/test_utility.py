@@ -69,9 +69,8 @@ def close(a, b, rtol=1e-5, atol=1e-6):
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=rtol, atol=atol), a, b)
 
 
-@pytest.mark.parametrize("scan", [False, True])
 @pytest.mark.parametrize("rates", [[0.3, 0.3, 0.3, 0.3], [0.3, 0.2, 0.1, 0.05]])
-def test_undefended_training_is_sgd_with_momentum(tiny_model, tiny_variables, shards, scan, rates):
+def test_undefended_training_is_sgd_with_momentum(tiny_model, tiny_variables, shards, rates):
     """Beside a loop in numpy on all six images: every client draws all it has."""
     images, labels = shards
     flat, classes = images.reshape(6, *TINY_SHAPE), labels.reshape(6)
@@ -91,9 +90,7 @@ def test_undefended_training_is_sgd_with_momentum(tiny_model, tiny_variables, sh
     settings = training.TrainingSettings(2, batch_size=3, momentum=0.6)
     schedule = 0.3 if len(set(rates)) == 1 else lambda round: jnp.asarray(rates)[round]
     made = training.federated(tiny_model, parse("none"), settings, learning_rate=schedule)
-    states = list(
-        training.train(made, jax.random.key(3), tiny_variables, *shards, stops=[3, 4], scan=scan)
-    )
+    states = list(training.train(made, jax.random.key(3), tiny_variables, *shards, stops=[3, 4]))
     assert [int(state.round) for state in states] == [3, 4]
     close(states[-1].variables["params"], params)
     moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), params, tiny_variables["params"])

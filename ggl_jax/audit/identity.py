@@ -38,18 +38,19 @@ def traced(what: str, function: Callable, *arguments: Any) -> tuple[str, Any]:
     Raises:
         GGLError: it cannot be traced, or calls back into Python, where nothing can be told.
     """
+
+    def refused(why: str) -> GGLError:
+        return GGLError(
+            f"{what}: {why}, so a folder of results could not tell it from another one; write it "
+            "in JAX, or leave out the folder"
+        )
+
     try:
         text, constants, found = program(function, *arguments)
     except Exception as error:
-        raise GGLError(
-            f"{what}: cannot be traced ({reason(error)}), so a folder of results could not "
-            "tell it from another one; write it in JAX, or leave out the folder"
-        ) from error
+        raise refused(f"cannot be traced ({reason(error)})") from error
     if calls_back(text):
-        raise GGLError(
-            f"{what}: calls back into Python, so a folder of results could not tell it from "
-            "another one; write it in JAX, or leave out the folder"
-        )
+        raise refused("calls back into Python")
     return digest(text, constants)[:_DIGITS], found
 
 

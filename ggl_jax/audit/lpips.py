@@ -13,7 +13,7 @@ as a perceptual metric", CVPR 2018, and the weights of its published code, versi
 
 from collections.abc import Mapping
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -59,7 +59,7 @@ class _Pool(nn.Module):
     ceil: bool = False
 
     def __call__(self, x):
-        over = [(self.size - n) % self.stride if self.ceil else 0 for n in x.shape[1:3]]
+        over = [(self.size - n) % self.stride if self.ceil else 0 for n in x.shape[-3:-1]]
         window, strides = (self.size, self.size), (self.stride, self.stride)
         return nn.max_pool(x, window, strides, [(0, n) for n in over])
 
@@ -218,35 +218,29 @@ def layer_distances(params: PyTree, a: jax.Array, b: jax.Array, *, backbone: str
     """
     smallest = get_backbone(backbone).smallest
     a, b = jnp.asarray(a), jnp.asarray(b)
-    for images in (a, b):
-        if (
-            images.ndim < 3
-            or images.shape[-1] not in (1, 3)
-            or images.shape[-3:-1] != a.shape[-3:-1]
-        ):
-            raise GGLError(
-                f"lpips: got images of shapes {list(a.shape)} and {list(b.shape)}, allowed: "
-                "[... h w 3] or [... h w 1] of one height and width"
-            )
+    usable = all(x.ndim >= 3 and x.shape[-1] in (1, 3) for x in (a, b))
+    if not usable or a.shape[-3:-1] != b.shape[-3:-1]:
+        raise GGLError(
+            f"lpips: got images of shapes {list(a.shape)} and {list(b.shape)}, allowed: "
+            "[... h w 3] or [... h w 1] of one height and width"
+        )
     if min(a.shape[-3:-1]) < smallest:
         raise GGLError(
             f"lpips: got images of {a.shape[-3]} x {a.shape[-2]} pixels, allowed: at least "
             f"{smallest} x {smallest} for backbone {backbone!r}; choose another backbone or larger "
             "images"
         )
-    leading = jnp.broadcast_shapes(a.shape[:-3], b.shape[:-3])
 
-    def prepared(images):
+    def features(images):
         images = jnp.broadcast_to(images, (*images.shape[:-1], 3)).astype(jnp.float32)
-        images = images.reshape(-1, *images.shape[-3:])
-        return _Features(backbone).apply({"params": params["features"]}, images)
+        flat = images.reshape(-1, *images.shape[-3:])
+        taps: Any = _Features(backbone).apply({"params": params["features"]}, flat)
+        return [tap.reshape(*images.shape[:-3], *tap.shape[1:]) for tap in taps]
 
     shares = []
-    for index, (x, y) in enumerate(zip(prepared(a), prepared(b), strict=True)):
-        x = x.reshape(*a.shape[:-3], *x.shape[1:])
-        y = y.reshape(*b.shape[:-3], *y.shape[1:])
+    for index, (x, y) in enumerate(zip(features(a), features(b), strict=True)):
         weighted = (x - y) ** 2 * params["lin"][str(index)]
-        shares.append(jnp.broadcast_to(weighted.sum(axis=-1).mean(axis=(-2, -1)), leading))
+        shares.append(weighted.sum(axis=-1).mean(axis=(-2, -1)))
     return jnp.stack(shares, axis=-1)
 
 

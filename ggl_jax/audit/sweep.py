@@ -71,10 +71,9 @@ def check_axes(axes: Mapping[str, Sequence]) -> dict[str, list]:
             raise GGLError(f"axes: {name!r} is no axis; {hint}allowed: {', '.join(AXES)}")
         if not isinstance(values, list | tuple | range | np.ndarray) or not len(values):
             raise GGLError(f"axes: {name} is {values!r}, allowed: a list of at least one value")
-        plain = [v.item() if isinstance(v, np.generic) else v for v in values]
         plain = [
             check(f"axes: {name}", one, AXES[name])
-            for value in plain
+            for value in values
             for one in (expand(value) if isinstance(value, str) else [as_defense(value)])
         ]
         shown = [json.dumps(_shown(value)) for value in plain]
@@ -108,20 +107,17 @@ def _check_exclusions(entries: Sequence[Mapping[str, Any]]) -> None:
 def _makers(inputs: Inputs) -> Callable[[str | None, str | None], Cells]:
     """``maker(model, weights)``: what makes the cells of each by name; None for the inputs' own."""
     shape, classes = inputs.model.image_shape, inputs.model.num_classes
-
-    @functools.cache
-    def model_of(name: str | None) -> Model:
-        return inputs.model if name is None else get_model(name, classes, shape)
+    made = functools.cache(get_model)
 
     @functools.cache
     def maker(model: str | None, weights: str | None) -> Cells:
-        own, variables = model_of(model), inputs.variables
+        if (model, weights) == (None, None):
+            return Cells(inputs)
+        own = inputs.model if model is None else made(model, classes, shape)
+        variables = inputs.variables
         if weights is not None:
             variables = None if weights == "random" else variables_of(weights, own)
-        named = (model, weights) != (None, None)
-        return Cells(
-            dataclasses.replace(inputs, model=own, variables=variables) if named else inputs
-        )
+        return Cells(dataclasses.replace(inputs, model=own, variables=variables))
 
     return maker
 

@@ -187,33 +187,6 @@ def client_key(key: jax.Array, round: jax.Array | int, client: jax.Array | int) 
     return jax.random.fold_in(jax.random.fold_in(key, round), client)
 
 
-def run_round(
-    training: Training, key: jax.Array, state: TrainingState, images: jax.Array, labels: jax.Array
-) -> TrainingState:
-    """One round: every client shares, the server steps. Pure; clients one after the other.
-
-    Args:
-        training: of :func:`federated`.
-        key: of the whole training, see :func:`client_key`.
-        state: the server's.
-        images: [m n h w c], each client's own n images, in [0, 1].
-        labels: [m n], integers.
-
-    Returns:
-        The state after it.
-    """
-
-    def add(total, client):
-        own = training.share(
-            client_key(key, state.round, client), state.variables, images[client], labels[client]
-        )
-        return jax.tree.map(jnp.add, total, own), None
-
-    zeros = training.zeros(state.variables)
-    total, _ = jax.lax.scan(add, zeros, jnp.arange(training.num_clients))
-    return training.serve(state, total)
-
-
 def train(
     training: Training,
     key: jax.Array,
@@ -222,7 +195,6 @@ def train(
     labels: jax.Array,
     *,
     stops: Sequence[int],
-    scan: bool | None = None,
     state: TrainingState | None = None,
 ) -> Iterator[TrainingState]:
     """Train, and stop by after certain rounds.
@@ -234,8 +206,6 @@ def train(
         images: [m n h w c], each client's own n images, in [0, 1]; m is ``num_clients``.
         labels: [m n], integers.
         stops: the rounds after which the state is returned, in rising order; 0 is the start.
-        scan: whether rounds run as one program. None: on accelerators, but not on CPUs, where XLA
-            runs a convolution within a loop on a single thread. The results differ by rounding.
         state: one that an earlier call gave, to go on from; None for the start.
 
     Yields:
@@ -255,51 +225,24 @@ def train(
             f"{training.num_clients}"
         )
     images, labels = jnp.asarray(images), jnp.asarray(labels)
-    scan = jax.default_backend() != "cpu" if scan is None else scan
-    advance = (_scanned if scan else _stepped)(training)
-    state = training.init(variables) if state is None else state
-    for stop in stops:
-        if stop > int(state.round):
-            state = advance(key, state, images, labels, stop - int(state.round))
-        yield state
+    # A program for each client and not one for all: XLA's CPU backend runs a convolution within a
+    # loop on a single thread.
+    serve, zeros = jax.jit(training.serve, donate_argnums=1), jax.jit(training.zeros)
+    own_key = jax.jit(client_key)
 
-
-def _scanned(training: Training) -> Callable:
-    # The number of rounds is traced, so that a shorter last part needs no second program.
-    @jax.jit
-    def advance(key, state, images, labels, num):
-        def body(_, state):
-            return run_round(training, key, state, images, labels)
-
-        return jax.lax.fori_loop(0, num, body, state)
-
-    return advance
-
-
-def _stepped(training: Training) -> Callable:
     @functools.partial(jax.jit, donate_argnums=0)
     def add(total, key, variables, images, labels):
         return jax.tree.map(jnp.add, total, training.share(key, variables, images, labels))
 
-    serve = jax.jit(training.serve, donate_argnums=1)
-    zeros = jax.jit(training.zeros)
-    own_key = jax.jit(client_key)
-
-    def advance(key, state, images, labels, num):
-        for number in range(int(state.round), int(state.round) + num):
+    state = training.init(variables) if state is None else state
+    for stop in stops:
+        for number in range(int(state.round), stop):
             total = zeros(state.variables)
             for client in range(training.num_clients):
-                total = add(
-                    total,
-                    own_key(key, number, client),
-                    state.variables,
-                    images[client],
-                    labels[client],
-                )
+                own = own_key(key, number, client), state.variables, images[client], labels[client]
+                total = add(total, *own)
             state = serve(state, total)
-        return state
-
-    return advance
+        yield state
 
 
 def accuracy(model: Model, variables: PyTree, images: jax.Array, labels: jax.Array) -> float:

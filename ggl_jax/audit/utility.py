@@ -312,7 +312,7 @@ def read(folder: str | Path) -> Utility | None:
     rows = _chosen(_read_lines(folder), num_rates)
     for row in rows:
         if row["epsilon_note"] == _MISSING:
-            row.update(_epsilons(row["bound"], row["sigma"], row["rounds"], row["delta"]))
+            row.update(_epsilons(row))
     return Utility(config, rows)
 
 
@@ -358,26 +358,22 @@ _MISSING = f"not computed: {privacy.REMEDY}"
 
 def _privacy(defense, variables, settings: UtilitySettings) -> dict[str, Any]:
     found = privacy.mechanism(defense, len(jax.tree.leaves(variables["params"])))
-    row = {
-        "bound": found.bound,
-        "sigma": found.sigma,
-        "rounds": settings.rounds,
-        "delta": settings.delta,
-    }
-    if found.reason:
-        none = {"epsilon": None, "epsilon_replace": None}
-        return row | none | {"epsilon_note": found.reason}
-    return row | _epsilons(found.bound, found.sigma, settings.rounds, settings.delta)
+    row = {"bound": found.bound, "sigma": found.sigma}
+    row |= {"rounds": settings.rounds, "delta": settings.delta}
+    return row | _epsilons(row, found.reason)
 
 
-def _epsilons(bound, sigma, rounds, delta) -> dict[str, Any]:
-    if not privacy.accountant_installed():
-        return {"epsilon": None, "epsilon_replace": None, "epsilon_note": _MISSING}
+def _epsilons(row: Mapping[str, Any], why: str = "") -> dict[str, Any]:
+    """Both epsilons of a row; none where ``why`` says why, or for want of the accountant."""
+    note = why or ("" if privacy.accountant_installed() else _MISSING)
+    given = {name: row[name] for name in ("rounds", "delta")}
 
     def at(adjacency):
-        return privacy.epsilon(bound, sigma, rounds=rounds, delta=delta, adjacency=adjacency)
+        if note:
+            return None
+        return privacy.epsilon(row["bound"], row["sigma"], adjacency=adjacency, **given)
 
-    return {"epsilon": at("add_remove"), "epsilon_replace": at("replace"), "epsilon_note": ""}
+    return {"epsilon": at("add_remove"), "epsilon_replace": at("replace"), "epsilon_note": note}
 
 
 # --- words --------------------------------------------------------------------------------------
