@@ -118,6 +118,18 @@ def in_chunks(function: Callable, chunk_size: int, *arrays: PyTree) -> PyTree:
     return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:num], results)
 
 
+def losses_and_gradients(loss_fn: Callable, points: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Losses [n] of candidates [n z], and the gradient [n z] of each one's own loss."""
+
+    def total(points):
+        losses = loss_fn(points)
+        # Candidates are independent, so the gradient of the sum holds each one's own.
+        return jnp.sum(losses), losses
+
+    gradient, losses = jax.grad(total, has_aux=True)(points)
+    return losses, gradient
+
+
 def safe_sqrt(x: jax.Array) -> jax.Array:
     """Square root with value and derivative 0 at 0 (and below)."""
     positive = x > 0

@@ -17,6 +17,7 @@ from ggl_jax.errors import GGLError
 from ggl_jax.grammar import at_least
 from ggl_jax.priors.decoding import check_labels, decode_each, draw, images_at_once
 from ggl_jax.spec import Positive, check
+from ggl_jax.trees import losses_and_gradients
 from ggl_jax.types import Prior
 
 
@@ -58,14 +59,13 @@ def _start(prior: Prior, params, images, labels, key, *, num: int, restarts: int
 def _advance(prior: Prior, params, images, labels, state, *, learning_rate, steps: int, num: int):
     optimizer = optax.adam(optax.cosine_decay_schedule(learning_rate, steps))
 
-    def loss(latents):
+    def errors(latents):
         fitted = prior.apply(params, latents, labels)
-        error = jnp.mean((fitted - images) ** 2, axis=(1, 2, 3))
-        # a sum, and Adam works entry by entry: no row feels another
-        return jnp.sum(error), error
+        return jnp.mean((fitted - images) ** 2, axis=(1, 2, 3))
 
     def step(_, state):
-        gradient, error = jax.grad(loss, has_aux=True)(state.latents)
+        # Adam works entry by entry: no row feels another
+        error, gradient = losses_and_gradients(errors, state.latents)
         better = error < state.best_error
         updates, inner = optimizer.update(gradient, state.optimizer)
         return _FitState(

@@ -2,12 +2,12 @@
 
 from typing import Literal
 
-import jax
 import jax.numpy as jnp
 import optax
 
 from ggl_jax.adversary.optimizers.base import make_info
 from ggl_jax.spec import Count, Positive, ranged
+from ggl_jax.trees import losses_and_gradients
 from ggl_jax.types import Optimizer
 
 
@@ -78,13 +78,7 @@ def adam(
     def step(key, state, loss_fn):
         del key
         latents, moments = state
-
-        def total(z):
-            losses = loss_fn(z)
-            # Candidates are independent, so the gradient of the sum holds each one's own.
-            return jnp.sum(losses), losses
-
-        gradient, losses = jax.grad(total, has_aux=True)(latents)
+        losses, gradient = losses_and_gradients(loss_fn, latents)
         finite = jnp.all(jnp.isfinite(gradient), axis=1, keepdims=True)
         gradient = jnp.where(finite, gradient, 0.0)
         updates, moments = transform.update(

@@ -1,12 +1,12 @@
 """CMA-ES whose best candidates are refined by a few gradient steps."""
 
-import jax
 import jax.numpy as jnp
 import optax
 
 from ggl_jax.adversary.optimizers.base import make_info, require
 from ggl_jax.adversary.optimizers.cma_es import Population, cma_es
 from ggl_jax.spec import Count, Positive, ranged
+from ggl_jax.trees import losses_and_gradients
 from ggl_jax.types import Optimizer
 
 
@@ -57,15 +57,10 @@ def hybrid(
 
     def refined(latents, loss_fn):
         """All visited points [s n z] and their losses [s n], s = refine_steps + 1."""
-
-        def total(z):
-            losses = loss_fn(z)
-            return jnp.sum(losses), losses
-
         moments, visited = adam.init(latents), []
         # Unrolled: XLA runs a convolution inside a loop on one CPU thread only.
         for _ in range(refine_steps):
-            gradient, losses = jax.grad(total, has_aux=True)(latents)
+            losses, gradient = losses_and_gradients(loss_fn, latents)
             visited.append((latents, losses))
             finite = jnp.all(jnp.isfinite(gradient), axis=1, keepdims=True)
             updates, moments = adam.update(jnp.where(finite, gradient, 0.0), moments)

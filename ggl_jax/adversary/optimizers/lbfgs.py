@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from ggl_jax.spec import Count, ranged
+from ggl_jax.trees import losses_and_gradients
 from ggl_jax.types import NONFINITE, OK, STALLED, Info, Optimizer
 
 #: torch's tolerances of the gradient (largest entry) and of the change (slope along the direction).
@@ -127,14 +128,8 @@ def lbfgs(*, memory_size: Count = 100) -> Optimizer:
 
     def step(key, state, loss_fn):
         del key
-
-        def total(z):
-            losses = loss_fn(z)
-            # Candidates are independent, so the gradient of the sum holds each one's own.
-            return jnp.sum(losses), losses
-
         point = state.point
-        (_, losses), gradient = jax.value_and_grad(total, has_aux=True)(point)
+        losses, gradient = losses_and_gradients(loss_fn, point)
         finite = jnp.isfinite(losses) & jnp.all(jnp.isfinite(gradient), axis=1)
         first = jnp.minimum(1.0, 1.0 / jnp.sum(jnp.abs(gradient), axis=1))
         stepsize = jnp.where(state.started, 1.0, first)

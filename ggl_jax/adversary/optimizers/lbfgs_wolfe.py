@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from ggl_jax.spec import AtLeast, Count, ranged
+from ggl_jax.trees import losses_and_gradients
 from ggl_jax.types import NONFINITE, OK, STALLED, Info, Optimizer, PyTree
 
 #: Constants of the weak Wolfe conditions: sufficient decrease and curvature (Nocedal and Wright).
@@ -64,6 +65,65 @@ def _select(condition, chosen, other):
     return jax.tree.map(each, chosen, other)
 
 
+def _start_line(transform, state: WolfeState, move) -> WolfeState:
+    """Choose directions for the rows in ``move``; those in ``state.fresh`` forget the past."""
+    empty = jax.vmap(transform.init)(state.point)
+    update = jax.vmap(transform.update)
+    kept, kept_memory = update(
+        state.gradient, _select(state.fresh, empty, state.memory), state.point
+    )
+    plain, plain_memory = update(state.gradient, empty, state.point)
+    # Rounding can spoil the direction: it must go down.
+    descends = _rows(kept, state.gradient) > 0
+    fresh = state.fresh | ~descends
+    slope = _rows(plain, state.gradient)
+    zero, one = jnp.zeros_like(state.value), jnp.ones_like(state.value)
+    started = state._replace(
+        direction=-_select(fresh, plain, kept),
+        stepsize=one,
+        low=zero,
+        low_value=state.value,
+        low_gradient=state.gradient,
+        high=one * jnp.inf,
+        high_value=one * jnp.inf,
+        trials=jnp.zeros_like(state.trials),
+        fresh=fresh,
+        stalled=state.stalled | ~(slope > 0),
+        memory=_select(fresh, plain_memory, kept_memory),
+    )
+    return _select(move, started, state)
+
+
+def _narrowed(state: WolfeState, losses, gradient, active, short, long) -> WolfeState:
+    """The brackets after a trial of these losses (infinite where it failed), and the next step.
+
+    Args:
+        state: before the trial.
+        losses: [r].
+        gradient: [r z].
+        active: [r], whether the trial counts.
+        short: [r], whether it met the decrease but not the curvature condition.
+        long: [r], whether it did not meet the decrease.
+    """
+    found = state._replace(
+        low=jnp.where(short, state.stepsize, state.low),
+        low_value=jnp.where(short, losses, state.low_value),
+        low_gradient=_select(short, gradient, state.low_gradient),
+        high=jnp.where(long, state.stepsize, state.high),
+        high_value=jnp.where(long, losses, state.high_value),
+        trials=state.trials + active,
+    )
+    width = found.high - found.low
+    low_slope = _rows(state.direction, found.low_gradient)
+    rise = found.high_value - found.low_value - low_slope * width
+    share = jnp.clip(-low_slope * width / (2 * rise), 0.1, 0.9)
+    # A value that is not finite says nothing about where the minimum lies.
+    share = jnp.where(jnp.isfinite(share) & jnp.isfinite(found.high_value), share, 0.5)
+    further = jnp.where(active, 2 * state.stepsize, state.stepsize)
+    within = found.low + share * width
+    return found._replace(stepsize=jnp.where(jnp.isfinite(found.high), within, further))
+
+
 @ranged
 def lbfgs_wolfe(
     *, memory_size: Count = 10, max_trials: Annotated[int, AtLeast(2)] = 20
@@ -97,34 +157,6 @@ def lbfgs_wolfe(
     """
     transform = optax.scale_by_lbfgs(memory_size=memory_size)
 
-    def start_line(state, move):
-        """Choose directions for the rows in ``move``; those in ``state.fresh`` forget the past."""
-        empty = jax.vmap(transform.init)(state.point)
-        update = jax.vmap(transform.update)
-        kept, kept_memory = update(
-            state.gradient, _select(state.fresh, empty, state.memory), state.point
-        )
-        plain, plain_memory = update(state.gradient, empty, state.point)
-        # Rounding can spoil the direction: it must go down.
-        descends = _rows(kept, state.gradient) > 0
-        fresh = state.fresh | ~descends
-        slope = _rows(plain, state.gradient)
-        zero, one = jnp.zeros_like(state.value), jnp.ones_like(state.value)
-        started = state._replace(
-            direction=-_select(fresh, plain, kept),
-            stepsize=one,
-            low=zero,
-            low_value=state.value,
-            low_gradient=state.gradient,
-            high=one * jnp.inf,
-            high_value=one * jnp.inf,
-            trials=jnp.zeros_like(state.trials),
-            fresh=fresh,
-            stalled=state.stalled | ~(slope > 0),
-            memory=_select(fresh, plain_memory, kept_memory),
-        )
-        return _select(move, started, state)
-
     def init(key, latents):
         del key
         num = latents.shape[0]
@@ -151,13 +183,7 @@ def lbfgs_wolfe(
     def step(key, state, loss_fn):
         del key
         trial = state.point + state.stepsize[:, None] * state.direction
-
-        def total(z):
-            losses = loss_fn(z)
-            # Candidates are independent, so the gradient of the sum holds each one's own.
-            return jnp.sum(losses), losses
-
-        (_, losses), gradient = jax.value_and_grad(total, has_aux=True)(trial)
+        losses, gradient = losses_and_gradients(loss_fn, trial)
         finite = jnp.isfinite(losses) & jnp.all(jnp.isfinite(gradient), axis=1)
         waiting = jnp.isinf(state.value)
         slope = _rows(state.direction, state.gradient)
@@ -169,31 +195,8 @@ def lbfgs_wolfe(
         active = ~state.stalled & ~(waiting & ~finite)
         accepted = active & decreased & flat_enough
 
-        # Narrow the bracket of those that go on.
-        narrow_low = active & decreased & ~flat_enough
-        narrow_high = active & ~decreased
-        bracketed = state._replace(
-            low=jnp.where(narrow_low, state.stepsize, state.low),
-            low_value=jnp.where(narrow_low, losses, state.low_value),
-            low_gradient=_select(narrow_low, gradient, state.low_gradient),
-            high=jnp.where(narrow_high, state.stepsize, state.high),
-            high_value=jnp.where(narrow_high, jnp.where(finite, losses, jnp.inf), state.high_value),
-            trials=state.trials + active,
-        )
-        width = bracketed.high - bracketed.low
-        low_slope = _rows(state.direction, bracketed.low_gradient)
-        rise = bracketed.high_value - bracketed.low_value - low_slope * width
-        share = jnp.clip(-low_slope * width / (2 * rise), 0.1, 0.9)
-        # A value that is not finite says nothing about where the minimum lies.
-        share = jnp.where(jnp.isfinite(share) & jnp.isfinite(bracketed.high_value), share, 0.5)
-        bracketed = bracketed._replace(
-            stepsize=jnp.where(
-                jnp.isfinite(bracketed.high),
-                bracketed.low + share * width,
-                jnp.where(active, 2 * state.stepsize, state.stepsize),
-            )
-        )
-
+        usable, short = jnp.where(finite, losses, jnp.inf), active & decreased & ~flat_enough
+        bracketed = _narrowed(state, usable, gradient, active, short, active & ~decreased)
         # Out of trials: take the decrease that was found, or go back to steepest descent.
         spent = active & ~accepted & (bracketed.trials >= max_trials)
         rescued, failed = spent & (bracketed.low > 0), spent & ~(bracketed.low > 0)
@@ -209,7 +212,7 @@ def lbfgs_wolfe(
             stalled=state.stalled | (failed & state.fresh),
         )
         with jax.default_matmul_precision("highest"):
-            moved = start_line(moved, (accepted | spent) & ~moved.stalled)
+            moved = _start_line(transform, moved, (accepted | spent) & ~moved.stalled)
         moved = moved._replace(stepsize=jnp.where(moved.stalled, 0.0, moved.stepsize))
         known = jnp.isfinite(moved.value)
         movable = jnp.any(known & ~moved.stalled)

@@ -1,5 +1,6 @@
 """TuRBO-1: Bayesian optimisation in one trust region, written from the paper."""
 
+import functools
 import math
 from typing import Annotated, NamedTuple
 
@@ -125,6 +126,47 @@ def candidates_around(
     return jnp.where(moves, points, centre)
 
 
+def propose_from_model(
+    key: jax.Array, state: TurboState, *, num: int, most: int, fit_steps: int
+) -> jax.Array:
+    """The next round of one restart, by Thompson sampling.
+
+    Args:
+        key: a typed key.
+        state: of one restart, with at least one finite loss.
+        num: candidates of the round, each the lowest of a function drawn from the process.
+        most: candidates that are compared, at most; 100 per dimension below that, at least ``num``.
+        fit_steps: Adam steps on the process's hyper-parameters.
+
+    Returns:
+        [num z] different candidates.
+    """
+    key_candidates, key_sample = jax.random.split(key)
+    mask = jnp.isfinite(state.losses)
+    count = jnp.maximum(jnp.sum(mask), 1)
+    mean = jnp.sum(jnp.where(mask, state.losses, 0.0)) / count
+    centred = jnp.where(mask, state.losses - mean, 0.0)
+    spread = jnp.sqrt(jnp.sum(centred**2) / count)
+    targets = centred / jnp.where(spread > 0, spread, 1.0)
+    hyper = fit(state.points, targets, mask, steps=fit_steps)
+    centre = state.points[jnp.argmin(state.losses)]
+    queries = candidates_around(
+        key_candidates,
+        centre,
+        hyper.lengthscale,
+        state.region.length,
+        max(num, min(100 * centre.shape[0], most)),
+    )
+    draws = sample_posterior(key_sample, hyper, state.points, targets, mask, queries, num=num)
+
+    def choose(taken, draw):
+        index = jnp.argmin(jnp.where(taken, jnp.inf, draw))
+        return taken.at[index].set(True), index
+
+    _, indices = jax.lax.scan(choose, jnp.zeros(queries.shape[0], bool), draws)
+    return queries[indices]
+
+
 @ranged
 def turbo(
     *,
@@ -183,53 +225,29 @@ def turbo(
     require(max_points >= least, "max_points", max_points, f"at least {least} with this design")
     capacity = min(max_points, max(steps * round_size, round_size))
 
-    def empty_losses(num):
-        return jnp.full((num, capacity), jnp.inf, jnp.float32)
+    def begin(key, num_dims):
+        """The state of one restart without data."""
+        return TurboState(
+            points=jnp.zeros((capacity, num_dims), jnp.float32),
+            losses=jnp.full(capacity, jnp.inf, jnp.float32),
+            design=latin_hypercube(key, design_size, num_dims),
+            rounds=jnp.zeros((), jnp.int32),
+            region=start_region(),
+        )
 
     def init(key, latents):
         num, num_dims = latents.shape
-        keys = jax.random.split(key, num)
-        design = jax.vmap(lambda k: latin_hypercube(k, design_size, num_dims))(keys)
+        state = jax.vmap(lambda k: begin(k, num_dims))(jax.random.split(key, num))
         first = jnp.clip(0.5 + 0.5 * latents.astype(jnp.float32) / half_width, 0.0, 1.0)
-        return TurboState(
-            points=jnp.zeros((num, capacity, num_dims), jnp.float32),
-            losses=empty_losses(num),
-            design=design.at[:, 0].set(first),
-            rounds=jnp.zeros(num, jnp.int32),
-            region=jax.vmap(lambda _: start_region())(jnp.arange(num)),
-        )
+        return state._replace(design=state.design.at[:, 0].set(first))
 
     def from_design(state):
         # The index is cut to the design's length by dynamic_slice; such rounds are never used.
         return jax.lax.dynamic_slice_in_dim(state.design, state.rounds * round_size, round_size)
 
-    def from_model(key, state):
-        key_candidates, key_sample = jax.random.split(key)
-        mask = jnp.isfinite(state.losses)
-        count = jnp.maximum(jnp.sum(mask), 1)
-        mean = jnp.sum(jnp.where(mask, state.losses, 0.0)) / count
-        centred = jnp.where(mask, state.losses - mean, 0.0)
-        spread = jnp.sqrt(jnp.sum(centred**2) / count)
-        targets = centred / jnp.where(spread > 0, spread, 1.0)
-        hyper = fit(state.points, targets, mask, steps=fit_steps)
-        centre = state.points[jnp.argmin(state.losses)]
-        queries = candidates_around(
-            key_candidates,
-            centre,
-            hyper.lengthscale,
-            state.region.length,
-            max(round_size, min(100 * centre.shape[0], num_candidates)),
-        )
-        draws = sample_posterior(
-            key_sample, hyper, state.points, targets, mask, queries, num=round_size
-        )
-
-        def choose(taken, draw):
-            index = jnp.argmin(jnp.where(taken, jnp.inf, draw))
-            return taken.at[index].set(True), index
-
-        _, indices = jax.lax.scan(choose, jnp.zeros(queries.shape[0], bool), draws)
-        return queries[indices]
+    from_model = functools.partial(
+        propose_from_model, num=round_size, most=num_candidates, fit_steps=fit_steps
+    )
 
     def absorb(key, state, points, losses):
         losses = jnp.where(jnp.isfinite(losses), losses, jnp.inf).astype(jnp.float32)
@@ -254,33 +272,22 @@ def turbo(
             rounds=state.rounds + 1,
             region=region,
         )
-        anew = TurboState(
-            points=jnp.zeros_like(state.points),
-            losses=empty_losses(1)[0],
-            design=latin_hypercube(key, design_size, state.points.shape[1]),
-            rounds=jnp.zeros_like(state.rounds),
-            region=start_region(),
-        )
-        over = region.length < LENGTH_MIN
+        anew, over = begin(key, state.points.shape[1]), region.length < LENGTH_MIN
         return jax.tree.map(lambda x, y: jnp.where(over, x, y), anew, kept)
 
     def step(key, state, loss_fn):
         num_restarts, num_dims = state.rounds.shape[0], state.points.shape[2]
         key_model, key_design = (jax.random.split(k, num_restarts) for k in jax.random.split(key))
-        designing = state.rounds < design_rounds
+        designing, designed = state.rounds < design_rounds, jax.vmap(from_design)(state)
 
-        def design_only(keys, state):
-            del keys
-            return jax.vmap(from_design)(state)
-
-        def propose(keys, state):
-            modelled = jax.vmap(from_model)(keys, state)
-            return jnp.where(designing[:, None, None], jax.vmap(from_design)(state), modelled)
+        def propose():
+            modelled = jax.vmap(from_model)(key_model, state)
+            return jnp.where(designing[:, None, None], designed, modelled)
 
         # No model is fitted while all restarts are in their design (unless a vmap over instances
         # turns the branch into a selection).
         with jax.default_matmul_precision("highest"):
-            points = jax.lax.cond(jnp.all(designing), design_only, propose, key_model, state)
+            points = jax.lax.cond(jnp.all(designing), lambda: designed, propose)
         latents = half_width * (2 * points.reshape(num_restarts * round_size, num_dims) - 1)
         losses = loss_fn(latents)
         state = jax.vmap(absorb)(key_design, state, points, losses.reshape(num_restarts, -1))
