@@ -273,6 +273,33 @@ def check(name: str, value: Any, hint: Any) -> Any:
     return found
 
 
+def check_fields(spec: Any, what: str, *, but: str = "") -> None:
+    """In a frozen dataclass's ``__post_init__``: keep each option as :func:`check` gives it.
+
+    Args:
+        spec: the dataclass.
+        what: put before an option's name in errors.
+        but: one that is left as it is.
+    """
+    for name, hint in options_of(type(spec)).items():
+        if name != but:
+            object.__setattr__(spec, name, check(f"{what}{name}", getattr(spec, name), hint))
+
+
+def made(kind: Callable[..., Made], fields: Any, what: str, *needed: str) -> Made:
+    """A dataclass of this kind from its fields, such as a JSON object's.
+
+    Raises:
+        GGLError: they are no object, or some are missing or unknown.
+    """
+    if not isinstance(fields, Mapping) or not set(needed) <= fields.keys():
+        raise GGLError(f"{what}: got {fields!r}, allowed: an object with a {' and '.join(needed)}")
+    known = sorted(inspect.signature(kind).parameters)
+    if unknown := sorted(fields.keys() - known):
+        raise GGLError(f"{what}: unknown {', '.join(unknown)}; known: {', '.join(known)}")
+    return kind(**fields)
+
+
 def ranged(factory: Callable[Options, Made]) -> Callable[Options, Made]:
     """A factory whose options are checked by their annotations, as :func:`check` does.
 

@@ -470,7 +470,7 @@ def test_class_conditional_training_and_export(tmp_path):
     np.savez(tmp_path / "two.npz", images=images, labels=labels)
     assert training.count_classes([tmp_path / "two.npz"]) == 2
     config = Config(**{**vars(TINY), "steps": 40, "num_classes": 2})
-    dataset = training.load_data([tmp_path / "two.npz"], config)
+    dataset = training.load_data([tmp_path / "two.npz"], config, num_classes=config.num_classes)
     # the held-out ones are out of both
     np.testing.assert_array_equal(dataset.images[:, 0, 0, 0] / 255, dataset.labels)
     batch = {"num": 50}
@@ -489,7 +489,7 @@ def test_class_conditional_training_and_export(tmp_path):
     assert images[32:].mean() > images[:32].mean() + 0.2
 
     with pytest.raises(GGLError, match="label 1 is beyond num_classes=1"):
-        training.load_data([tmp_path / "two.npz"], Config(num_classes=1, holdout=0))
+        training.load_data([tmp_path / "two.npz"], Config(holdout=0), num_classes=1)
     np.savez(tmp_path / "short.npz", images=np.zeros((2, 32, 32, 3), np.uint8), labels=[0])
     np.savez(tmp_path / "plain.npz", images=np.zeros((2, 32, 32, 3), np.uint8))
     with pytest.raises(GGLError, match=r"must be whole numbers \[2\]"):

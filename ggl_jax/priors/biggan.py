@@ -24,7 +24,7 @@ from flax.traverse_util import flatten_dict
 from ggl_jax import foreign
 from ggl_jax.errors import GGLError, about, check_known, explaining
 from ggl_jax.images import area_resize, from_signed
-from ggl_jax.spec import AtLeast, Count, Number, Proper, check, options_of
+from ggl_jax.spec import AtLeast, Count, Number, Proper, check, check_fields, made
 from ggl_jax.types import Path as TreePath
 from ggl_jax.types import Prior
 
@@ -66,9 +66,7 @@ class BigGANConfig:
     n_stats: Annotated[int, AtLeast(2)] = 51
 
     def __post_init__(self):
-        for name, hint in options_of(BigGANConfig).items():
-            if name != "layers":
-                check(f"BigGANConfig: {name}", getattr(self, name), hint)
+        check_fields(self, "BigGANConfig: ", but="layers")
         try:
             layers = tuple((bool(up), int(i), int(o)) for up, i, o in self.layers)
         except (TypeError, ValueError):
@@ -119,12 +117,7 @@ class BigGANConfig:
         Raises:
             GGLError: unknown or missing fields, or values out of range.
         """
-        known = {field.name for field in dataclasses.fields(cls)}
-        if not isinstance(fields, Mapping) or not {"output_dim", "layers"} <= fields.keys():
-            raise GGLError("a BigGAN config is an object with output_dim and layers")
-        if unknown := sorted(set(fields) - known):
-            raise GGLError(f"BigGANConfig: unknown {', '.join(unknown)}; known: {sorted(known)}")
-        return cls(**fields)
+        return made(cls, fields, "BigGANConfig", "output_dim", "layers")
 
 
 _HEAD = ((False, 16, 16), (True, 16, 16), (False, 16, 16), (True, 16, 8))

@@ -22,7 +22,7 @@ from ggl_jax import foreign
 from ggl_jax.errors import GGLError, about, check_known
 from ggl_jax.grammar import at_least
 from ggl_jax.images import from_signed
-from ggl_jax.spec import AtLeast, Count, Number, check, options_of
+from ggl_jax.spec import AtLeast, Count, Number, check, check_fields, made
 from ggl_jax.types import Prior
 
 ACTIVATIONS = {
@@ -75,8 +75,7 @@ class Layer:
 
     def __post_init__(self):
         with about(f"layer {self.name or self.kind}"):
-            for option, hint in options_of(Layer).items():
-                object.__setattr__(self, option, check(option, getattr(self, option), hint))
+            check_fields(self, "")
             weights = self.kind not in ("reshape", "upsample")
             if bool(self.name) != weights:
                 allowed = "the layer's name in the torch weights" if weights else "none"
@@ -92,28 +91,19 @@ class Layer:
 def _as_layers(layers) -> tuple[Layer, ...]:
     if isinstance(layers, str | Mapping) or not isinstance(layers, Sequence) or not layers:
         raise GGLError(f"layers must be a list of at least one layer, not {type(layers).__name__}")
-    known = {field.name for field in dataclasses.fields(Layer)}
-    made = []
-    for number, layer in enumerate(layers):
-        if not isinstance(layer, Layer):
-            if not isinstance(layer, Mapping) or "kind" not in layer:
-                raise GGLError(f"layers[{number}]={layer!r} must be an object with a kind")
-            if unknown := sorted(set(layer) - known):
-                raise GGLError(
-                    f"layers[{number}]: unknown {', '.join(unknown)}; known: "
-                    f"{', '.join(sorted(known))}"
-                )
-            layer = Layer(**layer)
-        made.append(layer)
-    names = [layer.name for layer in made if layer.name]
+    found = tuple(
+        one if isinstance(one, Layer) else made(Layer, one, f"layers[{number}]", "kind")
+        for number, one in enumerate(layers)
+    )
+    names = [layer.name for layer in found if layer.name]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise GGLError(f"layers: the name {', '.join(twice)} is given twice")
-    if made[-1].activation not in ("tanh", "sigmoid"):
+    if found[-1].activation not in ("tanh", "sigmoid"):
         raise GGLError(
-            f"layers: the last activation is {made[-1].activation!r}; it must be tanh (images in "
+            f"layers: the last activation is {found[-1].activation!r}; it must be tanh (images in "
             "[-1, 1]) or sigmoid (in [0, 1])"
         )
-    return tuple(made)
+    return found
 
 
 def _walk(layers: tuple[Layer, ...], latent_dim: int):
@@ -225,16 +215,16 @@ def convolutional(
     Raises:
         GGLError: layers that do not fit together, or an argument out of its range.
     """
-    made = _as_layers(layers)
-    *_, (_, shape) = _walk(made, latent_dim)
+    known = _as_layers(layers)
+    *_, (_, shape) = _walk(known, latent_dim)
     if len(shape) != 3 or shape[0] not in (1, 3):
         raise GGLError(
             f"layers: the output has the shape {list(shape)} (channels first); it must be an image "
             "with 1 or 3 channels"
         )
     check_known("convolutional: latents", latents, ("normal", "uniform"))
-    layout = _torch_layout(made, latent_dim)
-    first = next(s for _, s in _walk(made, latent_dim))
+    layout = _torch_layout(known, latent_dim)
+    first = next(s for _, s in _walk(known, latent_dim))
 
     def init(key):
         tree: dict[str, Any] = {}
@@ -250,9 +240,9 @@ def convolutional(
     def apply(params, z, labels=None):
         del labels
         x = z[:, None, None, :] if len(first) == 3 else z
-        for number, layer in enumerate(made):
+        for number, layer in enumerate(known):
             x = _apply(layer, params.get(f"layer{number}", {}), x)
-        return from_signed(x) if made[-1].activation == "tanh" else x
+        return from_signed(x) if known[-1].activation == "tanh" else x
 
     def sample_latent(key, num):
         if latents == "uniform":

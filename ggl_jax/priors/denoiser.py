@@ -26,8 +26,8 @@ from ggl_jax.errors import GGLError
 from ggl_jax.images import from_signed
 from ggl_jax.priors import training
 from ggl_jax.priors.samples import samples, save_grid
-from ggl_jax.priors.wgan_gp import averaged, draw_batch
-from ggl_jax.spec import Count, Number, Positive, Seed, check, options_of
+from ggl_jax.priors.wgan_gp import RunConfig, averaged, draw_batch
+from ggl_jax.spec import Count, Number, Positive
 from ggl_jax.types import Prior, PyTree
 
 #: Where the denoiser's weights lie beside the generator's, in the parameters and on the card.
@@ -94,7 +94,7 @@ def with_denoiser(prior: Prior, widths: tuple[int, ...] = (32, 64, 96)) -> Prior
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(RunConfig):
     """Everything that, with the data, determines a denoiser's training."""
 
     steps: Number = 6000
@@ -103,19 +103,6 @@ class Config:
     """Images per update, at least 1."""
     learning_rate: Positive = 2e-3
     """Adam's first step size, above 0; it goes down to zero on a half cosine."""
-    seed: Seed = 0
-    """Seed of the weights, the batches, the noise and the held-out images."""
-    holdout: Number = 256
-    """Images of the first file to keep out of training, at least 0; with the prior's own file,
-    number and seed they are the same ones."""
-
-    @property
-    def num_classes(self) -> None:
-        """Labels are not looked at."""
-
-    def __post_init__(self):
-        for name, hint in options_of(type(self)).items():
-            check(f"train-denoiser: {name}", getattr(self, name), hint)
 
 
 class TrainState(NamedTuple):

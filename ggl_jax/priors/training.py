@@ -11,7 +11,7 @@ from dataclasses import asdict
 from functools import partial
 from io import StringIO
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -75,28 +75,18 @@ def count_classes(data: Sequence) -> int:
     )
 
 
-class Split(Protocol):
-    """What of a run's configuration says which images it has."""
-
-    @property
-    def seed(self) -> int: ...
-
-    @property
-    def holdout(self) -> int: ...
-
-    @property
-    def num_classes(self) -> int | None: ...
-
-
-def load_data(data: Sequence, config: Split, shape=IMAGE_SHAPE) -> Dataset:
+def load_data(
+    data: Sequence, config: wgan_gp.RunConfig, shape=IMAGE_SHAPE, num_classes: int | None = None
+) -> Dataset:
     """Load the training images: every file's, less the held-out ones of the first.
 
     Args:
         data: paths of .npz files, or ``(path, weight)``; an image of a file of weight 2 is drawn
             twice as often as one of weight 1. A file given twice counts twice; its held-out images
             stay out each time.
-        config: gives ``holdout``, ``seed`` and ``num_classes``; with classes, labels are read too.
+        config: gives ``holdout`` and ``seed``.
         shape: of the images, (h, w, c).
+        num_classes: of their labels, which are then read, too.
 
     Raises:
         GGLError: no file, a bad file (see :func:`ggl_jax.npz.read`), a weight that is not above 0,
@@ -109,16 +99,15 @@ def load_data(data: Sequence, config: Split, shape=IMAGE_SHAPE) -> Dataset:
     for path, weight in pairs:
         if not 0 < weight < float("inf"):
             raise GGLError(f"data: weight {weight} of {path} must be above 0")
-        found, classes = _read(path, labelled=config.num_classes is not None, shape=shape)
+        found, classes = _read(path, labelled=num_classes is not None, shape=shape)
         num = len(found)
         kept = np.arange(num)
         if Path(path).resolve() == Path(pairs[0][0]).resolve():
             kept, left = holdout_split(num, config.holdout, config.seed)
             held_out = found[left]
-        if classes.max() >= (config.num_classes or 1):
+        if classes.max() >= (num_classes or 1):
             raise GGLError(
-                f"training data {path}: label {classes.max()} is beyond num_classes="
-                f"{config.num_classes}"
+                f"training data {path}: label {classes.max()} is beyond num_classes={num_classes}"
             )
         labels.append(classes[kept])
         images.append(found[kept])
@@ -138,7 +127,7 @@ def load_data(data: Sequence, config: Split, shape=IMAGE_SHAPE) -> Dataset:
             f"holdout={config.holdout} leaves no image to train on; lower it, or give more files"
         )
     cumulative = (np.cumsum(every) / every.sum()).astype(np.float32)
-    every_label = None if config.num_classes is None else np.concatenate(labels)
+    every_label = None if num_classes is None else np.concatenate(labels)
     return Dataset(np.concatenate(images), cumulative, sources, held_out, every_label)
 
 
@@ -274,7 +263,7 @@ def train(
             a folder that cannot be written; losses that are not finite (nothing is saved then).
     """
     out_dir = Path(out_dir)
-    dataset = load_data(data, config)
+    dataset = load_data(data, config, num_classes=config.num_classes)
     with run_folder(out_dir, config, dataset.sources) as manager:
         run = _Run(config, dataset, out_dir, manager)
         with contextlib.suppress(KeyboardInterrupt):

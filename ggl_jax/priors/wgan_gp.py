@@ -18,11 +18,25 @@ import optax
 
 from ggl_jax.images import to_signed
 from ggl_jax.priors.dcgan import IMAGE_SHAPE, Critic, Generator
-from ggl_jax.spec import AtLeast, Count, Number, Positive, Seed, Share, check, options_of
+from ggl_jax.spec import AtLeast, Count, Number, Positive, Seed, Share, check_fields
 
 
 @dataclass(frozen=True)
-class Config:
+class RunConfig:
+    """What says which images a training run has, and in which order."""
+
+    seed: Seed = 0
+    """Seed of everything random: weights, batches, held-out images."""
+    holdout: Number = 256
+    """Images of the first file to keep out of training; of the same number and seed they are the
+    same ones in each run."""
+
+    def __post_init__(self):
+        check_fields(self, "training: ")
+
+
+@dataclass(frozen=True)
+class Config(RunConfig):
     """Everything that, with the data, determines a training run.
 
     The published code trains with width 128, learning rate 1e-4, 5 critic steps, for 100 epochs.
@@ -50,19 +64,11 @@ class Config:
     training it is lowered to (1 + step) / (10 + step), so that the random start is forgotten."""
     steps: Number = 20_000
     """Generator updates. The only option that may change when a run is resumed."""
-    seed: Seed = 0
-    """Seed of the weights, the batches and the held-out images."""
-    holdout: Number = 256
-    """Images of the first file to keep out of training, at least 0."""
     flips: bool = True
     """Mirror each real image with probability 1/2."""
     num_classes: Count | None = None
     """Classes of a class-conditional prior, at least 1: generator and critic then see the labels,
     and real and fake images of a batch have the same ones. None for an unconditional prior."""
-
-    def __post_init__(self):
-        for name, hint in options_of(type(self)).items():
-            check(f"train-prior: {name}", getattr(self, name), hint)
 
 
 class TrainState(NamedTuple):
