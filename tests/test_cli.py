@@ -351,9 +351,13 @@ def test_train_prior_and_export(tmp_path, capsys):
 
 
 def test_progress_without_a_terminal(monkeypatch):
+    """The time left is told from the first line on: by shares, then by what others took."""
     shown = Console(record=True, width=100)
     monkeypatch.setattr(_shared, "console", shown)
     with _shared.AuditBar() as bar:
+        bar.began -= 30.0
+        bar("a phase of unknown length", 0, 4, 0.0, None)
+        bar("none: client's update", 0, 4, 0.0, None)
         bar("none: search", 0, 4, 0.1, 9.0)
         bar("none: search", 0, 4, 0.2, 8.0)  # too soon for another line
         monkeypatch.setattr(_shared, "_QUIET_SECONDS", 0.0)
@@ -361,10 +365,12 @@ def test_progress_without_a_terminal(monkeypatch):
         bar("clip:4: search", 1, 4, 0.0, None)
         bar.began -= 20.0  # the second took as long
         bar("noise:1: search", 2, 4, 0.0, None)
-    lines = [line.split("s  ")[1] for line in shown.export_text().splitlines()]
+    lines = [line.split("s  ", 1)[1] for line in shown.export_text().splitlines()]
     assert lines == [
-        "[1/4] none: search",
-        "[1/4] none: search, 10% of all, loss 7.5",
-        "[2/4] clip:4: search, about 0 s left",
+        "[1/4] a phase of unknown length",
+        "[1/4] none: client's update, about 20 min left",  # 30 s are 5 % of a half of all
+        "[1/4] none: search, about 51 s left",
+        "[1/4] none: search, 41% of all, loss 7.5, about 44 s left",
+        "[2/4] clip:4: search, about 18 s left",
         "[3/4] noise:1: search, about 40 s left",
     ]

@@ -319,7 +319,7 @@ def reconstruct(
                 view if search.adaptive else None,
                 client,
                 search.bank,
-                lambda share: report("gradients of the bank", 0.5 * share),
+                lambda share: report("gradients of the bank", share),
             )
         )
         problems[number] = problem._replace(guess=readings[-1].guess)

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from ggl_jax import machine
 from ggl_jax.audit import data as audit_data
@@ -220,6 +220,24 @@ def environment() -> dict[str, str]:
     }
 
 
+#: Where the phases of an audit's first cell begin and end, as shares of its time, and how many of
+#: the others take as long, which need not compile again: of the bare audit on two CPU cores. By it
+#: the time left is guessed until a cell has been measured.
+_PHASES = {
+    "client's update": (0.05, 0.07),
+    "label and defense estimation": (0.07, 0.17),
+    "gradients of the bank": (0.17, 0.4),
+    "compiling the search": (0.4, 0.72),
+    "search": (0.72, 0.95),
+    "controls": (0.95, 1.0),
+}
+_FIRST = 3.0
+
+
+def _left(seconds: float) -> str:
+    return f"about {seconds:.0f} s left" if seconds < 90 else f"about {seconds / 60:.0f} min left"
+
+
 class AuditBar:
     """Live progress on a terminal; elsewhere a line for each change of phase, and each minute."""
 
@@ -232,15 +250,14 @@ class AuditBar:
             BarColumn(),
             TextColumn("{task.fields[shown]}", markup=False),
             TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
+            TextColumn("{task.fields[left]}"),
             console=console,
             disable=not self.live,
         )
 
     def __enter__(self):
         self.bar.__enter__()
-        self.task = self.bar.add_task("starting", total=1.0, shown="")
+        self.task = self.bar.add_task("starting", total=1.0, shown="", left="")
         self.began = time.perf_counter()
         return self
 
@@ -250,25 +267,26 @@ class AuditBar:
     def __call__(self, phase, number, total, fraction, loss):
         text = f"[{number + 1}/{total}] {phase}"
         shown = "" if loss is None else f"loss {loss:.4g}"
+        seconds = time.perf_counter() - self.began
+        self.starts.setdefault(number, seconds)
+        first, *others = sorted(self.starts)
+        start, end = _PHASES.get(phase.rpartition(": ")[2], (0.0, 1.0))
+        done = start + fraction * (end - start)
+        done = _FIRST * done if number == first else _FIRST + number - first - 1 + done
+        done = min(done / (_FIRST + total - first - 1), 1.0)
+        left = ""
+        if len(others) > 1:  # the first one says little of them
+            left = (total - number) * (self.starts[number] - self.starts[others[0]])
+            left = _left(left / (number - others[0]))
+        elif done > 0:
+            left = _left(seconds * (1 - done) / done)
         if self.live:
-            self.bar.update(
-                self.task, description=text, completed=number + fraction, total=total, shown=shown
-            )
+            self.bar.update(self.task, description=text, completed=done, shown=shown, left=left)
             return
-        seconds, done = time.perf_counter() - self.began, (number + fraction) / total
         parts = [text]
         if text == self.last:
             if seconds - self.printed < _QUIET_SECONDS:
                 return
             parts += [f"{done:.0%} of all", shown] if shown else [f"{done:.0%} of all"]
-        self.starts.setdefault(number, seconds)
-        first, *others = sorted(self.starts)
-        if others:
-            # The first one compiles what the others share, and counts only until there is another.
-            first = others[0] if number > others[0] else first
-            left = (total - number) * (self.starts[number] - self.starts[first]) / (number - first)
-            parts.append(
-                f"about {left:.0f} s left" if left < 90 else f"about {left / 60:.0f} min left"
-            )
-        console.print(f"{seconds:7.1f} s  {', '.join(parts)}", markup=False)
+        console.print(f"{seconds:7.1f} s  {', '.join(filter(None, [*parts, left]))}", markup=False)
         self.last, self.printed = text, seconds
