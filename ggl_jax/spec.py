@@ -134,9 +134,10 @@ class Search:
     """Independent searches in one batch; the lowest loss wins."""
     pool: Number = 0
     """Random samples of the prior that are compared first; the best start the searches."""
-    start: Literal["zeros", "prior", "uniform", "normal"] = "zeros"
-    """Where searches start without a pool: zeros, a sample of the prior, uniform in [0, 1], or
-    normal."""
+    start: Literal["zeros", "prior", "uniform", "normal", "reading"] = "zeros"
+    """Where searches start without a pool: zeros, a sample of the prior, uniform in [0, 1], normal,
+    or, even with a pool, reading (what regression from --bank read, further restarts at draws of
+    its errors; latents at the generator's fits to these)."""
     bound: Literal["none", "tanh"] = "none"
     """tanh keeps every latent entry within (-1, 1)."""
     distance: str = "squared_l2"

@@ -13,7 +13,7 @@ from ggl_jax.adversary.bank import Bank, Held
 from ggl_jax.adversary.matching.factored import FACTORED, as_data
 from ggl_jax.adversary.regression import regress
 from ggl_jax.adversary.search import _compiled
-from ggl_jax.priors import project
+from ggl_jax.priors import fit_latents, project
 from ggl_jax.types import Factored, Guess
 
 NUM, PIXELS, SIZES = 24, 6, (5, 40)
@@ -382,6 +382,32 @@ def test_the_distance_is_weighed_by_that_of_the_guess(public):
     assert guess.smooth == 0
     at_guess = one.history[0]
     assert guess.sharpness * at_guess == pytest.approx(stages.SHARPNESS * 192, rel=1e-4)
+
+
+@pytest.mark.parametrize("defense", ["none", "clip:0.5"])
+@pytest.mark.parametrize(
+    ("attack", "options"),
+    [
+        ("ig", {}),
+        ("dlg", {}),
+        ("ggl", {"optimizer": "adam"}),
+        ("ggl", {"optimizer": "adam", "bound": "tanh"}),
+    ],
+)
+def test_any_search_may_start_at_what_was_read(public, defense, attack, options):
+    image, sent, defended = shared_sample(public, defense)
+    read = reconstructed(public, sent, defended.view, "regression").images
+    options = {**options, "steps": 1, "restarts": 2, "refine": "none", "finalists": 0}
+    options = {**options, "combine": "best", "start": "reading", "adaptive": True}
+    one = reconstructed(public, sent, defended.view, attack, **options)
+    expected = read
+    if attack == "ggl":  # and of the first step's two candidates that of lower loss is kept
+        expected = np.asarray(
+            fit_latents(public.prior, public.prior_params, read[:, :], jax.random.key(0))[1]
+        )
+    blind = np.mean((banks.bank_of(public, 2, 60).images.mean(0) - image.ravel()) ** 2)
+    assert np.mean((one.images - expected) ** 2) < 0.3 * blind
+    assert one.search["predicted_rmse"] > 0
 
 
 def test_searches_whose_loss_hardly_falls_keep_the_reading(public, monkeypatch):

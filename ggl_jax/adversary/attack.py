@@ -290,7 +290,7 @@ def search_attack(
                 losses = loss_fn_of(problem)(points)
                 losses = jnp.where(jnp.isnan(losses), jnp.inf, losses)
                 points = points[jax.lax.top_k(-losses, search.restarts)[1]]
-            elif search.start == "zeros":
+            elif search.start == "zeros" or search.space == "whitened":
                 points = points.at[0, : space.num_latents].set(0.0)
         return best.init(key_search, points)
 
@@ -319,6 +319,11 @@ def search_attack(
     )
 
 
+def reads(search: Search) -> bool:
+    """Whether a search needs what regression from a bank of samples reads."""
+    return search.space == "whitened" or search.start == "reading"
+
+
 def _check(model: Model, prior: Prior, search: Search) -> None:
     kernel, _ = head_parts(variable_shapes(model)["params"], model.head)
     inferred = search.labels != "searched"
@@ -329,10 +334,10 @@ def _check(model: Model, prior: Prior, search: Search) -> None:
             "cannot be inferred, only from cross-entropy (softmax, or binary of one logit); "
             "search them: labels='searched', refine='none' (as attack dlg)"
         )
-    if search.space == "whitened" and search.bank < 2:
+    if reads(search) and search.bank < 2:
         raise GGLError(
             f"bank: got {search.bank}, allowed: whole numbers of at least 2 where space is "
-            "'whitened', whose coordinates come from the bank"
+            "'whitened' or start is 'reading', which come from the bank"
         )
     if search.pool and search.pool < search.restarts:
         raise GGLError(

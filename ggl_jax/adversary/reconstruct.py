@@ -11,6 +11,7 @@ import numpy as np
 
 from ggl_jax import trees
 from ggl_jax.adversary import estimation
+from ggl_jax.adversary.attack import reads
 from ggl_jax.adversary.attacks import members
 from ggl_jax.adversary.labels import (
     check_told,
@@ -311,7 +312,7 @@ def reconstruct(
     view = view.comparing(search.support)
     problems = [_problem(public, one, view, client, search) for one in shared]
     readings = []
-    for number, problem in enumerate(problems if search.bank else []):
+    for number, problem in enumerate(problems if reads(search) else []):
         readings.append(
             read(
                 public,

@@ -246,6 +246,8 @@ class Stage(NamedTuple):
             :class:`Candidates` [i r ...] that the stage before found; None for the attack's own.
         revise: ``revise(problem, candidates) -> problem`` of each instance, by what the stage
             before found for it, [r ...]; None for the same problem.
+        begin: ``begin(keys[i], problems) -> points[i r p]``, a first stage's starting points, made
+            of the problems; None for the attack's own.
         accept: ``accept(problem, first, lowest) -> bool``, whether what is found for an instance
             counts, by the losses at its start and its end; else what the stage before found is
             kept. None to take it.
@@ -256,6 +258,7 @@ class Stage(NamedTuple):
     enter: Callable | None = None
     revise: Callable | None = None
     accept: Callable | None = None
+    begin: Callable | None = None
 
 
 def run_stages(
@@ -285,7 +288,7 @@ def run_stages(
     results: list[SearchResult] = []
     done = 0
     for number, stage in enumerate(stages):
-        points = None
+        points = None if stage.begin is None else stage.begin(keys, problems)
         if stage.enter is not None and results:
             points = stage.enter(results[-1].candidates)
         if stage.revise is not None and results:

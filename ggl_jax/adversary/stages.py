@@ -17,7 +17,7 @@ from ggl_jax.adversary.search import SearchResult, Stage
 from ggl_jax.client.local import check_client, gradients_summed, shares_gradient
 from ggl_jax.errors import GGLError
 from ggl_jax.images import assign
-from ggl_jax.priors.ceiling import project
+from ggl_jax.priors.ceiling import fit_latents, project
 from ggl_jax.priors.pixels import pixels_of
 from ggl_jax.spec import Client, Search, Speed, checked, replace
 from ggl_jax.types import Candidates, Model, Prior, Problem, Public, View
@@ -115,7 +115,10 @@ def make_stages(
     exact = speed if speed.precision == "default" else replace(speed, precision="float32")
     whitened = search.space == "whitened"
     attack = build(model, prior, search, speed=exact if whitened else speed, **options)
-    stages = [Stage(attack, search.steps)]
+    begin = None
+    if search.start == "reading" and not whitened:  # where that is the origin
+        begin = _around_reading(search, prior, client, model)
+    stages = [Stage(attack, search.steps, begin=begin)]
     if whitened:
         # What was read, evaluated; then the most probable image, by the same program.
         stages = [Stage(attack, 1)]
@@ -193,6 +196,34 @@ def _below(share: float) -> Callable:
     Noise has a share of the loss that no candidate can take away, so there it always counts.
     """
     return lambda problem, first, lowest: problem.noise > 0 or lowest < share * first
+
+
+def _around_reading(search: Search, prior: Prior, client: Client, model: Model) -> Callable:
+    """Starts [i r p] at what was read of each update, and at draws of its errors."""
+
+    def starts(key, problem):
+        guess, shape = problem.guess, (search.restarts, client.batch_size)
+        key_draw, key_fit = jax.random.split(key)
+        drawn = jax.random.normal(key_draw, (*shape, guess.factor.shape[1])).at[0].set(0.0)
+        images = jnp.clip(guess.mean + drawn @ guess.factor.T, 0.0, 1.0)
+        images = images.reshape(*shape, *model.image_shape)
+        if search.space == "pixels":
+            points = pixels_of(images)
+        else:
+            labels = jnp.tile(problem.labels, search.restarts)
+            points, _, _ = fit_latents(
+                *(prior, problem.prior_params, images.reshape(-1, *model.image_shape), key_fit),
+                labels=None if prior.num_classes is None else labels,
+            )
+            points = points.reshape(search.restarts, -1)
+            if search.bound == "tanh":
+                points = jnp.arctanh(jnp.clip(points, -0.999, 0.999))
+        if search.labels != "searched":
+            return points
+        logits = jnp.zeros((search.restarts, client.batch_size * model.num_classes))
+        return jnp.concatenate([points, logits], axis=1)
+
+    return lambda keys, problems: jnp.stack(list(map(starts, keys, problems)))
 
 
 def _origin(candidates):
