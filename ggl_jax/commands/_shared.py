@@ -84,6 +84,7 @@ class Loaded(NamedTuple):
     """What a search on private images starts from.
 
     Attributes:
+        setup: what it was loaded by.
         dataset: a :class:`ggl_jax.audit.data.Dataset`; its labels are there.
         prior: the generator.
         prior_params: its parameters.
@@ -92,6 +93,7 @@ class Loaded(NamedTuple):
         variables: its weights, where they were read; None for random ones.
     """
 
+    setup: Setup
     dataset: Any
     prior: Any
     prior_params: Any
@@ -102,8 +104,8 @@ class Loaded(NamedTuple):
     def given(self, judge: Judge, speed: Speed, **more: Any) -> dict[str, Any]:
         """The arguments of :class:`ggl_jax.audit.cells.Inputs`."""
         judged = dataclasses.asdict(judge)
-        del judged["suspects"]  # images, of :func:`suspects`, are among the rest
         return {
+            "others": self.suspects(judged.pop("suspects")),
             "images": self.dataset.images,
             "labels": self.dataset.labels,
             "names": self.dataset.names,
@@ -116,6 +118,16 @@ class Loaded(NamedTuple):
             "speed": speed,
             **more,
         }
+
+    def suspects(self, most: int) -> Any:
+        """Images [m h w c] of the same data, none of them audited; None where there are none."""
+        setup, size = self.setup, self.prior.image_shape[0]
+        options = {"image_size": size, "labels": setup.label}
+        left = np.setdiff1d(np.arange(self.dataset.size), self.dataset.indices)
+        chosen = np.random.default_rng(setup.seed).permutation(left)[:most]
+        if not len(chosen):
+            return None
+        return audit_data.load(setup.data, indices=sorted(chosen.tolist()), **options).images
 
 
 def load_inputs(
@@ -148,7 +160,8 @@ def load_inputs(
         labels = np.full(len(dataset.images), unlabelled, np.int32)
     classes = count_classes(dataset, labels, setup.num_classes, prior.num_classes)
     model, variables = load_model(setup, classes, prior.image_shape)
-    return Loaded(dataset._replace(labels=labels), prior, prior_params, card, model, variables)
+    dataset = dataset._replace(labels=labels)
+    return Loaded(setup, dataset, prior, prior_params, card, model, variables)
 
 
 def load_labelled(data: str, size: int, label: int | None = None) -> Any:
@@ -185,20 +198,6 @@ def load_model(setup: Setup, num_classes: int, image_shape: tuple[int, int, int]
             f"{model.num_classes} classes; leave one of the two out"
         )
     return model, variables
-
-
-def suspects(setup: Setup, judge: Judge, loaded: Loaded) -> Any:
-    """Images [m h w c] of the same data, none of them audited; None where there are none."""
-    left = np.setdiff1d(np.arange(loaded.dataset.size), loaded.dataset.indices)
-    chosen = np.random.default_rng(setup.seed).permutation(left)[: judge.suspects]
-    if not len(chosen):
-        return None
-    return audit_data.load(
-        setup.data,
-        image_size=loaded.prior.image_shape[0],
-        indices=sorted(chosen.tolist()),
-        labels=setup.label,
-    ).images
 
 
 def environment() -> dict[str, str]:

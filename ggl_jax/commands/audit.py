@@ -15,29 +15,17 @@ from ggl_jax.audit.tables import counted
 from ggl_jax.client.defenses import in_code, parse
 from ggl_jax.commands import _devices
 from ggl_jax.commands._options import Preset, choice_of
-from ggl_jax.commands._shared import (
-    AuditBar,
-    about,
-    console,
-    determining,
-    load_inputs,
-    say,
-    suspects,
-)
+from ggl_jax.commands._shared import AuditBar, about, console, determining, load_inputs, say
 from ggl_jax.errors import GGLError
 from ggl_jax.spec import Client, Judge, Search, Setup, Speed, flat, replace
 
 DEFENSES = ("none", "noise:0.1", "clip:4", "sparsify:0.9", "soteria:0.8", "clip:4+noise:0.1")
 #: What each preset sets besides the search. Presets differ in effort, never in what is measured.
+_EIGHT = {"indices": ":8", "ceiling_steps": 400}
 PRESETS: dict[str, dict] = {
-    "quick": {"indices": "0", "ceiling_steps": 300},
-    "standard": {"indices": ":8", "ceiling_steps": 400},
-    "paper": {"indices": ":8", "ceiling_steps": 400},
-    "code": {
-        "indices": ":8",
-        "ceiling_steps": 400,
-        "defenses": tuple(map(in_code, DEFENSES)),
-    },
+    "standard": _EIGHT,
+    "paper": _EIGHT,
+    "code": {**_EIGHT, "defenses": tuple(map(in_code, DEFENSES))},
 }
 
 
@@ -96,7 +84,7 @@ def defaults(argv: list[str]) -> AuditCommand:
                 )
         return read_config(chosen.config)
     command = AuditCommand(search=chosen.search)
-    return replace(command, **PRESETS.get(chosen.preset or "quick", {}))
+    return replace(command, **PRESETS.get(chosen.preset or "", {}))
 
 
 def read_config(path: Path) -> AuditCommand:
@@ -134,16 +122,12 @@ def run(command: AuditCommand, argv: list[str]) -> int:
         f"{command.setup.data}: {model.name}, prior {loaded.card['name']}, attack {search.attack}. "
         f"Results: {out}/"
     )
-    more = {
-        "others": suspects(command.setup, command.judge, loaded),
-        "about": {**about(argv), "options": options},
-        "mesh": _devices.mesh(command.shard),
-    }
+    told, mesh = {**about(argv), "options": options}, _devices.mesh(command.shard)
     interrupted = False
     with AuditBar() as bar:
         try:
             result = audit(
-                **loaded.given(command.judge, command.speed, **more),
+                **loaded.given(command.judge, command.speed, about=told, mesh=mesh),
                 defenses=list(command.defenses),
                 search=search,
                 client=command.client,

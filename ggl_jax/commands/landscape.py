@@ -61,7 +61,7 @@ def run(command: LandscapeCommand, argv: list[str]) -> int:
     search, seed = command.search, command.setup.seed
     defense = parse(command.defense)
     loaded = load_inputs(command.setup, indices=[command.index], remedy="give --label 0")
-    given = Inputs(**loaded.given(Judge(), command.speed))
+    given = Inputs(**loaded.given(Judge(suspects=0), command.speed))
     prepare(given.model, given.prior, defense.view, Client(), search)  # for its errors
     inputs = {"images": files.digest(given.images)[:12], "prior": loaded.card["sha256"]}
     inputs["variables"] = given.digests["variables"]

@@ -91,7 +91,7 @@ def run(command: ReproduceCommand, argv: list[str]) -> int:
     found = len(inputs.dataset.images)
     check_number(chosen.images, found, chosen.data)
     options = {k: v for k, v in dataclasses.asdict(chosen).items() if k not in ("out", "extend")}
-    judge = Judge(chosen.num_controls, chosen.ceiling_steps, chosen.lpips)
+    judge = Judge(chosen.num_controls, chosen.ceiling_steps, chosen.lpips, suspects=0)
     given = Inputs(**inputs.given(judge, Speed(), about=about(argv)))
     cells = _cells(runs, given)
     say(

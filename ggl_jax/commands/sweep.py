@@ -14,7 +14,7 @@ from ggl_jax.audit.run import run as run_cells
 from ggl_jax.audit.sweep import check_axes, expand
 from ggl_jax.commands import _devices
 from ggl_jax.commands._options import Preset
-from ggl_jax.commands._shared import AuditBar, about, load_inputs, say, stopped, suspects
+from ggl_jax.commands._shared import AuditBar, about, load_inputs, say, stopped
 from ggl_jax.errors import GGLError, did_you_mean
 from ggl_jax.spec import Client, Judge, Search, Setup, Speed, check, options_of, replace
 
@@ -152,16 +152,11 @@ def load_grid(file: GridFile, about: dict[str, Any] | None = None, **given: Any)
         about: entries for the folder's ``config.json``.
         **given: further arguments of :class:`ggl_jax.audit.cells.Inputs`.
     """
-    setup, judge = _first(file), file.fixed.judge
     remedy = "add a labels.csv (file,label) or fix label = 0"
-    loaded = load_inputs(setup, indices=file.options["axes"]["image"], remedy=remedy)
-    more = {
-        **given,
-        "others": suspects(setup, judge, loaded),
-        "about": {**(about or {}), "options": file.options},
-    }
+    loaded = load_inputs(_first(file), indices=file.options["axes"]["image"], remedy=remedy)
+    told = {**(about or {}), "options": file.options}
     return sweep.plan(
-        Inputs(**loaded.given(judge, file.fixed.speed, **more)),
+        Inputs(**loaded.given(file.fixed.judge, file.fixed.speed, about=told, **given)),
         file.axes,
         exclude=file.options["exclude"],
         search=file.options["preset"],

@@ -126,25 +126,18 @@ def fit(points: jax.Array, targets: jax.Array, mask: jax.Array, *, steps: int) -
         With no data at all the start is returned. Hyper-parameters whose covariance float32 cannot
         factorise are never returned, except the start.
     """
-    ranges = (LENGTHSCALE, SIGNAL, NOISE)
-
-    def free(value, bounds):
-        low, high = jnp.log(jnp.asarray(bounds))
-        share = (jnp.log(value) - low) / (high - low)
-        return jnp.log(share) - jnp.log1p(-share)
+    low, high = jnp.log(jnp.asarray([LENGTHSCALE, SIGNAL, NOISE])).T
 
     def constrained(coordinates):
-        def each(x, bounds):
-            low, high = jnp.log(jnp.asarray(bounds))
-            return jnp.exp(low + (high - low) * jax.nn.sigmoid(x))
-
-        return Hyperparameters(*(each(x, b) for x, b in zip(coordinates, ranges, strict=True)))
+        ranges = zip(coordinates, low, high, strict=True)
+        return Hyperparameters(*(jnp.exp(a + (b - a) * jax.nn.sigmoid(x)) for x, a, b in ranges))
 
     def objective(coordinates):
         likelihood = log_marginal_likelihood(constrained(coordinates), points, targets, mask)
         return -likelihood / jnp.maximum(jnp.sum(mask), 1)
 
-    lengthscale, signal, noise = (free(v, b) for v, b in zip(START, ranges, strict=True))
+    share = (jnp.log(jnp.asarray(START)) - low) / (high - low)
+    lengthscale, signal, noise = jnp.log(share) - jnp.log1p(-share)
     start = (jnp.full(points.shape[1], lengthscale, points.dtype), signal, noise)
     adam = optax.adam(LEARNING_RATE)
 
