@@ -33,7 +33,7 @@ from ggl_jax.types import Defense, Model, Public, PyTree
 MODEL_STREAM, PUBLIC_STREAM, BOUND_STREAM = 2**31 - 1, 2**31 - 2, 2**31 - 3
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(eq=False)
 class Inputs:
     """What all cells of a run share: the private images, what is public, and how it is judged.
 
@@ -88,30 +88,23 @@ class Inputs:
     about: Mapping[str, Any] | None = None
 
     def __post_init__(self):
-        def put(name, value):
-            object.__setattr__(self, name, value)
-
         if isinstance(self.prior, str):
-            prior, params, _ = load_prior(self.prior)
-            put("prior", prior)
-            put("prior_params", params)
-        put("speed", checked(as_options("speed", self.speed, Speed)))
+            self.prior, self.prior_params, _ = load_prior(self.prior)
+        self.speed = checked(as_options("speed", self.speed, Speed))
         get_backbone(self.lpips)  # for its error
         at_least(1, num_controls=self.num_controls, ceiling_steps=self.ceiling_steps)
         at_least(0, bound_samples=self.bound_samples)
         machine.settings()  # for its error
-        images, labels = admit(self.model, self.images, self.labels, self.variables)
-        put("images", images)
-        put("labels", labels)
+        self.images, self.labels = admit(self.model, self.images, self.labels, self.variables)
         check_prior(self.prior, self.prior_params, self.model)
         num = range(len(self.images))
-        put("names", [f"image-{i}" for i in num] if self.names is None else list(self.names))
+        self.names = [f"image-{i}" for i in num] if self.names is None else list(self.names)
         ids = list(num if self.instance_ids is None else self.instance_ids)
         at_least(0, **{f"instance_ids[{place}]": one for place, one in enumerate(ids)})
-        put("instance_ids", [int(one) for one in ids])
+        self.instance_ids = [int(one) for one in ids]
         _check_names(self)
         if self.others is not None:
-            put("others", as_suspects(self.others, self.model))
+            self.others = as_suspects(self.others, self.model)
 
     @functools.cached_property
     def perceptual(self) -> metrics.Perceptual:

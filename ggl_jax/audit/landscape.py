@@ -21,7 +21,7 @@ from ggl_jax.audit.judge import jsonable
 from ggl_jax.audit.run import exchange
 from ggl_jax.errors import GGLError
 from ggl_jax.priors.decoding import decode_each
-from ggl_jax.spec import AtLeast, Client, Positive, Search, Seed, check, replace
+from ggl_jax.spec import AtLeast, Client, Positive, Search, check, replace
 from ggl_jax.types import Defense, Prior
 
 #: Points in each direction.
@@ -82,7 +82,7 @@ def find_center(
             "pixels have no latents"
         )
     maker = Cells(inputs, told_apart=False)
-    cell = maker.make({}, search, Client(), maker.defense(defense), check("seed", seed, Seed), (0,))
+    cell = maker.make({}, search, Client(), maker.defense(defense), seed, (0,))
     ((_, found),) = exchange(inputs.public(seed), [cell], progress=progress)
     return found
 
