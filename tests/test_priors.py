@@ -370,10 +370,10 @@ def test_interrupted_and_resumed_is_uninterrupted(data, uninterrupted, tmp_path)
 def test_another_configuration_is_refused(data, uninterrupted, tmp_path):
     _, out = uninterrupted
     other = Config(**{**vars(TINY), "learning_rate": 0.5, "steps": 9})
-    with pytest.raises(GGLError, match=r"learning_rate: 0\.02 there, 0\.5 here"):
+    with pytest.raises(GGLError, match=r"learning_rate: 0\.02 -> 0\.5"):
         training.train(other, data, out)
     write_images(tmp_path / "other.npz", 12, seed=5)
-    with pytest.raises(GGLError, match=r"data: faces\.npz.* there, other\.npz"):
+    with pytest.raises(GGLError, match=r"data: 'faces\.npz.*' -> 'other\.npz"):
         training.train(TINY, [tmp_path / "other.npz"], out)
     # nothing left to do: the same state comes back, and steps may have changed
     state = training.train(Config(**{**vars(TINY), "steps": 5}), data, out)

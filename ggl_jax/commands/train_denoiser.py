@@ -27,7 +27,8 @@ class TrainDenoiserCommand:
     """Names of the data sets behind the files, such as celeba lfw: an audit refuses private images
     from them."""
     export: Path | None = None
-    """Write prior and denoiser (weights and card) to this folder when done, for --prior."""
+    """Write prior and denoiser (weights and card) to this folder when done, for --prior; not while
+    it does worse than no denoising."""
     config: denoiser.Config = dataclasses.field(default_factory=denoiser.Config)
 
 

@@ -145,8 +145,7 @@ def _claim_folder(out_dir: Path, config: Any, sources: list[dict]) -> None:
     mine = {"config": asdict(config), "data": sources}
     if path.exists():
         with explaining(f"{path} is not a training configuration", "give another folder"):
-            old, new = shown(json.loads(path.read_text())), shown(mine)
-        changed = [f"{n}: {old.get(n)} there, {new[n]} here" for n in new if old.get(n) != new[n]]
+            changed = files.differences(shown(json.loads(path.read_text())), shown(mine))
         if changed:
             raise GGLError(
                 f"{out_dir} holds a run of another configuration ({'; '.join(changed)}); give "

@@ -5,9 +5,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from ggl_jax.adversary.optimizers.base import make_info
 from ggl_jax.spec import Count, ranged
 from ggl_jax.trees import losses_and_gradients
-from ggl_jax.types import NONFINITE, OK, STALLED, Info, Optimizer
+from ggl_jax.types import OK, STALLED, Optimizer
 
 #: torch's tolerances of the gradient (largest entry) and of the change (slope along the direction).
 TOLERANCE_GRADIENT, TOLERANCE_CHANGE = 1e-7, 1e-9
@@ -142,15 +143,10 @@ def lbfgs(*, memory_size: Count = 100) -> Optimizer:
         steep = jnp.max(jnp.abs(gradient), axis=1) > TOLERANCE_GRADIENT
         moving = finite & steep & (slope <= -TOLERANCE_CHANGE)
         move = jnp.where(moving[:, None], stepsize[:, None] * direction, 0.0)
-        status = jnp.where(
-            jnp.any(jnp.isfinite(losses)), jnp.where(jnp.any(moving), OK, STALLED), NONFINITE
-        )
-        return state._replace(point=point + move, move=move), Info(
-            latents=point,
-            losses=losses,
-            evaluations=jnp.asarray(point.shape[0], jnp.int32),
-            status=status.astype(jnp.int32),
-        )
+        info = make_info(point, losses)
+        stalled = (info.status == OK) & ~jnp.any(moving)
+        info = info._replace(status=jnp.where(stalled, STALLED, info.status))
+        return state._replace(point=point + move, move=move), info
 
     return Optimizer(
         init=init, step=step, evaluations_per_step=lambda num_restarts: num_restarts, name="lbfgs"

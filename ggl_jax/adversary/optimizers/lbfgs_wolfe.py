@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from ggl_jax.adversary.optimizers.base import make_info
 from ggl_jax.spec import AtLeast, Count, ranged
 from ggl_jax.trees import losses_and_gradients
-from ggl_jax.types import NONFINITE, OK, STALLED, Info, Optimizer, PyTree
+from ggl_jax.types import NONFINITE, OK, STALLED, Optimizer, PyTree
 
 #: Constants of the weak Wolfe conditions: sufficient decrease and curvature (Nocedal and Wright).
 DECREASE, CURVATURE = 1e-4, 0.9
@@ -217,12 +218,7 @@ def lbfgs_wolfe(
         known = jnp.isfinite(moved.value)
         movable = jnp.any(known & ~moved.stalled)
         status = jnp.where(jnp.any(known), jnp.where(movable, OK, STALLED), NONFINITE)
-        return moved, Info(
-            latents=trial,
-            losses=losses,
-            evaluations=jnp.asarray(trial.shape[0], jnp.int32),
-            status=status.astype(jnp.int32),
-        )
+        return moved, make_info(trial, losses)._replace(status=status.astype(jnp.int32))
 
     return Optimizer(
         init=init,
