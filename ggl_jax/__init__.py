@@ -21,6 +21,7 @@ from ggl_jax.adversary.optimizers import (
     best_so_far,
     cma_es,
     hybrid,
+    kalman,
     lbfgs,
     lbfgs_wolfe,
     turbo,

@@ -125,9 +125,10 @@ class Search:
     """Whether candidates' gradients go through the estimated defense before they are compared
     (published: for ggl, not for the baselines)."""
     optimizer: str = "cma_es"
-    """Search: cma_es and turbo (gradient-free), adam, lbfgs (torch's plain form), lbfgs_wolfe (with
-    a line search), or hybrid (cma_es whose candidates are refined by gradient steps), with options
-    such as adam:0.05,schedule=ramp,signed=False or cma_es:population=20,sigma0=0.5."""
+    """Search: cma_es, turbo and kalman (without derivatives; kalman sees more of an update than its
+    distance), adam, lbfgs (torch's plain form), lbfgs_wolfe (with a line search), or hybrid (cma_es
+    whose candidates are refined by gradient steps), with options such as
+    adam:0.05,schedule=ramp,signed=False or cma_es:population=20,sigma0=0.5."""
     steps: Count = 800
     """Search steps."""
     restarts: Count = 1

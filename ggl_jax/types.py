@@ -261,13 +261,42 @@ class Info(NamedTuple):
     status: jax.Array
 
 
+class Products(NamedTuple):
+    """Candidates' losses, and how their residuals lie to each other.
+
+    Attributes:
+        losses: [r p], of each of r restarts' p candidates.
+        inner: [r p p], inner products of the residuals, whose squares are the losses.
+        noise: [r], what the observation's noise adds to the loss in one direction; 0 for none.
+    """
+
+    losses: jax.Array
+    inner: jax.Array
+    noise: jax.Array
+
+
+class Loss(NamedTuple):
+    """A loss of candidates that can be asked for their :class:`Products`, too.
+
+    Attributes:
+        losses: ``losses(*candidates[n ...]) -> [n]``; calling the loss does the same.
+        products: ``products(*candidates[r p ...]) -> Products``.
+    """
+
+    losses: Callable
+    products: Callable
+
+    def __call__(self, *candidates):
+        return self.losses(*candidates)
+
+
 class Optimizer(NamedTuple):
     """A search over latents whose budget is counted in gradient evaluations.
 
     Attributes:
         init: ``init(key, latents[r z]) -> state``: ``r`` independent restarts from these points.
         step: ``step(key, state, loss_fn) -> (state, Info)``; ``loss_fn(latents[n z]) -> losses[n]``
-            is differentiable and treats candidates independently.
+            is differentiable and treats candidates independently; an attack's is a :class:`Loss`.
         evaluations_per_step: gradient evaluations of one step with ``r`` restarts,
             ``evaluations_per_step(r) -> int``.
         name: shown in results.

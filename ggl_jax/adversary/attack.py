@@ -31,7 +31,7 @@ from ggl_jax.priors.gaussian import gaussian
 from ggl_jax.priors.pixels import pixels
 from ggl_jax.spec import Client, Search, Speed, checked
 from ggl_jax.trees import head_parts
-from ggl_jax.types import Attack, Candidates, Model, Optimizer, Prior, View
+from ggl_jax.types import Attack, Candidates, Loss, Model, Optimizer, Prior, Products, View
 
 
 class _Space(NamedTuple):
@@ -195,13 +195,21 @@ def _distance(
             speed=speed,
         )
         likelihood = search.distance == "likelihood"
-        if not (likelihood or search.relative):
-            return distance_to
+        plain = not (likelihood or search.relative)
         scale = 1.0 / energy(observed, variance) if search.relative else 1.0
         if likelihood:
             noisy = 0.5 / jnp.where(variance > 0, variance, 1.0)
             scale = jnp.where(variance > 0, noisy, scale)
-        return lambda images, labels: scale * distance_to(images, labels)
+
+        def losses(images, labels):
+            return scale * distance_to(images, labels)
+
+        def products(images, labels):
+            found = distance_to.products(images, labels)
+            found = jax.tree.map(lambda x: scale * x, found)
+            return found._replace(noise=variance * found.noise)
+
+        return Loss(distance_to.losses if plain else losses, products)
 
     return distance
 
@@ -273,14 +281,29 @@ def search_attack(
     def loss_fn_of(problem):
         distance_to, regularize = distance(problem), penalties(problem)
 
-        def loss_fn(points):
+        def candidates_of(points):
             images = over_population(lambda some: space.images(problem, some))(points)
             labels = space.classes(problem, points)
             if space.logits is not None:
                 labels = jax.nn.softmax(space.logits(points))
-            return over_population(distance_to)(images, labels) + regularize(points, images)
+            return images, labels
 
-        return loss_fn
+        def losses(points):
+            images, labels = candidates_of(points)
+            return over_population(distance_to.losses)(images, labels) + regularize(points, images)
+
+        def products(points):
+            flat = points.reshape(-1, points.shape[-1])
+            images, labels = candidates_of(flat)
+            groups = (x.reshape(*points.shape[:2], *x.shape[1:]) for x in (images, labels))
+            own = over_population(distance_to.products)(*groups)
+            # A penalty is the square of a residual with one entry.
+            penalty = jnp.maximum(regularize(flat, images), 0).reshape(own.losses.shape)
+            roots = jnp.sqrt(penalty)
+            inner = own.inner + roots[:, :, None] * roots[:, None]
+            return Products(own.losses + penalty, inner, own.noise)
+
+        return Loss(losses, products)
 
     def init(key, problem, points=None):
         key_start, key_search = jax.random.split(key)

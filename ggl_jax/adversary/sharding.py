@@ -99,7 +99,8 @@ def over_population(function: Callable) -> Callable:
     """Share the candidates of a call out to the devices, where a search is laid out that way.
 
     Args:
-        function: ``function(*arrays[n ...]) -> array[n ...]`` that treats candidates independently.
+        function: ``function(*arrays[n ...])`` that treats candidates independently and gives an
+            array [n ...], or a tree of them.
 
     Returns:
         The same function; candidates are padded to an even share, by repeating the last.
@@ -118,6 +119,6 @@ def over_population(function: Callable) -> Callable:
             return jnp.concatenate([x, jnp.repeat(x[-1:], padding, axis=0)]) if padding else x
 
         mapped = jax.shard_map(function, in_specs=spec, out_specs=spec, check_vma=False)
-        return mapped(*(pad(x) for x in arrays))[:num]
+        return jax.tree.map(lambda x: x[:num], mapped(*(pad(x) for x in arrays)))
 
     return shared_out

@@ -1,6 +1,7 @@
 """Parts that a registry names: optimisers and attacks, by one step in shapes, and metrics."""
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -19,7 +20,18 @@ from ggl_jax.gate.trying import (
     shapes,
 )
 from ggl_jax.grammar import at_least
-from ggl_jax.types import Attack, Candidates, Info, Model, Optimizer, Problem, PyTree, View
+from ggl_jax.types import (
+    Attack,
+    Candidates,
+    Info,
+    Loss,
+    Model,
+    Optimizer,
+    Problem,
+    Products,
+    PyTree,
+    View,
+)
 
 
 def _check_step(what: str, found: Any, state: Any) -> Info:
@@ -34,6 +46,20 @@ def _check_step(what: str, found: Any, state: Any) -> Info:
     return found[1]
 
 
+def least_squares(residuals: Callable) -> Loss:
+    """The loss |r|^2 of ``residuals(latents[n z]) -> r[n m]``."""
+
+    def losses(latents):
+        return jnp.sum(residuals(latents) ** 2, axis=-1)
+
+    def products(points):
+        found = residuals(points.reshape(-1, points.shape[-1])).reshape(*points.shape[:2], -1)
+        inner = jnp.matmul(found, found.swapaxes(1, 2), precision="highest")
+        return Products(jnp.sum(found**2, axis=-1), inner, jnp.zeros(len(points)))
+
+    return Loss(losses, products)
+
+
 def check_optimizer(given: Any, name: str) -> None:
     """Refuse an optimiser that does not keep :class:`ggl_jax.types.Optimizer`'s contract."""
     what = f"optimizer {name}"
@@ -44,7 +70,7 @@ def check_optimizer(given: Any, name: str) -> None:
     state = shapes(f"{what}: init", given.init, key, start)
 
     def step(key, state):
-        return given.step(key, state, lambda latents: jnp.sum(latents**2, axis=-1))
+        return given.step(key, state, least_squares(lambda latents: latents))
 
     info = _check_step(what, shapes(f"{what}: step", step, key, state), state)
     num = info.latents.shape[0] if getattr(info.latents, "ndim", 0) == 2 else 0

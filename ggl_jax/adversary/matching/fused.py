@@ -12,7 +12,7 @@ training mode) are exact, too.
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -110,6 +110,58 @@ class Tensor(NamedTuple):
     at_once: int
 
 
+class Comparison(NamedTuple):
+    """A distance, and how one candidate's tensors enter it: from lists with an entry for each.
+
+    Attributes:
+        distance: the distance.
+        rescale: the factored form's scale; None for none.
+        treedef: the update's structure.
+        target_norms: |y|^2 of each tensor.
+    """
+
+    distance: Distance
+    rescale: Callable | None
+    treedef: Any
+    target_norms: list[jax.Array]
+
+    def statistics(self, inner, sq_norms):
+        """The defense's scales of one candidate, and its statistics."""
+        inner, sq_norms = self.treedef.unflatten(inner), self.treedef.unflatten(sq_norms)
+        ones = functools.partial(jax.tree.map, jnp.ones_like)
+        scales = (self.rescale or ones)(sq_norms)
+        statistics = Statistics(
+            jax.tree.map(lambda s, x: s * x, scales, inner),
+            jax.tree.map(lambda s, x: s * s * x, scales, sq_norms),
+            self.treedef.unflatten(self.target_norms),
+        )
+        return scales, statistics
+
+    def expanded(self, inner, sq_norms):
+        """One candidate's distance from statistics, and the scale of its rounding error."""
+        _, statistics = self.statistics(inner, sq_norms)
+        return self.distance.from_statistics(statistics), self.distance.at_zero(statistics)
+
+    def factors(self, inner, sq_norms):
+        """One candidate's factors a, b of the tensors in |b y - a g|^2."""
+        scales, statistics = self.statistics(inner, sq_norms)
+        if self.distance.scales is None:
+            ones = jax.tree.map(jnp.ones_like, scales)
+            return jax.tree.leaves(scales), jax.tree.leaves(ones)
+        a, b = self.distance.scales(statistics)
+        return jax.tree.leaves(jax.tree.map(jnp.multiply, a, scales)), jax.tree.leaves(b)
+
+
+def tensors_of(
+    program: Program, observed: PyTree, simulate: Callable, factored: Factored | None
+) -> list[Tensor] | None:
+    """Each tensor of the update by itself; None where the simulation mixes them."""
+    if factored is not None:
+        return _factored(program, observed, factored.mask)
+    separated = separate(simulate, observed)
+    return None if separated is None else _simulated(program, observed, separated)
+
+
 def fused_losses(
     program: Program,
     variables: PyTree,
@@ -135,44 +187,15 @@ def fused_losses(
     """
     treedef = jax.tree.structure(observed)
     prepared = prepare_convolutions(program, variables)
-    if factored is None:
-        separated = separate(simulate, observed)
-        rescale = None
-        if separated is None:
-            return _whole_losses(program, variables, prepared, observed, simulate, distance)
-        tensors = _simulated(program, observed, separated)
-    else:
-        rescale = factored.scale
-        tensors = _factored(program, observed, factored.mask)
+    tensors = tensors_of(program, observed, simulate, factored)
+    if tensors is None:
+        return _whole_losses(program, variables, prepared, observed, simulate, distance)
+    rescale = None if factored is None else factored.scale
     target_norms = [jnp.sum(tensor.target**2) for tensor in tensors]
+    comparison = Comparison(distance, rescale, treedef, target_norms)
     # Without any scale a tensor's squared distance stands for itself, and where its gradients are
     # formed it is exact at no extra cost.
     plain = rescale is None and distance.scales is None
-
-    def statistics_of(inner, sq_norms):
-        """The defense's scales of one candidate, and its statistics."""
-        inner, sq_norms = treedef.unflatten(inner), treedef.unflatten(sq_norms)
-        scales = jax.tree.map(jnp.ones_like, sq_norms) if rescale is None else rescale(sq_norms)
-        statistics = Statistics(
-            jax.tree.map(lambda s, x: s * x, scales, inner),
-            jax.tree.map(lambda s, x: s * s * x, scales, sq_norms),
-            treedef.unflatten(target_norms),
-        )
-        return scales, statistics
-
-    def expanded(inner, sq_norms):
-        """One candidate's distance from statistics, and the scale of its rounding error."""
-        _, statistics = statistics_of(inner, sq_norms)
-        return distance.from_statistics(statistics), distance.at_zero(statistics)
-
-    def factors(inner, sq_norms):
-        """One candidate's factors a, b of the tensors in |b y - a g|^2."""
-        scales, statistics = statistics_of(inner, sq_norms)
-        if distance.scales is None:
-            ones = jax.tree.map(jnp.ones_like, scales)
-            return jax.tree.leaves(scales), jax.tree.leaves(ones)
-        a, b = distance.scales(statistics)
-        return jax.tree.leaves(jax.tree.map(jnp.multiply, a, scales)), jax.tree.leaves(b)
 
     def losses_of(images, labels):
         arrays = passes(program, variables, prepared, images, labels)
@@ -194,7 +217,7 @@ def fused_losses(
         else:
             every = range(len(tensors))
             inner, sq_norms = [inner[leaf] for leaf in every], [sq_norms[leaf] for leaf in every]
-            losses, reference = jax.vmap(expanded)(inner, sq_norms)
+            losses, reference = jax.vmap(comparison.expanded)(inner, sq_norms)
         if len(squares) == len(tensors) or exact_below <= 0.0:
             return losses
 
@@ -207,7 +230,7 @@ def fused_losses(
                     for leaf, tensor in enumerate(tensors)
                 ]
             else:
-                a, b = jax.vmap(factors)(inner, sq_norms)
+                a, b = jax.vmap(comparison.factors)(inner, sq_norms)
                 every = [
                     _squares(tensor, arrays[leaf], a[leaf], b[leaf])
                     for leaf, tensor in enumerate(tensors)
