@@ -222,21 +222,14 @@ def measure(
         client_defenses.check_local_steps(defense, client)
     asked = asked_for(about)
     local = {k: v for k, v in dataclasses.asdict(client).items() if k.startswith("local_")}
+    options = {**_options(settings), "schedule": "cosine", **local, "model": model.name, **asked}
+    shown = ("rounds", "clients", "batch_size", "delta")
     config = {
-        "options": {
-            **_options(settings),
-            "schedule": "cosine",
-            **local,
-            "model": model.name,
-            **asked,
-        },
+        "options": options,
         **{name: value for name, value in (about or {}).items() if name not in asked},
         "inputs": {"data": files.digest(images, labels, jax.tree.leaves(variables))[:12]},
         "model": model.name,
-        "rounds": settings.rounds,
-        "clients": settings.clients,
-        "batch_size": settings.batch_size,
-        "delta": settings.delta,
+        **{name: getattr(settings, name) for name in shown},
         **{f"num_{name}": at.size for name, at in parts._asdict().items()},
         "majority": majority_accuracy(labels[parts.train], labels[parts.test]),
         "test_indices": parts.test.tolist(),
@@ -250,8 +243,8 @@ def measure(
         lines = _read_lines(folder)
         # A line of a folder that had one rate may lack it.
         known = {(line["defense"], line.get("learning_rate", rates[0])) for line in lines}
-        todo = [(one, rate) for one in named.values() for rate in rates]
-        todo = [(one, rate) for one, rate in todo if (one.name, rate) not in known]
+        every = ((one, rate) for one in named.values() for rate in rates)
+        todo = [(one, rate) for one, rate in every if (one.name, rate) not in known]
         key = jax.random.key(settings.seed)
         if variables is None:
             variables = jax.jit(model.init)(jax.random.fold_in(key, MODEL_STREAM))
