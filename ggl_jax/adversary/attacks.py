@@ -106,6 +106,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "quick": {
         "ggl": {**_BY_ADAM, "pool": 100, "restarts": 4, "steps": 40, "refine_steps": 60},
         "ggl/cma_es": {"steps": 16},
+        "ggl/kalman": {"steps": 16},
         "ggl/turbo": {"steps": 60},
         "ggl/lbfgs": {"steps": 15, "restarts": 4},
         "ggl/hybrid": {"steps": 8},
@@ -123,6 +124,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "refine_steps": 120,
         },
         "ggl/cma_es": {"steps": 100},
+        "ggl/kalman": {"steps": 40},
         "ggl/turbo": {"steps": 100},
         "ggl/lbfgs": {"steps": 60, "restarts": 8},
         "ggl/hybrid": {"steps": 40},
