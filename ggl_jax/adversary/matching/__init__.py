@@ -8,6 +8,8 @@ The whole cost of an attack is here. Two methods agree:
   inputs and output cotangents what the distance needs (:mod:`.fused`, :mod:`.layers`).
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -15,7 +17,7 @@ from ggl_jax import trees
 from ggl_jax.adversary.losses import EXACT_BELOW, Distance, resolve_distance
 from ggl_jax.adversary.matching import layers
 from ggl_jax.adversary.matching.direct import direct_losses
-from ggl_jax.adversary.matching.fused import Comparison, fused_losses
+from ggl_jax.adversary.matching.fused import fused_losses
 from ggl_jax.adversary.matching.products import (
     differences_of,
     direct_differences,
@@ -205,20 +207,12 @@ def matching_loss(
         with jax.default_matmul_precision(precision):
             labels, program, size = prepare(images, labels)
             own = factored() if fusible(program) else None
-            rescale = None if own is None else own.scale
+            options: dict[str, Any] = {"simulate": simulate, "size": size}
             of = None
             if fusible(program):
-                of = differences_of(
-                    program, variables, observed, simulate=simulate, factored=own, size=size
-                )
-            if of is None:
-                of = direct_differences(
-                    model, variables, observed, simulate=simulate, client=client, size=size
-                )
-            tensors = of(images, labels)
-            norms = [jnp.sum(y**2) for y, *_ in tensors]
-            comparison = Comparison(distance, rescale, jax.tree.structure(observed), norms)
-            return residual_products(comparison, tensors, restarts)
+                of = differences_of(program, variables, observed, factored=own, **options)
+            of = of or direct_differences(model, variables, observed, client=client, **options)
+            return residual_products(of(images, labels), observed, distance, own, restarts)
 
     return Loss(loss, products)
 

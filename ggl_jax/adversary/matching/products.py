@@ -10,6 +10,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from ggl_jax.adversary.losses import Distance
 from ggl_jax.adversary.matching.fused import (
     Comparison,
     Tensor,
@@ -83,8 +84,13 @@ def direct_differences(
     return of
 
 
-def residual_products(comparison: Comparison, tensors: list, restarts: int) -> Products:
+def residual_products(
+    tensors: list, observed: PyTree, distance: Distance, factored: Factored | None, restarts: int
+) -> Products:
     """Of what one of the functions above gives for r p candidates; noise as of variance 1."""
+    rescale = None if factored is None else factored.scale
+    norms = [jnp.sum(y**2) for y, *_ in tensors]
+    comparison = Comparison(distance, rescale, jax.tree.structure(observed), norms)
     inner, grams, wait = [], [], jnp.zeros(())
     with jax.default_matmul_precision("highest"):
         for target, form, arrays in tensors:
@@ -96,10 +102,9 @@ def residual_products(comparison: Comparison, tensors: list, restarts: int) -> P
             wait = 1.0 * (jnp.sum(grams[-1] ** 2) + jnp.sum(inner[-1] ** 2) < 0)
 
     def loss_of(squares):
-        return comparison.distance.from_squares(comparison.treedef.unflatten(squares))
+        return distance.from_squares(comparison.treedef.unflatten(squares))
 
     def one(inner, grams):
-        norms = comparison.target_norms
         squares = [jnp.diagonal(gram) for gram in grams]
         a, b = jax.vmap(comparison.factors)(
             [y - x for y, x in zip(norms, inner, strict=True)],
@@ -119,7 +124,7 @@ def residual_products(comparison: Comparison, tensors: list, restarts: int) -> P
         return jax.vmap(loss_of)(squares), total
 
     losses, products = jax.vmap(one)(inner, grams)
-    zero = [0.0 * y for y in comparison.target_norms]
+    zero = [0.0 * y for y in norms]
     at_zero = comparison.expanded(zero, zero)[1]
-    noise = at_zero / jnp.maximum(sum(comparison.target_norms), 1e-30)
+    noise = at_zero / jnp.maximum(sum(norms), 1e-30)
     return Products(losses, products, jnp.full(restarts, noise))
