@@ -10,6 +10,7 @@ Shapes in the docstrings: ``b`` images in a batch, ``n`` candidates, ``z`` laten
 ``h w c`` height, width, channels, ``d`` features, ``k`` classes.
 """
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol
 
@@ -275,8 +276,11 @@ class Products(NamedTuple):
     noise: jax.Array
 
 
-class Loss(NamedTuple):
+@dataclasses.dataclass(frozen=True, eq=False)
+class Loss:
     """A loss of candidates that can be asked for their :class:`Products`, too.
+
+    No ``NamedTuple``, so that ``jax.jit`` takes it as the function that it is.
 
     Attributes:
         losses: ``losses(*candidates[n ...]) -> [n]``; calling the loss does the same.

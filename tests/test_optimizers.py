@@ -133,7 +133,8 @@ def searches(name):
 
     def search(problem, key):
         def step(state, key):
-            parts = zip(*PROBLEMS.values(), strict=True)
+            every = PROBLEMS.values()
+            parts = [one.losses for one in every], [one.products for one in every]
             loss_fn = Loss(*(functools.partial(jax.lax.switch, problem, part) for part in parts))
             return optimizer.step(key, state, loss_fn)
 
@@ -221,7 +222,7 @@ def test_budget_counts_every_candidate_that_the_loss_sees(name):
     key = jax.random.key(0)
     state = optimizer.init(key, jnp.zeros((3, 4)))
     # No loop hides repeated calls: the loss is traced as often as it is run.
-    loss_fn = Loss(*(functools.partial(counting, part) for part in sphere))
+    loss_fn = Loss(*(functools.partial(counting, part) for part in vars(sphere).values()))
     program = jax.make_jaxpr(lambda s: optimizer.step(key, s, loss_fn))(state)
     assert sum(seen) == optimizer.evaluations_per_step(3)
     assert program.out_avals[-3].shape == (sum(seen),)
