@@ -14,6 +14,7 @@ from ggl_jax.client.gradients import client_update
 from ggl_jax.errors import GGLError
 from ggl_jax.gate.parts import least_squares
 from ggl_jax.spec import Client, Speed
+from ggl_jax.types import Loss
 
 KEY = jax.random.key(0)
 #: A linear model of 30 numbers from 6 latents, what was observed of it, and its noise.
@@ -49,7 +50,7 @@ def test_a_step_is_the_kalman_gain():
     noise, damping, start = 0.3, 0.2, jnp.asarray([[0.5] * 6])
     products = lambda z: LINEAR.products(z)._replace(noise=jnp.full(1, noise))  # noqa: E731
     found, info = after(
-        kalman(population=5, damping=damping), LINEAR._replace(products=products), 1, start
+        kalman(population=5, damping=damping), Loss(LINEAR.losses, products), 1, start
     )
     members = np.asarray(info.latents, np.float64)
     predicted = np.concatenate([members @ np.asarray(MATRIX).T / STD, members], axis=1)
