@@ -165,7 +165,6 @@ def test_the_private_batch_changes_nothing_but_the_update(
         return real_controls(prior, params, images, labels, *rest, **options)
 
     monkeypatch.setattr(run, "share", share_once)
-    monkeypatch.setattr(landscape, "share", share_once)
     monkeypatch.setattr(run, "batch_controls", controls)
     few = {"steps": 2, "refine": "none"}
     options = {"optimizer": "adam", "pool": 6, "restarts": 3} if attack == "ggl" else {}
