@@ -28,7 +28,7 @@ from rich.table import Table
 
 import ggl_jax as gx
 from benchmarks.matching import save, slug
-from benchmarks.published import Case, psnr, torch_generator, torch_side
+from benchmarks.published import Case, picture, psnr, torch_generator, torch_side
 from ggl_jax.adversary.bank import bank_of
 from ggl_jax.adversary.optimizers import cma_es
 from ggl_jax.audit.data import load
@@ -70,10 +70,10 @@ def _recorder(name: str, image: np.ndarray) -> tuple[Curve, Callable]:
     curve = Curve(name, [], [], [], [])
     clock = {"best": np.inf, "spent": 0.0, "since": time.perf_counter(), "psnr": 0.0}
 
-    def tell(evaluations: int, loss: float, picture: Callable) -> None:
+    def tell(evaluations: int, loss: float, image_of: Callable) -> None:
         clock["spent"] += time.perf_counter() - clock["since"]
         if loss < clock["best"]:
-            clock.update(best=loss, psnr=psnr(picture(), image))
+            clock.update(best=loss, psnr=psnr(image_of(), image))
         curve.evaluations.append(evaluations)
         curve.seconds.append(clock["spent"])
         curve.psnrs.append(clock["psnr"])
@@ -110,7 +110,7 @@ def torch_ig(case: Case, steps: int) -> Curve:
         schedule.step()
         with torch.no_grad():
             x.clamp_(-1, 1)
-        tell(step + 1, total.item(), lambda here=here: _picture(here))
+        tell(step + 1, total.item(), lambda here=here: picture(here))
     return curve
 
 
@@ -142,13 +142,8 @@ def torch_ggl(case: Case, params: dict, latent_dim: int, steps: int) -> Curve:
         state, info = search.step(jax.random.key(step), state, losses_of)
         best = int(np.argmin(info.losses))
         z = torch.tensor(np.asarray(info.latents[best])[None])
-        tell((step + 1) * POPULATION, float(info.losses[best]), lambda z=z: _picture(generator(z)))
+        tell((step + 1) * POPULATION, float(info.losses[best]), lambda z=z: picture(generator(z)))
     return curve
-
-
-def _picture(x) -> np.ndarray:
-    """A torch image [1 3 h w] in [-1, 1] as [h w 3] in [0, 1]."""
-    return (x.detach().numpy()[0].transpose(1, 2, 0) + 1) / 2
 
 
 def our_ggl(case: Case, public: gx.Public, problem: Problem, steps: int) -> Curve:

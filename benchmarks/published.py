@@ -211,7 +211,7 @@ def torch_side(case: Case):
     return network, [g.detach() for g in update], label
 
 
-def _picture(x) -> np.ndarray:
+def picture(x) -> np.ndarray:
     """A torch image [1 3 h w] in [-1, 1] as [h w 3] in [0, 1]."""
     return np.clip((x.detach().numpy()[0].transpose(1, 2, 0) + 1) / 2, 0, 1)
 
@@ -241,14 +241,14 @@ def their_lbfgs(case: Case, steps: int, *, soft_labels: bool) -> Outcome:
         distance = sum(((g - y) ** 2).sum() for g, y in zip(gradients, update, strict=True))
         distance.backward()
         losses.append(distance.item())
-        psnrs.append(psnr(_picture(x), case.image))
+        psnrs.append(psnr(picture(x), case.image))
         return distance
 
     began = time.perf_counter()
     while len(losses) < steps:
         search.step(closure)
     seconds = time.perf_counter() - began
-    return Outcome(_picture(x), np.asarray(losses), np.asarray(psnrs), seconds)
+    return Outcome(picture(x), np.asarray(losses), np.asarray(psnrs), seconds)
 
 
 def _their_reconstructor(case: Case, folder: Path, name: str, steps: int, config: dict, generator):
@@ -282,7 +282,7 @@ def _their_reconstructor(case: Case, folder: Path, name: str, steps: int, config
 
             def run():
                 with torch.no_grad():
-                    psnrs.append(psnr(_picture(to_image(x)), case.image))
+                    psnrs.append(psnr(picture(to_image(x)), case.image))
                 loss = closure()
                 losses.append(loss.item())
                 return loss
@@ -295,8 +295,8 @@ def _their_reconstructor(case: Case, folder: Path, name: str, steps: int, config
             found, _ = machine.reconstruct(update, label, img_shape=tuple(start.shape[2:]))
         seconds = time.perf_counter() - began
         with torch.no_grad():
-            picture = _picture(to_image(found))
-    return Outcome(picture, np.asarray(losses), np.asarray(psnrs), seconds)
+            image = picture(to_image(found))
+    return Outcome(image, np.asarray(losses), np.asarray(psnrs), seconds)
 
 
 def their_ig(case: Case, steps: int, folder: Path) -> Outcome:

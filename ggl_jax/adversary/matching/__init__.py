@@ -206,10 +206,10 @@ def matching_loss(
         images, labels = (x.reshape(-1, *x.shape[2:]) for x in (images, labels))
         with jax.default_matmul_precision(precision):
             labels, program, size = prepare(images, labels)
-            own = factored() if fusible(program) else None
+            own, of = None, None
             options: dict[str, Any] = {"simulate": simulate, "size": size}
-            of = None
             if fusible(program):
+                own = factored()
                 of = differences_of(program, variables, observed, factored=own, **options)
             of = of or direct_differences(model, variables, observed, client=client, **options)
             return residual_products(of(images, labels), observed, distance, own, restarts)
