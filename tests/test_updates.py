@@ -342,10 +342,10 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 @pytest.mark.parametrize("steps", [1, 2])
 def test_a_torch_training_loop(tmp_path, monkeypatch, capsys, prior_folder, steps):
-    """The README's recipe, run as it stands there, and what attack makes of its files."""
+    """The recipe of docs/scale.md, run as it stands there, and what attack makes of its files."""
     torch, model = torch_client()
-    readme = (Path(__file__).parent.parent / "README.md").read_text()
-    recipe = next(b for b in re.findall(r"```python\n(.*?)```", readme, re.S) if "backward" in b)
+    document = (Path(__file__).parent.parent / "docs/scale.md").read_text()
+    recipe = next(b for b in re.findall(r"```python\n(.*?)```", document, re.S) if "backward" in b)
     assert len(recipe.splitlines()) <= 10
     pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)
     Image.fromarray(pixels).save(tmp_path / "private.png")
