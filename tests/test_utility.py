@@ -408,7 +408,7 @@ def test_each_defense_keeps_the_rate_that_is_best_on_validation_images(toy, tmp_
     assert [line["learning_rate"] for line in lines] == 3 * [3e38, 1e-4, 0.1]
     assert lines[0]["diverged_round"] == 2
     assert utility.read(tmp_path / "a").rows == found.rows
-    said = utility.legend(found.config)
+    said = utility.legend(found)
     assert "learning rate of 3e+38, 0.0001, 0.1 whose accuracy on 20 further images" in said
     assert "costs privacy" in said
 
@@ -450,6 +450,52 @@ def test_equal_rates_keep_the_first_and_what_is_finished_stays(toy, tmp_path):
     with pytest.raises(gx.GGLError, match=r"learning_rate: \[1e-09, 2e-09\] -> 0.1"):
         utility.measure(**toy, defenses=[], out=tmp_path / "a")
     assert utility.measure(**turned, out=tmp_path / "b").rows[0]["learning_rate"] == 2e-9
+
+
+def test_repeats_are_of_the_best_rate_and_their_mean_counts(toy, tmp_path):
+    """They start from other weights; more can follow in the same folder, and change no other."""
+
+    def measured(out, repeats, **more):
+        own = at_rates(toy, 1e-4, 0.005)
+        settings = dataclasses.replace(own["settings"], repeats=repeats, rounds=4)
+        return utility.measure(**own | {"settings": settings}, out=out, **more)
+
+    explode = gx.from_function(
+        lambda key, update: jax.tree.map(lambda g: jnp.inf * g, update), name="explode"
+    )
+    numbers = []
+
+    def count(label, number, total, fraction, loss):
+        numbers.append((number, total))
+
+    (none,) = measured(tmp_path, 1, defenses=[]).rows
+    assert none["accuracies"] == [none["accuracy"]]
+    found = measured(tmp_path, 3, defenses=["clip:1", explode], progress=count)
+    row, clipped, lost = found.rows
+    # Two of none, four of clip; of explode the rates alone, since there is none to repeat.
+    assert numbers[0] == (0, 2 + 4 + 4)
+    lines = [json.loads(x) for x in (tmp_path / "utility.jsonl").read_text().splitlines()]
+    assert [(one["defense"], one["repeat"]) for one in lines] == [
+        *[("none", 0), ("none", 0), ("none", 1), ("none", 2)],
+        *[("clip:1", 0), ("clip:1", 0), ("clip:1", 1), ("clip:1", 2)],
+        *[("explode", 0), ("explode", 0)],
+    ]
+    assert all(one["learning_rate"] == row["learning_rate"] for one in lines if one["repeat"])
+    assert row["accuracies"] == [none["accuracy"], *(one["accuracy"] for one in lines[2:4])]
+    assert row["accuracy"] == pytest.approx(np.mean(row["accuracies"]))
+    assert row["curve"] == none["curve"]
+    assert len({tuple(one["curve"][1]) for one in lines[2:4]} | {tuple(none["curve"][1])}) == 3
+    assert lost["accuracy"] is None
+    assert lost["diverged_round"] == 1
+    interval = utility.accuracy_of(clipped)
+    spread = np.std(clipped["accuracies"], ddof=1) / np.sqrt(3)
+    wanted = 100 * (clipped["accuracy"] + 4.302653 * spread)  # Student's t, two degrees of freedom
+    assert interval.high == pytest.approx(min(wanted, 100), rel=1e-5)
+    assert utility.accuracy_text(clipped) == (
+        f"{interval.mean:.1f} [{interval.low:.1f},\N{NO-BREAK SPACE}{interval.high:.1f}] %"
+    )
+    assert "mean of 1 to 3 runs" in utility.legend(found)
+    assert utility.read(tmp_path).rows == found.rows
 
 
 def test_a_folder_from_before_there_were_several_rates_goes_on(toy, tmp_path):

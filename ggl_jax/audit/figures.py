@@ -250,7 +250,7 @@ def stages(row: Mapping[str, Any]) -> dict[str, tuple[list[int], list[float]]]:
 
 
 def privacy_utility(
-    points: Sequence[tuple[str, Mean, float | None]], lines: Mapping[str, float]
+    points: Sequence[tuple[str, Mean, Mean | None]], lines: Mapping[str, float]
 ) -> Figure:
     """Leakage beside test accuracy, a line for each defense, so that no label hides another.
 
@@ -267,7 +267,8 @@ def privacy_utility(
             right.text(0.03, row, "diverged", va="center", fontsize=8,
                        transform=right.get_yaxis_transform())  # fmt: skip
         else:
-            right.plot([accuracy], [row], "s", color=_COLORS[1], markersize=5)
+            center, reach = _bars([accuracy])
+            right.errorbar(center, [row], xerr=reach, **_POINT | {"fmt": "s", "color": _COLORS[1]})
     left.axvline(0, color=_GREY, linewidth=1)
     for (name, height), style in zip(lines.items(), ("--", ":"), strict=False):
         right.axvline(height, linestyle=style, color=_GREY, label=f"{name} {height:.1f} %")

@@ -135,7 +135,7 @@ def text(ranked: Sequence[Point], found: utility.Utility | None) -> str:
         if undefended is not None:
             words.append(f"Undefended: {utility.accuracy_text(undefended)}.")
         words.append(f"Naming the commonest class gives {100 * found.config['majority']:.1f} %.")
-        words.append(utility.legend(found.config))
+        words.append(utility.legend(found))
         notes = dict.fromkeys(r["epsilon_note"] for r in found.rows if "pip" in r["epsilon_note"])
         words += [f"Epsilon: {note}." for note in notes]
     return tables.table(columns, ranked) + "\n\n" + escape(" ".join(words))

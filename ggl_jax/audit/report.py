@@ -361,7 +361,7 @@ def _utility(report: Report, records: Records) -> dict[str, list[str]]:
         (
             p.label if p.row["epsilon"] is None else f"{p.label}\nε {utility.epsilon_text(p.row)}",
             p.leakage.means["gain"],
-            None if p.row["accuracy"] is None else 100 * p.row["accuracy"],
+            utility.accuracy_of(p.row),
         )
         for p in points
         if p.row is not None and p.leakage is not None
@@ -369,7 +369,7 @@ def _utility(report: Report, records: Records) -> dict[str, list[str]]:
     if drawn:
         told = "; ".join(
             f"{' '.join(name.split())}: {mean_text(gain, sign=True)} dB, "
-            f"{'diverged' if accuracy is None else f'{accuracy:.1f} %'}"
+            f"{'diverged' if accuracy is None else mean_text(accuracy) + ' %'}"
             for name, gain, accuracy in drawn[:12]
         )
         figure = figures.privacy_utility(drawn, lines)

@@ -47,6 +47,9 @@ class UtilitySettings(training.TrainingSettings):
     resnet18:batch_norm=train 0.01."""
     rounds: Count = 100
     """Rounds of federated SGD."""
+    repeats: Count = 1
+    """Trainings of each defense at its learning rate, from other weights (if they are random),
+    batches and noise; its accuracy is their mean. More can follow later, in the same folder."""
     delta: Proper = 1e-5
     """Probability with which epsilon's bound may fail."""
 
@@ -144,9 +147,13 @@ def split(num_images: int, settings: training.TrainingSettings) -> Split:
 
 
 def _options(settings: UtilitySettings) -> dict[str, Any]:
-    """The settings for ``utility.json``, where a single learning rate is a number."""
+    """The settings for ``utility.json``, where a single learning rate is a number.
+
+    Without the repeats, of which a folder may get more.
+    """
     rates = settings.learning_rate
     own = dataclasses.asdict(settings)
+    del own["repeats"]
     return own | {"learning_rate": list(rates) if settings.validates else rates[0]}
 
 
@@ -196,8 +203,9 @@ def measure(
 
     Returns:
         A :class:`Utility`; Ctrl-C returns one, too. A row has ``defense``, ``learning_rate``,
-        ``accuracy`` (on the test images; None where the training diverged, and then
-        ``diverged_round`` says when), ``curve`` ([rounds, accuracies] on the way), ``bound`` and
+        ``accuracy`` (on the test images, the mean of ``accuracies``, one for each repeat; None
+        where a training diverged, and then ``diverged_round`` says when), ``curve`` ([rounds,
+        accuracies] on the first one's way), ``bound`` and
         ``sigma`` of the Gaussian mechanism, ``rounds`` that compose, ``delta``, ``epsilon`` and
         ``epsilon_replace`` (see :data:`ggl_jax.audit.privacy.ADJACENCIES`; None where there is
         none, and ``epsilon_note`` says why), and ``seconds``. Of several learning rates it is the
@@ -240,44 +248,82 @@ def measure(
         if (folder / ROWS).exists() and not (folder / CONFIG).exists():
             raise GGLError(f"out: {folder} has {ROWS} without {CONFIG}; move it away")
         files.claim(folder, config, name=CONFIG, guest=True)
-        lines = _read_lines(folder)
-        # A line of a folder that had one rate may lack it.
-        known = {(line["defense"], line.get("learning_rate", rates[0])) for line in lines}
-        every = ((one, rate) for one in named.values() for rate in rates)
-        todo = [(one, rate) for one, rate in every if (one.name, rate) not in known]
-        key = jax.random.key(settings.seed)
-        if variables is None:
-            variables = jax.jit(model.init)(jax.random.fold_in(key, MODEL_STREAM))
+        lines, number = _read_lines(folder), 0
+        total = sum(len(_left(lines, name, settings)) for name in named)
+        first = jax.random.key(settings.seed)
+        begin = jax.jit(model.init)
         data = [(images[at], labels[at]) for at in parts]
         try:
-            for number, (defense, rate) in enumerate(todo):
-                label = f"{defense.name} at {rate:g}" if settings.validates else defense.name
+            for defense in named.values():
+                while left := _left(lines, defense.name, settings):
+                    rate, repeat = left[0]
+                    label = f"{defense.name} at {rate:g}" if settings.validates else defense.name
+                    label += f", repeat {repeat}" if repeat else ""
 
-                def report(phase, fraction, number=number, label=label):
-                    if progress is not None:
-                        progress(f"{label}: {phase}", number, len(todo), fraction, None)
+                    def report(phase, fraction, number=number, label=label):
+                        if progress is not None:
+                            progress(f"{label}: {phase}", number, total, fraction, None)
 
-                line: dict[str, Any] = {"defense": defense.name, "learning_rate": rate}
-                stream = jax.random.fold_in(key, TRAINING_STREAM)
-                how = dataclasses.replace(settings, learning_rate=(rate,))
-                line |= _train(stream, model, defense, variables, data, how, client, report)
-                line |= _privacy(defense, variables, settings)
-                lines.append(jsonable(line))
-                files.write_text(folder / ROWS, "".join(json.dumps(r) + "\n" for r in lines))
+                    line = {"defense": defense.name, "learning_rate": rate, "repeat": repeat}
+                    key = jax.random.fold_in(first, repeat) if repeat else first
+                    own = variables
+                    if own is None:
+                        own = begin(jax.random.fold_in(key, MODEL_STREAM))
+                    stream = jax.random.fold_in(key, TRAINING_STREAM)
+                    how = dataclasses.replace(settings, learning_rate=(rate,))
+                    line |= _train(stream, model, defense, own, data, how, client, report)
+                    line |= _privacy(defense, own, settings)
+                    lines.append(jsonable(line))
+                    files.write_text(folder / ROWS, "".join(json.dumps(r) + "\n" for r in lines))
+                    number += 1
         except KeyboardInterrupt:
             interrupted = True
     return Utility(config, _chosen(lines, len(rates)), interrupted)
 
 
+def _left(
+    lines: Sequence[Mapping[str, Any]], defense: str, settings: UtilitySettings
+) -> list[tuple[float, int]]:
+    """Trainings of a defense that are still to do: each rate, then repeats at the best, or some."""
+    rates = settings.learning_rate
+    own = [line for line in lines if line["defense"] == defense]
+    # A line of a folder that had one rate may lack it.
+    known = {(line.get("learning_rate", rates[0]), line.get("repeat", 0)) for line in own}
+    tried = [(rate, 0) for rate in rates if (rate, 0) not in known]
+    if tried or not own:
+        again = rates[0]
+    else:
+        best = max((line for line in own if not line.get("repeat")), key=_merit)
+        if best["accuracy"] is None:
+            return []
+        again = best.get("learning_rate", rates[0])
+    repeats = [(again, repeat) for repeat in range(1, settings.repeats)]
+    return tried + [one for one in repeats if one not in known]
+
+
+def _merit(line: Mapping[str, Any]) -> float:
+    """What a learning rate is chosen by."""
+    found = line.get("validation")
+    return -1.0 if found is None else found
+
+
 def _chosen(lines: Sequence[dict[str, Any]], num_rates: int) -> list[dict[str, Any]]:
-    """For each defense that was trained at every rate, the training that is best on validation."""
-
-    def merit(line: dict[str, Any]) -> float:
-        found = line.get("validation")
-        return -1.0 if found is None else found
-
-    tried = tables.grouped(lines, lambda line: line["defense"]).values()
-    return [max(each, key=merit) for each in tried if len(each) == num_rates]
+    """For each defense that was trained at every rate, the training that is best on validation,
+    with the accuracies of its repeats.
+    """
+    found = []
+    for own in tables.grouped(lines, lambda line: line["defense"]).values():
+        first = [line for line in own if not line.get("repeat")]
+        if len(first) < num_rates:
+            continue
+        best = max(first, key=_merit)
+        every = [best, *(line for line in own if line.get("repeat"))]
+        accuracies = [line["accuracy"] for line in every]
+        lost = [line["diverged_round"] for line in every if line["accuracy"] is None]
+        mean = None if lost else sum(accuracies) / len(accuracies)
+        told = {"accuracy": mean, "accuracies": accuracies, "diverged_round": (*lost, None)[0]}
+        found.append({**best, **told})
+    return found
 
 
 def _read_lines(folder: Path) -> list[dict[str, Any]]:
@@ -372,11 +418,20 @@ def _epsilons(row: Mapping[str, Any], why: str = "") -> dict[str, Any]:
 # --- words --------------------------------------------------------------------------------------
 
 
-def accuracy_text(row: Mapping[str, Any]) -> str:
-    """E.g. ``"81.3 %"``, or when the training diverged."""
+def accuracy_of(row: Mapping[str, Any]) -> tables.Mean | None:
+    """In percent, with an interval over the repeats; None where a training diverged."""
     if row["accuracy"] is None:
+        return None
+    every = row.get("accuracies", [row["accuracy"]])
+    return tables.mean_of([100 * accuracy for accuracy in every], (0.0, 100.0))
+
+
+def accuracy_text(row: Mapping[str, Any]) -> str:
+    """E.g. ``"81.3 %"``, ``"81.3 [79.0, 83.6] %"``, or when a training diverged."""
+    found = accuracy_of(row)
+    if found is None:
         return f"diverged in round {row['diverged_round']}"
-    return f"{100 * row['accuracy']:.1f} %"
+    return f"{tables.mean_text(found)} %"
 
 
 def epsilon_text(row: Mapping[str, Any], name: str = "epsilon") -> str:
@@ -402,9 +457,14 @@ def warnings(found: Utility) -> list[str]:
     ]
 
 
-def legend(config: Mapping[str, Any]) -> str:
+def legend(found: Utility) -> str:
     """What accuracy and epsilon mean here, in a few sentences."""
-    chosen, falling = "", ""
+    config, chosen, falling = found.config, "", ""
+    runs = {len(row.get("accuracies", [0])) for row in found.rows} or {1}
+    times = "one run"
+    if max(runs) > 1:
+        number = " to ".join(str(n) for n in dict.fromkeys((min(runs), max(runs))))
+        times = f"mean of {number} runs with a 95 % interval (Student's t)"
     if "schedule" in config["options"]:  # a folder from before was trained at a constant one
         falling = ", the step size falling to 0 along a cosine"
     if chooses(config):
@@ -418,7 +478,7 @@ def legend(config: Mapping[str, Any]) -> str:
         f"Accuracy on {config['num_test']:,} images held out of training, after "
         f"{config['rounds']:,} rounds of federated SGD of {config['model']}: "
         f"{config['clients']} clients, each with a batch of {config['batch_size']} in each round, "
-        f"defended by each client{falling}; one run. Epsilon at delta {config['delta']:g}: of the "
+        f"defended by each client{falling}; {times}. Epsilon at delta {config['delta']:g}: of the "
         "Gaussian mechanism, for all that one client shares in all rounds, with the server seeing "
         "each client's update; neighbours differ in whether the client's update is there or zero "
         "(add or remove), or in what it is (replace). Without a clip before Gaussian noise there "

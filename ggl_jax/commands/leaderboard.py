@@ -41,6 +41,8 @@ class LeaderboardCommand:
     """The model to train, from random weights; resnet18 does not learn in so few rounds."""
     rounds: Count = utility.UtilitySettings().rounds
     """Rounds of federated SGD."""
+    repeats: Count = utility.UtilitySettings().repeats
+    """Trainings of each defense, as for ggl-jax utility; their mean counts."""
     learning_rate: tuple[Positive, ...] = utility.UtilitySettings().learning_rate
     """Step sizes to train at. Of several, each defense keeps the one that is best on validation
     images, as for ggl-jax utility: 0.03 suits the undefended update, not signs and sums."""
@@ -89,7 +91,10 @@ def run(command: LeaderboardCommand, argv: list[str]) -> int:
     grid = sweep.load_grid(grid_of(command), about(argv), fit=True, mesh=mesh)
     check_number(command.images, len(grid.inputs.images), command.setup.data)
     training = utility.UtilitySettings(
-        rounds=command.rounds, learning_rate=command.learning_rate, seed=command.setup.seed
+        rounds=command.rounds,
+        repeats=command.repeats,
+        learning_rate=command.learning_rate,
+        seed=command.setup.seed,
     )
     if not command.skip_utility:  # for its errors, before hours of work
         data, size = command.utility_data or command.setup.data, grid.inputs.model.image_shape[0]
