@@ -93,14 +93,12 @@ class Program(NamedTuple):
 
     Attributes:
         jaxpr: takes the flattened parameters, the flattened other variables and the images.
-        num_params: number of parameter leaves.
         sites: tappable layers in the order of execution.
         activations: entries of all intermediate arrays together.
         loss: ``loss(logits, labels) -> scalar``, the model's.
     """
 
     jaxpr: core.ClosedJaxpr
-    num_params: int
     sites: tuple[Site, ...]
     activations: int
     loss: Callable
@@ -146,7 +144,7 @@ def trace(model: Model, variables: PyTree, images: jax.ShapeDtypeStruct) -> Prog
         if leaf is not None:
             uses[leaf] += 1
     sites = tuple(site for site in found if uses[site.leaf] == 1)
-    return Program(closed, leaves, sites, activations, loss_of(model))
+    return Program(closed, sites, activations, loss_of(model))
 
 
 def split_variables(variables: PyTree) -> tuple[PyTree, PyTree]:
