@@ -1,6 +1,7 @@
 """The one exception type that users are meant to see, and what its messages share."""
 
 import difflib
+import unicodedata
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 
@@ -41,6 +42,16 @@ def check_known(what: str, name: str, known: Collection[str], *, given: str = ""
     if name not in known:
         hint = did_you_mean(name, known, before="; ")
         raise GGLError(f"{what}: got {given or repr(name)}, allowed: {', '.join(known)}{hint}")
+
+
+def printable(text: str) -> str:
+    """Text with control characters, and bytes that are no UTF-8, as escapes.
+
+    >>> printable("a\nb\udcff")
+    'a\\nb\\udcff'
+    """
+    odd = {c for c in text if unicodedata.category(c) in ("Cc", "Cs")}
+    return "".join(c.encode("unicode_escape").decode() if c in odd else c for c in text)
 
 
 def first_line(error: BaseException) -> str:

@@ -207,8 +207,8 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """:func:`write_bytes` of text, as UTF-8."""
-    write_bytes(path, text.encode())
+    """:func:`write_bytes` of text, as UTF-8; bytes of a path that are none become escapes."""
+    write_bytes(path, text.encode(errors="backslashreplace"))
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -22,6 +22,10 @@ class Pictures(NamedTuple):
     names: list[str] | None
 
 
+def _text(name: str | bytes) -> str:
+    return name if isinstance(name, str) else name.decode(errors="backslashreplace")
+
+
 def read(path: str | Path) -> Pictures:
     """The arrays ``images``, ``labels`` and ``files`` of an .npz file, checked.
 
@@ -43,7 +47,7 @@ def read(path: str | Path) -> Pictures:
         with archive:
             present = ", ".join(sorted(archive.files)) or "nothing"
             for key in {"images", "labels", "files"} & set(archive.files):
-                arrays[key] = archive[key]
+                arrays[key] = np.asarray(archive[key])  # a member that is no array: its bytes
     if "images" not in arrays:
         raise GGLError(f"no array `images`, only {present}; save it as images, uint8 [n, h, w, 3]")
     images = arrays["images"]
@@ -53,7 +57,7 @@ def read(path: str | Path) -> Pictures:
             f"`images` is {images.dtype}, must be uint8; convert with "
             "numpy.rint(255 * images).astype(numpy.uint8) if they are in [0, 1]"
         )
-    if images.ndim == 3:
+    if images.ndim == 3 and images.shape[-1] > 4:  # else one image, without its first axis
         images = images[..., None]
     if images.ndim != 4 or images.shape[-1] not in (1, 3) or 0 in images.shape[1:]:
         raise GGLError(
@@ -74,5 +78,5 @@ def read(path: str | Path) -> Pictures:
         labels = labels.astype(np.int32)
     if names is not None and (names.shape != (size,) or names.dtype.kind not in "US"):
         raise GGLError(f"`files` is {names.dtype} {list(names.shape)}, must be {size} texts")
-    shown = None if names is None else [str(name) for name in np.char.asarray(names).astype("U")]
+    shown = None if names is None else [_text(name) for name in names.tolist()]
     return Pictures(np.broadcast_to(images, (*images.shape[:3], 3)), labels, shown)

@@ -3,6 +3,7 @@
 import io
 import struct
 import sys
+import zipfile
 import zlib
 from pathlib import Path
 
@@ -237,6 +238,7 @@ GOOD = np.zeros((2, 32, 32, 3), np.uint8)
         ({"images": GOOD.astype(np.int32)}, "int32, must be uint8"),
         ({"images": GOOD[..., :2]}, "[2, 32, 32, 2], must be [n, h, w, 3]"),
         ({"images": GOOD[0, 0]}, "[32, 3], must be [n, h, w, 3]"),
+        ({"images": GOOD[0]}, "[32, 32, 3], must be [n, h, w, 3]"),
         ({"images": GOOD.transpose(0, 3, 1, 2)}, "[2, 3, 32, 32], must be"),
         ({"images": GOOD[:0]}, "no images"),
         ({"images": GOOD[:, :0]}, "must be [n, h, w, 3]"),
@@ -279,12 +281,16 @@ def test_corrupt_npz(tmp_path):
     np.save(tmp_path / "one.npy", GOOD)
     path.write_bytes((tmp_path / "one.npy").read_bytes())
     fails(path, "it is a single array")
-    # a header that promises terabytes
-    import zipfile
+    # a header that promises terabytes, and a member that is no array
+    for content, match in ((header.getvalue(), "not a readable .npz file"), (b"text", "|S4, must")):
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("images.npy", content)
+        fails(path, match)
 
-    with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr("images.npy", header.getvalue())
-    fails(path, "not a readable .npz file")
+
+def test_names_in_any_encoding(tmp_path):
+    np.savez(tmp_path / "set.npz", images=GOOD, files=np.array([b"a\xe9", "ü".encode()]))
+    assert data.load(tmp_path / "set.npz").names == ["a\\xe9", "ü"]
 
 
 # --- folders ----------------------------------------------------------------------------------
@@ -472,6 +478,7 @@ def test_class_folders(tmp_path):
 def test_missing_files_and_typing_errors(tmp_path):
     (tmp_path / "empty").mkdir()
     fails(tmp_path / "empty", "holds no images")
+    fails("~nobody-of-this-name/faces.npz", "not there")
     fails("embeded", "did you mean 'embedded'?")
     (tmp_path / "faces.npz").write_bytes(b"")
     fails(tmp_path / "face.npz", "faces.npz'?")

@@ -415,6 +415,7 @@ def test_the_table_is_large_enough():
 
 def test_what_fits_passes():
     assert inputs(variables=variables()).labels.tolist() == [0, 1]
+    assert inputs(names=["a\n\udcff", 1]).names == ["a\\n\\udcff", "1"]
     for fn in (lambda k, u: u, lambda k, u, c: jax.tree.map(jnp.sign, u)):
         defended(fn)()
     attack_with()()

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import xml.etree.ElementTree
@@ -428,7 +429,7 @@ def test_the_three_views_say_the_same(tmp_path):
         assert "under none" not in words
 
 
-@pytest.mark.parametrize("name", ["<b>|x`*_y_", "a & b ~~c~~ [d](e)", "\\|"])
+@pytest.mark.parametrize("name", ["<b>|x`*_y_", "a & b ~~c~~ [d](e)", "\\|", "$x^$"])
 def test_names_are_shown_as_they_are(tmp_path, name):
     rows = [make_row(f"{i}", f"{name}{i}", f"{name}:1", 12.0 + i, attack=a)
             for i in range(3) for a in ("ggl", name)]  # fmt: skip
@@ -594,6 +595,22 @@ def test_an_empty_folder_and_others_are_refused(tmp_path, capsys):
     capsys.readouterr()
     assert run(["report", str(tmp_path / "s"), f"{tmp_path}/./s", "--compare"]) == 2
     assert "given twice" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("file", ["plan.json", "cells/c.npy", "controls/c.npz"])
+def test_a_damaged_folder_is_refused(tmp_path, capsys, file):
+    folder = make_sweep(tmp_path / "s s", [make_row("c", "a", "none", 12.0)]).folder
+    row = {"controls": "controls/c.npz"} if "npz" in file else {}
+    folders.keep(folder, "c", [make_row("c", "a", "none", 12.0, **row)], np.ones((1, 4, 4, 3)))
+    (folder / file).write_bytes(b"{}")
+    assert run(["report", str(folder)]) == 2
+    assert f"s s/{file}" in capsys.readouterr().err
+
+
+def test_the_report_says_a_command_that_a_shell_takes(tmp_path):
+    folder = tmp_path / "a 'b"
+    text = report.make(make_sweep(folder, [make_row("c", "a", "none", 12.0)])).text()
+    assert f"ggl-jax utility {shlex.quote(str(folder))} trains" in text
 
 
 def test_comparison_is_paired_by_image(tmp_path):

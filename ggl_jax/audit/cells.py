@@ -16,7 +16,7 @@ from ggl_jax.audit import identity, metrics
 from ggl_jax.audit.lpips import get_backbone
 from ggl_jax.client import defenses as client_defenses
 from ggl_jax.client.defenses.transformations import as_defense
-from ggl_jax.errors import GGLError
+from ggl_jax.errors import GGLError, printable
 from ggl_jax.files import digest
 from ggl_jax.gate.arguments import as_images, as_labels, as_options, as_suspects, check_data
 from ggl_jax.gate.defenses import check_defense
@@ -47,7 +47,8 @@ class Inputs:
             images must have the model's shape.
         prior_params: the generator's parameters, where ``prior`` is not a name.
         variables: the global model's variables; None for a fresh initialisation by each seed.
-        names: [n], different ones, shown in the results; by default image-0, image-1, ...
+        names: [n], different ones, shown in the results, what cannot be printed as an escape; by
+            default image-0, image-1, ...
         instance_ids: [n], non-negative numbers that identify the images' random streams, so that a
             subset gives the same rows; by default 0, 1, ...
         others: [m h w c], images of other people among whom the private image is to be told by its
@@ -98,7 +99,8 @@ class Inputs:
         self.images, self.labels = admit(self.model, self.images, self.labels, self.variables)
         check_prior(self.prior, self.prior_params, self.model)
         num = range(len(self.images))
-        self.names = [f"image-{i}" for i in num] if self.names is None else list(self.names)
+        names = [f"image-{i}" for i in num] if self.names is None else self.names
+        self.names = [printable(str(name)) for name in names]
         ids = list(num if self.instance_ids is None else self.instance_ids)
         at_least(0, **{f"instance_ids[{place}]": one for place, one in enumerate(ids)})
         self.instance_ids = [int(one) for one in ids]

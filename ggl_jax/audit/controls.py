@@ -15,7 +15,7 @@ import numpy as np
 
 from ggl_jax import files
 from ggl_jax.audit import metrics
-from ggl_jax.errors import GGLError
+from ggl_jax.errors import GGLError, explaining
 from ggl_jax.grammar import at_least
 from ggl_jax.images import assign
 from ggl_jax.priors.ceiling import fit_latents
@@ -227,9 +227,10 @@ def read_controls(path: Path) -> tuple[Controls, np.ndarray]:
     """What :func:`write_controls` kept.
 
     Raises:
-        OSError, ValueError, KeyError: the file is missing or damaged.
+        GGLError: the file is missing or damaged.
     """
-    with np.load(path, allow_pickle=False) as stored:
+    damaged = explaining(f"{path} is missing or damaged", "remove it; only pictures are lost")
+    with damaged, np.load(path, allow_pickle=False) as stored:
         best, mean, ceiling = (stored[name] for name in ("best_sample", "mean_image", "ceiling"))
         scores, label = json.loads(str(stored["scores"])), int(stored["label"])
         return Controls(scores, best, mean, ceiling, label), stored["original"]

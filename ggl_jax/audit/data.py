@@ -331,7 +331,7 @@ def _open(spec: str) -> _Opened:
         return _open_embedded(spec)
     if spec.startswith("tfds:"):
         return _open_tfds(spec)
-    path = Path(spec).expanduser()
+    path = Path(os.path.expanduser(spec))
     with explaining("cannot be read", "mend that or choose other data", OSError):
         if path.is_dir():
             return _open_folder(path)

@@ -50,6 +50,11 @@ def svg(figure: Figure, name: str) -> bytes:
     return re.sub(r"(<svg [^>]*>)", rf"\g<1>{_STYLE}", text, count=1).encode()
 
 
+def plain(text: str) -> str:
+    """A user's text, in which a dollar begins no formula."""
+    return text.replace("$", r"\$")
+
+
 def grid(
     cells: Sequence[tuple[np.ndarray, str]],
     *,
@@ -69,7 +74,7 @@ def grid(
     lines = max(caption.count("\n") + 1 for _, caption in cells)
     height = width / columns + 0.14 * lines + 0.12
     figure = Figure(figsize=(width, rows * height + 0.3), layout="constrained")
-    figure.suptitle(title, fontsize=9)
+    figure.suptitle(plain(title), fontsize=9)
     panels = list(figure.subplots(rows, columns, squeeze=False).flat)
     for axis in panels:
         axis.set_axis_off()
@@ -77,7 +82,8 @@ def grid(
         image = np.clip(np.asarray(image), 0, 1)
         image = image.squeeze(-1) if image.shape[-1] == 1 else image
         axis.imshow(image, cmap="gray", vmin=0, vmax=1, interpolation="none")
-        axis.text(0.5, -0.05, caption, fontsize=7, ha="center", va="top", transform=axis.transAxes)
+        axis.text(0.5, -0.05, plain(caption), fontsize=7, ha="center", va="top",
+                  transform=axis.transAxes)  # fmt: skip
     return figure
 
 
@@ -98,7 +104,7 @@ def _by_name(names: Sequence[str], panels: int, title: str) -> tuple[Figure, Any
     axes = figure.subplots(1, panels, sharey=True, squeeze=False)[0]
     figure.suptitle(title, fontsize=9)
     for axis in axes:
-        axis.set_yticks(range(len(names)), names, fontsize=8)
+        axis.set_yticks(range(len(names)), [plain(name) for name in names], fontsize=8)
         axis.tick_params(axis="x", labelsize=8)
         axis.set_ylim(len(names) - 0.4, -0.6)
         axis.grid(axis="y", color=_GREY, alpha=0.25, linewidth=0.5)
@@ -141,7 +147,7 @@ def by_parameter(groups: Sequence[Leakage]) -> dict[str, Figure]:
             style: dict[str, Any] = {"color": _COLORS[series], "marker": _MARKERS[series]}
             center, reach = _bars([group.means["psnr"] for _, group in own])
             at = [value for value, _ in own]
-            axis.plot(at, center, label=variant, markersize=5, **style)
+            axis.plot(at, center, label=plain(variant), markersize=5, **style)
             axis.errorbar(at, center, yerr=reach, capsize=3, linestyle="none", **style)
         by_value = dict(members)
         for name, score, line in (("blind guess", "control", "--"), ("ceiling", "ceiling", ":")):
@@ -149,8 +155,8 @@ def by_parameter(groups: Sequence[Leakage]) -> dict[str, Figure]:
             axis.plot(values, heights, line, color=_GREY, label=name)
         if min(values) > 0 and max(values) / min(values) > 20:
             axis.set_xscale("log")
-        axis.set_title(f"Likeness by the parameter of {family}", fontsize=9)
-        axis.set_xlabel(f"parameter of {family}", fontsize=8)
+        axis.set_title(f"Likeness by the parameter of {plain(family)}", fontsize=9)
+        axis.set_xlabel(f"parameter of {plain(family)}", fontsize=8)
         axis.set_ylabel("PSNR, dB", fontsize=8)
         axis.tick_params(labelsize=8)
         figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=8)
@@ -165,7 +171,8 @@ def leak_maps(maps: Sequence[Map]) -> Figure:
     leak is shown, empty where nothing was run.
     """
     num_rows, num_columns = len(maps[0].rows), len(maps[0].columns)
-    names = ["\n".join(textwrap.wrap(row.replace(", ", " "), 16)) or "all" for row in maps[0].rows]
+    rows = [plain(row).replace(", ", " ") for row in maps[0].rows]
+    names = ["\n".join(textwrap.wrap(row, 16)) or "all" for row in rows]
     lines = max(2, *(name.count("\n") + 1 for name in names))
     height = len(maps) * (0.17 * lines * num_rows + 0.45) + 0.75
     figure = Figure(figsize=(WIDTH, height), layout="constrained")
@@ -174,11 +181,11 @@ def leak_maps(maps: Sequence[Map]) -> Figure:
     top = max([1.0, *(gain for gain in every if not math.isnan(gain))])
     colors = matplotlib.colormaps["viridis"]
     for axis, one in zip(panels, maps, strict=True):
-        axis.set_title(spoken(one.defense), fontsize=8)
+        axis.set_title(plain(spoken(one.defense)), fontsize=8)
         axis.set_xlim(0, num_columns)
         axis.set_ylim(num_rows, 0)
         axis.set_yticks(np.arange(num_rows) + 0.5, names, fontsize=7)
-        labels = [column.replace(", ", "\n") or "all" for column in one.columns]
+        labels = [plain(column).replace(", ", "\n") or "all" for column in one.columns]
         axis.set_xticks(np.arange(num_columns) + 0.5, labels, fontsize=7)
         axis.tick_params(length=0)
         for (row, column), square in one.squares.items():
@@ -216,7 +223,7 @@ def losses(groups: Sequence[Leakage]) -> Figure | None:
     if not panels:
         return None
     figure = Figure(figsize=(WIDTH if len(panels) > 1 else 2.6, 2.3), layout="constrained")
-    figure.suptitle(groups[0].defense, fontsize=9)
+    figure.suptitle(plain(groups[0].defense), fontsize=9)
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
     for axis, (stage, lines) in zip(axes, panels.items(), strict=True):
         for series, steps, curve in lines:
@@ -233,7 +240,7 @@ def losses(groups: Sequence[Leakage]) -> Figure | None:
     axes[0].set_ylabel("lowest loss so far", fontsize=8)
     if len(groups) > 1:
         colors: list[Any] = [Line2D([], [], color=color) for color in _COLORS[: len(groups)]]
-        names = [group.variant for group in groups[:MAX_SERIES]]
+        names = [plain(group.variant) for group in groups[:MAX_SERIES]]
         figure.legend(colors, names, loc="outside lower center", ncols=2, frameon=False, fontsize=7)
     return figure
 

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ggl_jax import files
-from ggl_jax.errors import GGLError
+from ggl_jax.errors import GGLError, explaining
 
 #: Of this layout. Folders of another one are refused.
 FORMAT = 2
@@ -57,8 +57,15 @@ class Records(NamedTuple):
         return ", ".join(f"{name} {value}" for name, value in values if name != "evaluations")
 
     def image(self, row: Mapping[str, Any]) -> np.ndarray:
-        """A row's reconstruction [h w c], float32 in [0, 1], exactly as it was found."""
-        return np.load(self.folder / f"cells/{row['cell']}.npy", allow_pickle=False)[row["part"]]
+        """A row's reconstruction [h w c], float32 in [0, 1], exactly as it was found.
+
+        Raises:
+            GGLError: its file is missing or damaged.
+        """
+        path = self.folder / f"cells/{row['cell']}.npy"
+        remedy = f"remove {path.with_suffix('.json')} and run the cell again"
+        with explaining(f"{path} is missing or damaged", remedy):
+            return np.load(path, allow_pickle=False)[row["part"]]
 
 
 def read(folder: str | Path) -> Records:
@@ -72,6 +79,8 @@ def read(folder: str | Path) -> Records:
     check_format(folder, config)
     plan = files.read_json(folder / "plan.json", f"{folder} holds no audit or sweep")
     rows, failures = [], {}
+    if not isinstance(plan.get("cells"), dict):
+        raise GGLError(f"{folder} holds no audit or sweep ({folder}/plan.json is damaged)")
     for cell in plan["cells"]:
         path = folder / f"cells/{cell}.json"
         if path.exists():

@@ -17,6 +17,7 @@ from ggl_jax.adversary.attacks import members
 from ggl_jax.adversary.reconstruct import Reconstruction
 from ggl_jax.audit import metrics
 from ggl_jax.audit.cells import Cells, Inputs
+from ggl_jax.audit.figures import plain
 from ggl_jax.audit.judge import jsonable
 from ggl_jax.audit.run import exchange
 from ggl_jax.errors import GGLError
@@ -183,7 +184,7 @@ def draw(found: Landscape, path: Path, *, title: str = "") -> None:
 
     figure = Figure(figsize=(8.4, 4.0), layout="constrained")
     if title:
-        figure.suptitle(title, fontsize=9)
+        figure.suptitle(plain(title), fontsize=9)
     panels = (("matching loss", found.losses), (found.measure, found.distances))
     for axis, (name, values) in zip(figure.subplots(1, 2), panels, strict=True):
         shown = np.ma.masked_invalid(values)

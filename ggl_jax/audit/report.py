@@ -5,6 +5,7 @@ import datetime
 import html
 import json
 import math
+import shlex
 import string
 import textwrap
 from collections.abc import Callable, Sequence
@@ -189,7 +190,7 @@ def make(records: Records) -> Report:
         add[f"Failed cells ({len(shown)} of {len(records.failures)})"] = [
             "\n".join(f"- {escape(records.told(cell))}: {escape(why)}" for cell, why in shown)
         ]
-    command = " ".join(str(records.config.get("command", "from Python")).split())
+    command = " ".join(str(records.config.get("command", "from Python")).splitlines())
     add["Configuration and environment"] = [
         f"Written on {datetime.date.today().isoformat()}.",
         f"```command\n{command}\n```",
@@ -344,7 +345,7 @@ def _db(value: float | None) -> str:
 def _utility(report: Report, records: Records) -> dict[str, list[str]]:
     found = utility.read(records.folder)
     if found is None:
-        command = f"ggl-jax utility {records.folder}"
+        command = f"ggl-jax utility {shlex.quote(str(records.folder))}"
         return {
             "Utility": [
                 f"Utility was not measured: {escape(command)} trains the model under each defense "

@@ -349,7 +349,7 @@ class _Work:
         name = digest(inputs.images[batch], own, stream, prior, settings)[:16]
         names = [f"controls/{name}-{part}.npz" for part in range(len(batch))]
         if name not in self.known:
-            with contextlib.suppress(OSError, ValueError, KeyError):
+            with contextlib.suppress(GGLError):
                 self.known[name] = [read_controls(self.folder / file)[0] for file in names]
         if name not in self.known:
             self.known[name] = batch_controls(
@@ -501,10 +501,11 @@ def audit(
 def result_of(records: folders.Records, inputs: Inputs, **axes: Any) -> AuditResult:
     """What a folder holds of the cells with these values on their axes."""
     rows = [row for row in records.rows if axes.items() <= row["axes"].items()]
+    kept = {row["image"]: records.folder / row["controls"] for row in rows}
     return AuditResult(
         rows=rows,
         reconstructions=[records.image(row) for row in rows],
-        controls={row["image"]: read_controls(records.folder / row["controls"])[0] for row in rows},
+        controls={name: read_controls(path)[0] for name, path in kept.items() if path.exists()},
         originals=dict(zip(inputs.names, inputs.images, strict=True)),
         failures={
             f"{records.cells[cell]['defense']}, {records.cells[cell]['image']}": reason

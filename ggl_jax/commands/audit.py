@@ -118,7 +118,7 @@ def run(command: AuditCommand, argv: list[str]) -> int:
     content = files.digest(options, *known, *weights)
     out = command.out or Path(f"ggl-audit-{content[:8]}")
     say(
-        f"Auditing {len(parsed)} defenses on {counted(len(dataset.images), 'image')} of "
+        f"Auditing {counted(len(parsed), 'defense')} on {counted(len(dataset.images), 'image')} of "
         f"{command.setup.data}: {model.name}, prior {loaded.card['name']}, attack {search.attack}. "
         f"Results: {out}/"
     )

@@ -31,7 +31,7 @@ def run(command: InfoCommand, argv: list[str]) -> int:
         table.add_row(f"metric {name}", str(there or f"absent; get it: ggl-jax weights {name}"))
     for name in ("embedded", "embedded:faces", "embedded:nonfaces"):
         table.add_row(f"data {name}", f"{load(name, max_images=1).size} images")
-    folder = Path(os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")).expanduser()
+    folder = Path(os.path.expanduser(os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")))
     prepared = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else []
     table.add_row("data tfds", f"{folder}: {', '.join(prepared) or 'nothing prepared'}")
     console.print(table)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ggl_jax.errors import GGLError
+from ggl_jax.errors import GGLError, printable
 from ggl_jax.gate.models import image_shapes, variable_shapes
 from ggl_jax.gate.trying import (
     brief,
@@ -32,8 +32,8 @@ def check_defense(given: Any, model: Model) -> None:
             f"defenses: got {brief(given)}, allowed: text such as 'clip:4', a ggl_jax.Defense, or "
             f"an optax transformation; make it by {way}"
         )
-    if not isinstance(given.name, str) or not given.name:
-        raise GGLError(f"defenses: name={given.name!r}, allowed: text that is not empty")
+    if not isinstance(given.name, str) or not given.name or printable(given.name) != given.name:
+        raise GGLError(f"defenses: name={given.name!r}, allowed: text of one line, not empty")
     if not isinstance(given.view, View):
         raise GGLError(
             f"defense {given.name}: view={brief(given.view)}, allowed: a ggl_jax.View; "
