@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from ggl_jax.audit import metrics
+from ggl_jax.client import models
 
 
 def pair(seed, shape, spread=0.2):
@@ -202,6 +203,16 @@ def test_no_interval(values):
     assert all(math.isnan(bound) for bound in metrics.confidence_interval(values))
 
 
+def test_an_image_is_told_by_its_own_batch_statistics():
+    # Of ever less contrast: one by one they have the same features, as a batch they have not.
+    model = models.get_model("convnet:width=4,batch_norm=train", 2, (8, 8, 3))
+    variables = model.init(jax.random.key(0))
+    original, *others = jax.random.uniform(jax.random.key(1), (6, 8, 8, 3))
+    others = 0.5 + 0.02 * (jnp.stack(others) - 0.5)
+    found = metrics.identification_ranks(original, original, others, model, variables)
+    assert found == {"rank_pixels": 1, "rank_features": 1}
+
+
 def test_identification_ranks(tiny_model, tiny_variables):
     images = jax.random.uniform(jax.random.key(0), (6, 8, 8, 3))
     truth, others = images[0], images[1:]
@@ -217,6 +228,7 @@ def test_identification_ranks(tiny_model, tiny_variables):
     copies = jnp.broadcast_to(others[0], others.shape)
     last = metrics.identification_ranks(others[0], truth, copies, tiny_model, tiny_variables)
     assert last == {"rank_pixels": 6, "rank_features": 6}
+    assert ranks(truth * jnp.nan, truth) == {"rank_pixels": 6, "rank_features": 6}
     # Ties count against the attack.
     twins = jnp.broadcast_to(truth, others.shape)
     assert metrics.identification_ranks(truth, truth, twins, tiny_model, tiny_variables) == {

@@ -192,15 +192,16 @@ def identification_ranks(
 
     Returns:
         ``rank_pixels`` (by mean squared error) and ``rank_features`` (by MSE-R), each from 1 to
-        m + 1. Equal distances count against the attack.
+        m + 1. Equal distances count against the attack, as does NaN. Each image is seen alone,
+        whatever a model in training mode would make of a batch.
     """
     suspects = jnp.concatenate([original[None], others])
     same = jnp.broadcast_to(reconstruction, suspects.shape)
     distances = {
         "rank_pixels": mse(same, suspects),
-        "rank_features": mse_r(same, suspects, model, variables),
+        "rank_features": jax.vmap(lambda x, y: mse_r(x, y, model, variables))(same, suspects),
     }
-    return {name: 1 + int(jnp.sum(d[1:] <= d[0])) for name, d in distances.items()}
+    return {name: 1 + int(jnp.sum(~(d[1:] > d[0]))) for name, d in distances.items()}
 
 
 # --- registry ---------------------------------------------------------------------------------
