@@ -11,8 +11,10 @@ Reference: Zhang, Isola, Efros, Shechtman and Wang, "The unreasonable effectiven
 as a perceptual metric", CVPR 2018, and the weights of its published code, version 0.1.
 """
 
+import json
 from collections.abc import Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -80,53 +82,20 @@ class Backbone(NamedTuple):
     smallest: int
 
 
-def _vgg16() -> dict[str, nn.Module]:
-    layers: dict[str, nn.Module] = {}
-    number = 0
-    for block, (depth, channels) in enumerate([(2, 64), (2, 128), (3, 256), (3, 512), (3, 512)]):
-        if block:
-            layers[str(number)] = _Pool(2, 2)
-            number += 1
-        for _ in range(depth):
-            layers[str(number)] = _conv(channels, 3, padding=1)
-            number += 2  # torchvision counts the ReLU
-    return layers
+#: What ``lpips.json`` calls a layer, with its sizes: channels (of a Fire module: squeezed, then each
+#: of the two others'), kernel, stride and padding.
+_KINDS: dict[str, Any] = {"conv": _conv, "fire": _Fire, "pool": _Pool}
+
+
+def _recorded(smallest: int, taps: list[str], layers: dict[str, list]) -> Backbone:
+    made = {number: _KINDS[kind](*sizes) for number, (kind, *sizes) in layers.items()}
+    return Backbone(made, tuple(taps), smallest)
 
 
 #: Backbones by name. "vgg" is the paper's; "alex" is the one that LPIPS' authors recommend.
 BACKBONES: dict[str, Backbone] = {
-    "vgg": Backbone(layers=_vgg16(), taps=("2", "7", "14", "21", "28"), smallest=16),
-    "alex": Backbone(
-        layers={
-            "0": _conv(64, 11, stride=4, padding=2),
-            "2": _Pool(3, 2),
-            "3": _conv(192, 5, padding=2),
-            "5": _Pool(3, 2),
-            "6": _conv(384, 3, padding=1),
-            "8": _conv(256, 3, padding=1),
-            "10": _conv(256, 3, padding=1),
-        },
-        taps=("0", "3", "6", "8", "10"),
-        smallest=31,
-    ),
-    "squeeze": Backbone(
-        layers={
-            "0": _conv(64, 3, stride=2),
-            "2": _Pool(3, 2, ceil=True),
-            "3": _Fire(16, 64),
-            "4": _Fire(16, 64),
-            "5": _Pool(3, 2, ceil=True),
-            "6": _Fire(32, 128),
-            "7": _Fire(32, 128),
-            "8": _Pool(3, 2, ceil=True),
-            "9": _Fire(48, 192),
-            "10": _Fire(48, 192),
-            "11": _Fire(64, 256),
-            "12": _Fire(64, 256),
-        },
-        taps=("0", "4", "7", "9", "10", "11", "12"),
-        smallest=17,
-    ),
+    name: _recorded(**one)
+    for name, one in json.loads((Path(__file__).parent / "lpips.json").read_text()).items()
 }
 
 
