@@ -158,7 +158,7 @@ def test_version(capsys):
 
 
 def test_switches_have_one_grammar():
-    assert _parse(["audit", "--shard", "--no-relative"]).shard
+    assert _parse(["audit", "--shard", "--no-relative"]).running.shard
     assert not _parse(["audit", "--no-relative"]).search.relative
     assert _parse(["sweep", "g.toml", "--shard"]).running.shard
     attack = ["attack", "--gradient", "g", "--weights", "w", "--out", "o"]
@@ -227,11 +227,11 @@ def test_failed_cells_are_tried_again_where_that_is_asked_for(
     for _ in range(2):  # what failed is settled
         assert run(command) == 1
         said = capsys.readouterr().out
-        assert "1 cells finished, 1 failed" in said
+        assert "2 cells: 1 done, 1 failed" in said
         assert "out of luck" in said
         assert "--retry-failed" in said
     assert run([*command, "--retry-failed"]) == 0
-    assert "2 cells finished, 0 failed" in capsys.readouterr().out
+    assert "2 cells: 2 done, 0 failed" in capsys.readouterr().out
     rows = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
     assert {row["defense"] for row in rows} == {"none", "clip:4"}
 

@@ -53,8 +53,7 @@ class Records(NamedTuple):
 
     def told(self, cell: str) -> str:
         """A cell's values on the axes, in words."""
-        values = self.cells[cell].items()
-        return ", ".join(f"{name} {value}" for name, value in values if name != "evaluations")
+        return told(self.cells[cell])
 
     def image(self, row: Mapping[str, Any]) -> np.ndarray:
         """A row's reconstruction [h w c], float32 in [0, 1], exactly as it was found.
@@ -66,6 +65,11 @@ class Records(NamedTuple):
         remedy = f"remove {path.with_suffix('.json')} and run the cell again"
         with explaining(f"{path} is missing or damaged", remedy):
             return np.load(path, allow_pickle=False)[row["part"]]
+
+
+def told(axes: Mapping[str, Any]) -> str:
+    """A cell's values on the axes, in words."""
+    return ", ".join(f"{name} {value}" for name, value in axes.items() if name != "evaluations")
 
 
 def read(folder: str | Path) -> Records:

@@ -82,8 +82,7 @@ class Backbone(NamedTuple):
     smallest: int
 
 
-#: What ``lpips.json`` calls a layer, with its sizes: channels (of a Fire module: squeezed, then each
-#: of the two others'), kernel, stride and padding.
+#: Kinds of layers in ``lpips.json``, which has their arguments behind the kind.
 _KINDS: dict[str, Any] = {"conv": _conv, "fire": _Fire, "pool": _Pool}
 
 

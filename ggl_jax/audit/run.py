@@ -72,6 +72,22 @@ def batches(cells: Sequence[Cell], size: int) -> Iterator[list[Cell]]:
             yield group[first : first + each]
 
 
+class Grid(NamedTuple):
+    """A run made ready.
+
+    Attributes:
+        cells: made by :class:`Cells`; neighbours of one program run in one batch.
+        inputs: what they share. With several processes (``jax.distributed``) each makes the same
+            cells, with a mesh of all their devices.
+        config: of :func:`config_of`, to be checked against a folder's; None for a scratch folder
+            that is one call's alone.
+    """
+
+    cells: Sequence[Cell]
+    inputs: Inputs
+    config: Mapping[str, Any] | None
+
+
 class RunResult(NamedTuple):
     """What a run left in its folder.
 
@@ -95,11 +111,9 @@ class RunResult(NamedTuple):
 
 
 def run(
-    cells: Sequence[Cell],
-    inputs: Inputs,
+    grid: Grid,
     out: str | Path,
     *,
-    config: Mapping[str, Any] | None,
     extend: bool | None = None,
     retry_failed: bool = False,
     progress: Progress | None = None,
@@ -107,14 +121,9 @@ def run(
     """Run the cells that are not finished yet, and keep each as soon as it is.
 
     Args:
-        cells: made by :class:`Cells`; neighbours of one program run in one batch.
-        inputs: what they share. With several processes (``jax.distributed``) each calls this with
-            the same cells, a mesh of all their devices and a folder that they share, and writes its
-            share of them.
+        grid: its cells, and what they share.
         out: folder. What an earlier run finished there is kept and not repeated, however that run
-            ended.
-        config: of :func:`config_of`, to be checked against the folder's; None for a scratch folder
-            that is this call's alone.
+            ended. Several processes share it, and each writes its share of the cells.
         extend: go on although the folder holds another configuration; its finished cells stay.
             None: errors do not offer it.
         retry_failed: try the cells again that failed in an earlier run.
@@ -131,8 +140,8 @@ def run(
         A batch that fails (out of memory, say) is split until it passes or a single cell is found
         to be the cause; that one is recorded with its reason, and the others go on.
     """
-    folder, process = Path(out), jax.process_index()
-    scratch = config is None
+    (cells, inputs, config), folder = grid, Path(out)
+    process, scratch = jax.process_index(), config is None
     plan = {c.id: {**c.axes, "evaluations": c.evaluations} for c in cells}
     with contextlib.ExitStack() as stack:
         if not scratch:
@@ -462,10 +471,36 @@ def audit(
         GGLError: for unusable input, a folder that holds something else, or if no cell finished.
         AuditInterrupted: Ctrl-C; it holds what was finished.
     """
-    given = Inputs(images, labels, model, **inputs)
+    own: dict[str, Any] = {
+        "search": search,
+        "client": client,
+        "seed": seed,
+        "kept": out is not None,
+    }
+    grid = lay_out(Inputs(images, labels, model, **inputs), defenses, **own)
+    if out is None:
+        with tempfile.TemporaryDirectory(prefix="ggl-jax-") as scratch:
+            return _result(run(grid, scratch, progress=progress), grid)
+    return _result(run(grid, out, retry_failed=retry_failed, progress=progress), grid)
+
+
+def lay_out(
+    inputs: Inputs,
+    defenses: Sequence[Any],
+    *,
+    search: Search | None = None,
+    client: Client | None = None,
+    seed: int = 0,
+    kept: bool = True,
+) -> Grid:
+    """The cells of :func:`audit`, whose arguments these are; ``kept``: whether in a folder.
+
+    Raises:
+        GGLError: for unusable input.
+    """
     search = checked(as_options("search", search, Search))
     client = checked(as_options("client", client, Client))
-    maker = Cells(given, told_apart=out is not None)
+    maker = Cells(inputs, told_apart=kept)
     if isinstance(defenses, str) or not isinstance(defenses, Iterable):
         raise GGLError(f"defenses: got {defenses!r}, allowed: a list, such as ['none', 'clip:4']")
     parsed = [maker.defense(defense) for defense in defenses]
@@ -475,10 +510,10 @@ def audit(
     twice = [name for name in names if names.count(name) > 1]
     if twice:
         raise GGLError(f"defenses: {twice[0]!r} is there twice; name each once")
-    at_once = instances_of(given)
+    at_once = instances_of(inputs)
     for defense in parsed:  # for its errors: options that do not fit are the call's, not a cell's
         maker.ready(search, client, defense)
-    parts = image_batches(len(given.images), client.batch_size)
+    parts = image_batches(len(inputs.images), client.batch_size)
     each = math.ceil(len(parts) / math.ceil(len(parts) / at_once))
     # Those of the first images come first, so that these are complete first.
     cells = [
@@ -487,15 +522,9 @@ def audit(
         for defense in parsed
         for batch in parts[first : first + each]
     ]
-    if out is None:
-        with tempfile.TemporaryDirectory(prefix="ggl-jax-") as scratch:
-            return _result(
-                run(cells, given, scratch, config=None, progress=progress), given, kept=False
-            )
     plain = {"search": dataclasses.asdict(search), "client": dataclasses.asdict(client)}
-    config = config_of(cells, given, {"defenses": names, "seed": seed, **plain})
-    found = run(cells, given, out, config=config, retry_failed=retry_failed, progress=progress)
-    return _result(found, given)
+    options = {"defenses": names, "seed": seed, **plain}
+    return Grid(cells, inputs, config_of(cells, inputs, options) if kept else None)
 
 
 def result_of(records: folders.Records, inputs: Inputs, **axes: Any) -> AuditResult:
@@ -515,9 +544,9 @@ def result_of(records: folders.Records, inputs: Inputs, **axes: Any) -> AuditRes
     )
 
 
-def _result(found: RunResult, inputs: Inputs, *, kept: bool = True) -> AuditResult:
-    result = result_of(found.records, inputs)
-    for row in [] if kept else result.rows:
+def _result(found: RunResult, grid: Grid) -> AuditResult:
+    result = result_of(found.records, grid.inputs)
+    for row in [] if grid.config else result.rows:
         del row["reconstruction"], row["controls"]  # files that are gone
     if found.interrupted:
         raise AuditInterrupted(result)

@@ -7,13 +7,13 @@ import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from ggl_jax.adversary.attacks import search_of
 from ggl_jax.audit.cells import Cell, Cells, Inputs, image_batches
-from ggl_jax.audit.run import Progress, RunResult, config_of, run
+from ggl_jax.audit.run import Grid, Progress, RunResult, config_of, run
 from ggl_jax.client.defenses.transformations import as_defense
 from ggl_jax.client.models import get_model
 from ggl_jax.client.updates import variables_of
@@ -28,14 +28,6 @@ AXES: dict[str, Any] = {
     **{"defense": str | Defense, "seed": Seed, "model": str, "weights": str},
     **OPTIONS,
 }
-
-
-class Grid(NamedTuple):
-    """A sweep made ready, by :func:`plan`: its cells, what they share, and its configuration."""
-
-    cells: list[Cell]
-    inputs: Inputs
-    config: dict[str, Any]
 
 
 def expand(spec: str) -> list[str]:
@@ -242,12 +234,4 @@ def sweep(
     """
     own = {k: options.pop(k) for k in ("search", "fixed", "client", "exclude") if k in options}
     grid = plan(Inputs(images, labels, model, **options), axes, **own)
-    return run(
-        grid.cells,
-        grid.inputs,
-        out,
-        config=grid.config,
-        extend=extend,
-        retry_failed=retry_failed,
-        progress=progress,
-    )
+    return run(grid, out, extend=extend, retry_failed=retry_failed, progress=progress)

@@ -1,4 +1,4 @@
-"""Options that depend on others: the search that a preset has for an attack and an optimiser."""
+"""Options of several subcommands: how a grid is run, and the search that a preset has."""
 
 import dataclasses
 from pathlib import Path
@@ -10,6 +10,22 @@ from ggl_jax.adversary.attacks import PRESETS, search_of
 from ggl_jax.spec import Search
 
 Preset = Literal["quick", "standard", "paper", "code"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Running:
+    """How a grid is run."""
+
+    dry_run: bool = False
+    """Only say how many cells, programs and gradient evaluations it would be, and which cells
+    cannot run. ggl-jax status tells the pace once some are finished."""
+    extend: bool = False
+    """Go on in a folder of another configuration: what is finished there stays."""
+    retry_failed: bool = False
+    """Try failed cells again."""
+    shard: bool = False
+    """Share the work out to all devices of this machine: the images of a batch where there are as
+    many as devices (see instances), else each step's candidates."""
 
 
 @dataclasses.dataclass(frozen=True)

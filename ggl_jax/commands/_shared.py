@@ -8,16 +8,21 @@ import shlex
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
+import jax
 import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from ggl_jax import machine
 from ggl_jax.audit import data as audit_data
+from ggl_jax.audit import folder
+from ggl_jax.audit.cells import Inputs
+from ggl_jax.audit.run import Grid, RunResult, run
 from ggl_jax.client.models import get_model
 from ggl_jax.client.updates import read_variables
+from ggl_jax.commands._options import Running
 from ggl_jax.errors import GGLError, did_you_mean
 from ggl_jax.priors import load_prior
 from ggl_jax.spec import Judge, Setup, Speed, flat
@@ -33,8 +38,13 @@ def say(text: str, **style: Any) -> None:
 
 def stopped() -> int:
     """The exit code of a command that Ctrl-C ended, once that is said."""
-    say("Interrupted. The same command goes on from here.")
+    say("Interrupted. What is finished is kept; the same command goes on from here.")
     return 130
+
+
+def code_of(done: RunResult) -> int:
+    """The exit code of a run: 0, 1 where cells failed, or as :func:`stopped`."""
+    return stopped() if done.interrupted else int(bool(done.failures))
 
 
 def command_of(argv: list[str]) -> str:
@@ -49,7 +59,7 @@ def about(argv: list[str]) -> dict[str, Any]:
 
 def determining(command: Any, *left_out: str) -> dict[str, Any]:
     """A command's options as ``config.json`` has them, without those that change no result."""
-    without = ("out", "shard", *flat(Speed()), *left_out)
+    without = ("out", *flat(Running()), *flat(Speed()), *left_out)
     plain = {k: str(v) if isinstance(v, Path) else v for k, v in flat(command).items()}
     return {k: v for k, v in plain.items() if k not in without}
 
@@ -80,78 +90,37 @@ def count_classes(dataset: Any, labels: Any, *known: int | None) -> int:
     return max(2, dataset.num_classes or 0, int(max(labels)) + 1)
 
 
-class Loaded(NamedTuple):
-    """What a search on private images starts from.
-
-    Attributes:
-        setup: what it was loaded by.
-        dataset: a :class:`ggl_jax.audit.data.Dataset`; its labels are there.
-        prior: the generator.
-        prior_params: its parameters.
-        card: its card.
-        model: the federated model, for the images' size and classes.
-        variables: its weights, where they were read; None for random ones.
-    """
-
-    setup: Setup
-    dataset: Any
-    prior: Any
-    prior_params: Any
-    card: dict[str, Any]
-    model: Any
-    variables: Any = None
-
-    def given(self, judge: Judge, speed: Speed, **more: Any) -> dict[str, Any]:
-        """The arguments of :class:`ggl_jax.audit.cells.Inputs`."""
-        judged = dataclasses.asdict(judge)
-        return {
-            "others": self.suspects(judged.pop("suspects")),
-            "images": self.dataset.images,
-            "labels": self.dataset.labels,
-            "names": self.dataset.names,
-            "instance_ids": self.dataset.indices,
-            "model": self.model,
-            "variables": self.variables,
-            "prior": self.prior,
-            "prior_params": self.prior_params,
-            **judged,
-            "speed": speed,
-            **more,
-        }
-
-    def suspects(self, most: int) -> Any:
-        """Images [m h w c] of the same data, none of them audited; None where there are none."""
-        setup, size = self.setup, self.prior.image_shape[0]
-        options = {"image_size": size, "labels": setup.label}
-        left = np.setdiff1d(np.arange(self.dataset.size), self.dataset.indices)
-        chosen = np.random.default_rng(setup.seed).permutation(left)[:most]
-        if not len(chosen):
-            return None
-        return audit_data.load(setup.data, indices=sorted(chosen.tolist()), **options).images
-
-
 def load_inputs(
     setup: Setup,
+    judge: Judge,
+    speed: Speed,
     *,
     indices: str | Sequence[int],
     unlabelled: int | None = None,
     remedy: str = "add a labels.csv (file,label) or give --label 0",
-) -> Loaded:
+    **more: Any,
+) -> tuple[Inputs, dict[str, Any]]:
     """Load the prior and the private images that it never saw, and build the model for both.
 
     Args:
         setup: images, prior and model by name.
+        judge: what results stand beside; suspects are of the same data, none of them audited.
+        speed: how losses are computed.
         indices: which images.
         unlabelled: the label of every image where the data have none; None asks for labels.
         remedy: what the error for data without labels says to do.
+        **more: further arguments of :class:`ggl_jax.audit.cells.Inputs`.
+
+    Returns:
+        The inputs of a run, and the prior's card.
 
     Raises:
         GGLError: what cannot be loaded, images that the prior was trained on, no labels, or weights
             of another number of classes.
     """
     prior, prior_params, card = load_prior(setup.prior)
-    size = prior.image_shape[0]
-    dataset = audit_data.load(setup.data, image_size=size, indices=indices, labels=setup.label)
+    options: dict[str, Any] = {"image_size": prior.image_shape[0], "labels": setup.label}
+    dataset = audit_data.load(setup.data, indices=indices, **options)
     audit_data.check_prior_overlap(dataset, card, allow_held_out=True)
     labels = dataset.labels
     if labels is None:
@@ -160,8 +129,25 @@ def load_inputs(
         labels = np.full(len(dataset.images), unlabelled, np.int32)
     classes = count_classes(dataset, labels, setup.num_classes, prior.num_classes)
     model, variables = load_model(setup, classes, prior.image_shape)
-    dataset = dataset._replace(labels=labels)
-    return Loaded(setup, dataset, prior, prior_params, card, model, variables)
+    judged = dataclasses.asdict(judge)
+    left = np.setdiff1d(np.arange(dataset.size), dataset.indices)
+    drawn = np.random.default_rng(setup.seed).permutation(left)[: judged.pop("suspects")].tolist()
+    others = audit_data.load(setup.data, indices=sorted(drawn), **options).images if drawn else None
+    inputs = Inputs(
+        dataset.images,
+        labels,
+        model,
+        prior=prior,
+        prior_params=prior_params,
+        variables=variables,
+        names=dataset.names,
+        instance_ids=dataset.indices,
+        others=others,
+        speed=speed,
+        **judged,
+        **more,
+    )
+    return inputs, card
 
 
 def load_labelled(data: str, size: int, label: int | None = None) -> Any:
@@ -289,3 +275,77 @@ class AuditBar:
             parts += [f"{done:.0%} of all", shown] if shown else [f"{done:.0%} of all"]
         console.print(f"{seconds:7.1f} s  {', '.join(filter(None, [*parts, left]))}", markup=False)
         self.last, self.printed = text, seconds
+
+
+# --- runs ---------------------------------------------------------------------------------------
+
+
+def run_grid(grid: Grid, out: Path, running: Running, *, shown: bool = False) -> int:
+    """Run a grid and write its report, which ``shown`` prints, too; the exit code."""
+    if running.dry_run:
+        return dry_run(grid, out, running)
+    done = carry_out(grid, out, running)
+    if jax.process_index() == 0 and done.rows:
+        write_report(done.records, shown=shown)
+    return code_of(done)
+
+
+def dry_run(grid: Grid, out: Path, running: Running) -> int:
+    """Say what a run would be; the exit code is 1 where some cells cannot run."""
+    plan = {cell.id: cell.axes for cell in grid.cells}
+    folder.prepare(out, grid.config or {}, plan, running.extend, dry=True)
+    done = folder.read(out).finished if (out / "plan.json").exists() else set()
+    left = [cell for cell in grid.cells if cell.id not in done]
+    say(
+        f"{len(grid.cells):,} cells ({len(grid.cells) - len(left):,} finished), "
+        f"{len({cell.program for cell in left}):,} programs to compile, "
+        f"{sum(cell.evaluations for cell in left):,} gradient evaluations."
+    )
+    broken = [f"cannot run: {folder.told(c.axes)}: {c.why}" for c in grid.cells if c.why]
+    _say_first(broken)
+    return int(bool(broken))
+
+
+def carry_out(grid: Grid, out: Path, running: Running) -> RunResult:
+    """Run a grid with progress, and say how far it came."""
+    first, evaluations = jax.process_index() == 0, sum(cell.evaluations for cell in grid.cells)
+    if first:
+        num = f"{len(grid.cells):,} cells, {evaluations:,} gradient evaluations"
+        say(f"{num}. Results: {out}/")
+    with AuditBar() as bar:
+        done = run(
+            grid,
+            out,
+            extend=running.extend,
+            retry_failed=running.retry_failed,
+            progress=bar if first else None,
+        )
+    if first:
+        tell(done.records)
+    return done
+
+
+def tell(records: folder.Records, most: int = 5) -> None:
+    """Say how far a run is, and the first cells that failed."""
+    done, failed, left = (len(x) for x in (records.finished, records.failures, records.left))
+    say(f"{len(records.cells):,} cells: {done:,} done, {failed:,} failed, {left:,} left.")
+    lines = [f"failed: {records.told(cell)}: {why}" for cell, why in records.failures.items()]
+    _say_first(lines, most)
+
+
+def _say_first(lines: Sequence[str], most: int = 5) -> None:
+    for line in lines[:most]:
+        say(line)
+    if len(lines) > most:
+        say(f"and {len(lines) - most:,} more")
+
+
+def write_report(records: folder.Records, out: Path | None = None, *, shown: bool = False) -> None:
+    """Write a run's report beside its results, or to ``out``, and say where it is."""
+    from ggl_jax.audit import report  # here and not above: it loads matplotlib
+
+    found = report.make(records)
+    page = report.write(found, out or records.folder)
+    if shown:
+        console.print(report.terminal(found))
+    say(f"Report: {page} and {page.with_suffix('.md')}")

@@ -4,18 +4,13 @@ import dataclasses
 import json
 from pathlib import Path
 
-import jax
-
 from ggl_jax import files
-from ggl_jax.adversary.reconstruct import prepare
-from ggl_jax.audit import folder as folders
-from ggl_jax.audit.cells import image_batches
-from ggl_jax.audit.run import AuditInterrupted, audit
+from ggl_jax.audit.run import lay_out
 from ggl_jax.audit.tables import counted
 from ggl_jax.client.defenses import in_code, parse
 from ggl_jax.commands import _devices
-from ggl_jax.commands._options import Preset, choice_of
-from ggl_jax.commands._shared import AuditBar, about, console, determining, load_inputs, say
+from ggl_jax.commands._options import Preset, Running, choice_of
+from ggl_jax.commands._shared import about, determining, load_inputs, run_grid, say
 from ggl_jax.errors import GGLError
 from ggl_jax.spec import Client, Judge, Search, Setup, Speed, flat, replace
 
@@ -60,11 +55,7 @@ class AuditCommand:
     search: Search = dataclasses.field(default_factory=Search)
     judge: Judge = dataclasses.field(default_factory=Judge)
     speed: Speed = dataclasses.field(default_factory=Speed)
-    shard: bool = False
-    """Share the work out to all devices of this machine: the images of a batch where there are as
-    many as devices (see instances), else each step's candidates."""
-    retry_failed: bool = False
-    """Try failed cells again."""
+    running: Running = dataclasses.field(default_factory=Running)
     out: Path | None = None
     """Folder for the results; by default ggl-audit-<fingerprint of the options> here."""
 
@@ -100,58 +91,22 @@ def read_config(path: Path) -> AuditCommand:
 
 def run(command: AuditCommand, argv: list[str]) -> int:
     """``ggl-jax audit``."""
-    from ggl_jax.audit import report
-
-    # Cheap checks first: a typing error should cost no work, and leave no folder behind.
-    if not command.defenses:
-        raise GGLError("defenses: got none; name at least one, e.g. --defenses none clip:4")
-    search, parsed = command.search, [parse(text) for text in command.defenses]
-    command = replace(command, defenses=tuple(defense.name for defense in parsed))
-    loaded = load_inputs(command.setup, indices=command.indices)
-    dataset, model = loaded.dataset, loaded.model
-    image_batches(len(dataset.images), command.client.batch_size)
-    for defense in parsed:  # for their errors
-        prepare(model, loaded.prior, defense.view, command.client, search)
-    options = determining(command, "config", "retry_failed")
-    known = (dataset.images, dataset.labels, loaded.card["sha256"])
-    weights = () if loaded.variables is None else (jax.tree.leaves(loaded.variables),)
-    content = files.digest(options, *known, *weights)
-    out = command.out or Path(f"ggl-audit-{content[:8]}")
-    say(
-        f"Auditing {counted(len(parsed), 'defense')} on {counted(len(dataset.images), 'image')} of "
-        f"{command.setup.data}: {model.name}, prior {loaded.card['name']}, attack {search.attack}. "
-        f"Results: {out}/"
+    defenses = tuple(parse(text).name for text in command.defenses)
+    options = determining(replace(command, defenses=defenses), "config")
+    inputs, card = load_inputs(
+        command.setup,
+        command.judge,
+        command.speed,
+        indices=command.indices,
+        about={**about(argv), "options": options},
+        mesh=_devices.mesh(command.running.shard),
     )
-    told, mesh = {**about(argv), "options": options}, _devices.mesh(command.shard)
-    interrupted = False
-    with AuditBar() as bar:
-        try:
-            result = audit(
-                **loaded.given(command.judge, command.speed, about=told, mesh=mesh),
-                defenses=list(command.defenses),
-                search=search,
-                client=command.client,
-                seed=command.setup.seed,
-                out=out,
-                retry_failed=command.retry_failed,
-                progress=bar,
-            )
-        except AuditInterrupted as stop:
-            result, interrupted = stop.result, True
-    if result.rows:
-        found = report.make(folders.read(out))
-        path = report.write(found, out)
-        console.print(report.terminal(found))
-        say(
-            f"\nWith pictures: {path} (and {path.with_suffix('.md')}); all numbers: "
-            f"{out}/results.jsonl"
-        )
-    for which, reason in result.failures.items():
-        say(f"failed: {which}: {reason}")
-    if interrupted:
-        say(
-            f"Interrupted. {len(result.rows)} finished results are kept in {out}/; the same "
-            "command goes on from there."
-        )
-        return 130
-    return 1 if result.failures else 0
+    seed = command.setup.seed
+    grid = lay_out(inputs, defenses, search=command.search, client=command.client, seed=seed)
+    say(
+        f"Auditing {counted(len(defenses), 'defense')} on {counted(len(inputs.images), 'image')} of "
+        f"{command.setup.data}: {inputs.model.name}, prior {card['name']}, attack "
+        f"{command.search.attack}."
+    )
+    out = command.out or Path(f"ggl-audit-{files.digest(options, inputs.digests)[:8]}")
+    return run_grid(grid, out, command.running, shown=True)

@@ -12,7 +12,6 @@ from ggl_jax import files
 from ggl_jax.adversary.attacks import search_of
 from ggl_jax.adversary.reconstruct import prepare
 from ggl_jax.audit import landscape, metrics
-from ggl_jax.audit.cells import Inputs
 from ggl_jax.audit.landscape import Resolution
 from ggl_jax.client.defenses import parse
 from ggl_jax.commands._options import choice_of
@@ -60,12 +59,13 @@ def run(command: LandscapeCommand, argv: list[str]) -> int:
     """``ggl-jax landscape``."""
     search, seed = command.search, command.setup.seed
     defense = parse(command.defense)
-    loaded = load_inputs(command.setup, indices=[command.index], remedy="give --label 0")
-    given = Inputs(**loaded.given(Judge(suspects=0), command.speed))
+    given, _ = load_inputs(
+        *(command.setup, Judge(suspects=0), command.speed),
+        indices=[command.index],
+        remedy="give --label 0",
+    )
     prepare(given.model, given.prior, defense.view, Client(), search)  # for its errors
-    inputs = {"images": files.digest(given.images)[:12], "prior": loaded.card["sha256"]}
-    inputs["variables"] = given.digests["variables"]
-    told = about(argv)
+    told, inputs = about(argv), given.digests
     image, name = given.images[0], given.names[0]
     config = {**told, "options": determining(command), "inputs": inputs}
     with files.claimed(command.out, config), AuditBar() as bar:

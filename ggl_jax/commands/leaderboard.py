@@ -9,8 +9,8 @@ from ggl_jax.audit import folder, leaderboard, utility
 from ggl_jax.client.defenses import DEFENSES, STRENGTHS
 from ggl_jax.commands import _devices, sweep
 from ggl_jax.commands import utility as utility_command
-from ggl_jax.commands._options import Choice, Preset
-from ggl_jax.commands._shared import about, check_number, console, load_labelled, say
+from ggl_jax.commands._options import Choice, Preset, Running
+from ggl_jax.commands._shared import about, check_number, console, load_labelled, run_grid, say
 from ggl_jax.spec import Count, Judge, Positive, Setup, Speed, flat
 
 
@@ -49,7 +49,7 @@ class LeaderboardCommand:
     setup: Setup = dataclasses.field(default_factory=Setup)
     judge: Judge = dataclasses.field(default_factory=Judge)
     speed: Speed = dataclasses.field(default_factory=Speed)
-    running: sweep.Running = dataclasses.field(default_factory=sweep.Running)
+    running: Running = dataclasses.field(default_factory=Running)
     out: Path = Path("leaderboard")
     """Folder for the results."""
 
@@ -100,7 +100,7 @@ def run(command: LeaderboardCommand, argv: list[str]) -> int:
         data, size = command.utility_data or command.setup.data, grid.inputs.model.image_shape[0]
         found = len(load_labelled(data, size, command.setup.label).images)
         utility.split(found, utility.usable(training))
-    code = sweep.carry_out(grid, command.out, command.running)
+    code = run_grid(grid, command.out, command.running)
     if command.running.dry_run or code == 130:
         return code
     if not command.skip_utility:

@@ -6,7 +6,7 @@ from pathlib import Path
 import tyro
 
 from ggl_jax.audit import folder as folders
-from ggl_jax.commands._shared import say
+from ggl_jax.commands._shared import say, write_report
 from ggl_jax.errors import GGLError
 
 
@@ -36,7 +36,7 @@ def run(command: ReportCommand, argv: list[str]) -> int:
     if command.compare:
         compared = report.comparison(*records)
         path = report.write(compared, command.out or Path("."), "comparison")
+        say(f"{path} and {path.with_suffix('.md')}")
     else:
-        path = report.write(report.make(records[0]), command.out or records[0].folder)
-    say(f"{path} and {path.with_suffix('.md')}")
+        write_report(records[0], command.out)
     return 0

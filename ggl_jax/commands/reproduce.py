@@ -13,16 +13,19 @@ from rich.markdown import Markdown
 from ggl_jax import files
 from ggl_jax.audit import paper
 from ggl_jax.audit import run as cell_runs
-from ggl_jax.audit.cells import Cells, Inputs, image_batches
-from ggl_jax.commands import landscape
+from ggl_jax.audit.cells import Cells, image_batches
+from ggl_jax.commands import _devices, landscape
+from ggl_jax.commands._options import Running
 from ggl_jax.commands._shared import (
-    AuditBar,
     about,
+    carry_out,
     check_number,
+    code_of,
     console,
+    determining,
+    dry_run,
     load_inputs,
     say,
-    stopped,
 )
 from ggl_jax.errors import GGLError, check_known
 from ggl_jax.spec import Client, Count, Judge, Search, Seed, Setup, Speed
@@ -61,18 +64,13 @@ class ReproduceCommand:
     alone."""
     prior: str | None = None
     """The adversary's generator, as for ggl-jax audit; by default dcgan32_faces for celeba."""
-    lpips: Literal["vgg", "alex", "squeeze"] = "vgg"
-    """Network behind the LPIPS score; the paper's values are vgg's."""
-    num_controls: Count = 400
-    """Random samples of the prior for the controls."""
-    ceiling_steps: Count = 300
-    """Steps of the prior's direct fit to the private image, its ceiling."""
     seed: Seed = 0
     """Seed of the model's weights, the noise and the searches."""
+    judge: Judge = dataclasses.field(default_factory=lambda: Judge(suspects=0))
+    speed: Speed = dataclasses.field(default_factory=Speed)
     out: Path | None = None
     """Folder for the results; by default ggl-EXPERIMENT-HALF-SCALE here."""
-    extend: bool = False
-    """Go on in a folder of other images, seeds or options: what is finished there stays."""
+    running: Running = dataclasses.field(default_factory=Running)
 
 
 def run(command: ReproduceCommand, argv: list[str]) -> int:
@@ -82,29 +80,27 @@ def run(command: ReproduceCommand, argv: list[str]) -> int:
     runs = experiment.runs(range(chosen.seed, chosen.seed + chosen.seeds))
     if chosen.experiment == "figure9":
         return _landscape(chosen, runs[0].search, argv)
-    inputs = load_inputs(
+    given, card = load_inputs(
         _setup(chosen),
+        chosen.judge,
+        chosen.speed,
         indices=f":{chosen.images}",
         unlabelled=experiment.label,
         remedy=f"{chosen.experiment} needs them",
+        about=about(argv),
+        mesh=_devices.mesh(chosen.running.shard),
     )
-    found = len(inputs.dataset.images)
-    check_number(chosen.images, found, chosen.data)
-    options = {k: v for k, v in dataclasses.asdict(chosen).items() if k not in ("out", "extend")}
-    judge = Judge(chosen.num_controls, chosen.ceiling_steps, chosen.lpips, suspects=0)
-    given = Inputs(**inputs.given(judge, Speed(), about=about(argv)))
+    check_number(chosen.images, len(given.images), chosen.data)
     cells = _cells(runs, given)
+    config = cell_runs.config_of(cells, given, determining(chosen))
+    grid = cell_runs.Grid(cells, given, config)
     say(
         f"{experiment.title}: {len(runs)} searches, {len(experiment.defenses)} defenses, "
-        f"{found} images, scale {chosen.scale}. Results: {chosen.out}/"
+        f"{len(given.images)} images, scale {chosen.scale}."
     )
-    with AuditBar() as bar:
-        config = cell_runs.config_of(cells, given, options)
-        done = cell_runs.run(
-            cells, given, chosen.out, config=config, extend=chosen.extend, progress=bar
-        )
-    for cell, reason in done.failures.items():
-        say(f"failed: {done.records.cells[cell]}: {reason}")
+    if chosen.running.dry_run:
+        return dry_run(grid, chosen.out, chosen.running)
+    done = carry_out(grid, chosen.out, chosen.running)
     wanted = {cell.id for cell in cells}
     ours = done.records._replace(rows=[r for r in done.records.rows if r["cell"] in wanted])
     results = {
@@ -113,8 +109,8 @@ def run(command: ReproduceCommand, argv: list[str]) -> int:
         if (result := cell_runs.result_of(ours, given, search=one.name, seed=one.seed)).rows
     }
     if results:
-        _write(chosen, experiment, results, inputs, given)
-    return stopped() if done.interrupted else 0
+        _write(chosen, experiment, results, given, card["name"])
+    return code_of(done)
 
 
 def _resolve(command: ReproduceCommand) -> ReproduceCommand:
@@ -157,12 +153,12 @@ def _landscape(command: Any, search: Search, argv: list[str]) -> int:
     if (command.images, command.seeds) != (1, 1):
         raise GGLError("images, seeds: figure9 is of one image and one seed; leave them out")
     options = landscape.LandscapeCommand(
-        lpips=command.lpips, setup=_setup(command), search=search, out=command.out
+        lpips=command.judge.lpips, setup=_setup(command), search=search, out=command.out
     )
     return landscape.run(options, argv)
 
 
-def _write(chosen: Any, experiment: Any, results: Any, inputs: Any, given: Any) -> None:
+def _write(chosen: Any, experiment: Any, results: Any, given: Any, prior: str) -> None:
     """The table and the pictures of what is there."""
     key, told = jax.random.key(chosen.seed), given.about
     env = told["environment"]
@@ -171,19 +167,19 @@ def _write(chosen: Any, experiment: Any, results: Any, inputs: Any, given: Any) 
         given.public(chosen.seed),
         # folded away from the streams of the images' indices
         jax.random.fold_in(key, 2**31 - 4),
-        lpips=chosen.lpips,
+        lpips=chosen.judge.lpips,
     )
     text = paper.markdown(
         experiment,
         results,
         controls,
         num_images=chosen.images,
-        lpips=chosen.lpips,
+        lpips=chosen.judge.lpips,
         command=told["command"],
         where=(
             f"{datetime.date.today().isoformat()}; {env['device']}; {env['cpu']}; "
             f"jax {env['jax']}; images: {chosen.images}; seeds: {chosen.seeds}, from {chosen.seed} "
-            f"on; prior {inputs.card['name']}"
+            f"on; prior {prior}"
         ),
     )
     files.write_text(chosen.out / "table.md", text)

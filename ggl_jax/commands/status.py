@@ -9,7 +9,7 @@ import tyro
 
 from ggl_jax.audit import folder
 from ggl_jax.audit.tables import grouped
-from ggl_jax.commands._shared import say
+from ggl_jax.commands._shared import say, tell
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,14 +23,11 @@ class StatusCommand:
 def run(command: StatusCommand, argv: list[str]) -> int:
     """``ggl-jax status``."""
     records = folder.read(command.folder)
-    done, failed, left = len(records.finished), len(records.failures), len(records.left)
-    say(f"{len(records.cells):,} cells: {done:,} done, {failed:,} failed, {left:,} left.")
+    tell(records, most=len(records.failures))
     seconds = remaining(records)
-    if left and seconds is not None:
+    if records.left and seconds is not None:
         left_time = datetime.timedelta(seconds=round(seconds))
         say(f"About {left_time} left at the pace of the finished cells.")
-    for cell, reason in records.failures.items():
-        say(f"failed: {records.told(cell)}: {reason}")
     return 0
 
 

@@ -5,36 +5,18 @@ import tomllib
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import tyro
 
-from ggl_jax.audit import folder, sweep
-from ggl_jax.audit.cells import Inputs
-from ggl_jax.audit.run import run as run_cells
+from ggl_jax.audit import sweep
+from ggl_jax.audit.run import Grid
 from ggl_jax.audit.sweep import check_axes, expand
 from ggl_jax.commands import _devices
-from ggl_jax.commands._options import Preset
-from ggl_jax.commands._shared import AuditBar, about, load_inputs, say, stopped
+from ggl_jax.commands._options import Preset, Running
+from ggl_jax.commands._shared import about, load_inputs, run_grid
 from ggl_jax.errors import GGLError, did_you_mean
 from ggl_jax.spec import Client, Judge, Search, Setup, Speed, check, options_of, replace
 
 _TABLES = ("preset", "fixed", "axes", "exclude")
-
-
-@dataclasses.dataclass(frozen=True)
-class Running:
-    """How a grid is run."""
-
-    dry_run: bool = False
-    """Only say how many cells, programs and gradient evaluations it would be, and which cells
-    cannot run. ggl-jax status tells the pace once some are finished."""
-    extend: bool = False
-    """Go on in a folder of another configuration: what is finished there stays."""
-    retry_failed: bool = False
-    """Try failed cells again."""
-    shard: bool = False
-    """Share the work out to all devices of this machine: images where there are as many as
-    devices, else each step's candidates."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,19 +126,25 @@ def grid_of(table: dict[str, Any]) -> GridFile:
     return GridFile({**shown, "exclude": exclude}, replace(Fixed(), **own), search, axes)
 
 
-def load_grid(file: GridFile, about: dict[str, Any] | None = None, **given: Any):
-    """A :class:`ggl_jax.audit.sweep.Grid` of a grid, with images, model and prior loaded.
+def load_grid(file: GridFile, about: dict[str, Any] | None = None, **given: Any) -> Grid:
+    """A :class:`ggl_jax.audit.run.Grid` of a grid, with images, model and prior loaded.
 
     Args:
         file: of :func:`read_grid` or :func:`grid_of`.
         about: entries for the folder's ``config.json``.
         **given: further arguments of :class:`ggl_jax.audit.cells.Inputs`.
     """
-    remedy = "add a labels.csv (file,label) or fix label = 0"
-    loaded = load_inputs(_first(file), indices=file.options["axes"]["image"], remedy=remedy)
-    told = {**(about or {}), "options": file.options}
+    inputs, _ = load_inputs(
+        _first(file),
+        file.fixed.judge,
+        file.fixed.speed,
+        indices=file.options["axes"]["image"],
+        remedy="add a labels.csv (file,label) or fix label = 0",
+        about={**(about or {}), "options": file.options},
+        **given,
+    )
     return sweep.plan(
-        Inputs(**loaded.given(file.fixed.judge, file.fixed.speed, about=told, **given)),
+        inputs,
         file.axes,
         exclude=file.options["exclude"],
         search=file.options["preset"],
@@ -181,63 +169,4 @@ def run(command: SweepCommand, argv: list[str]) -> int:
     )
     mesh = _devices.mesh(command.running.shard)
     grid = load_grid(read_grid(command.grid), about(argv), mesh=mesh)
-    return carry_out(grid, command.out or Path(command.grid.stem), command.running)
-
-
-def carry_out(grid, out: Path, running: Running) -> int:
-    """Run a grid with progress, a summary and the report; the exit code."""
-    from ggl_jax.audit import report
-
-    first = jax.process_index() == 0
-    if running.dry_run:
-        plan = {cell.id: cell.axes for cell in grid.cells}
-        folder.prepare(out, grid.config, plan, running.extend, dry=True)
-        done = folder.read(out).finished if (out / "plan.json").exists() else set()
-        return _dry_run(grid, done)
-    if first:
-        say(
-            f"{len(grid.cells):,} cells, {sum(c.evaluations for c in grid.cells):,} gradient "
-            f"evaluations. Results: {out}/"
-        )
-    with AuditBar() as bar:
-        result = run_cells(
-            grid.cells,
-            grid.inputs,
-            out,
-            config=grid.config,
-            extend=running.extend,
-            retry_failed=running.retry_failed,
-            progress=bar if first else None,
-        )
-    records = result.records
-    if first:
-        say(
-            f"{len(records.finished):,} cells finished, {len(records.failures):,} failed, "
-            f"{len(records.left):,} left."
-        )
-        for cell, reason in list(records.failures.items())[:5]:
-            say(f"  failed: {records.told(cell)}: {reason}")
-        if records.failures:
-            say("Try these again with --retry-failed.")
-        if records.rows:
-            page = report.write(report.make(records), records.folder)
-            say(f"Report: {page}")
-    if result.interrupted:
-        return stopped()
-    return 1 if records.failures else 0
-
-
-def _dry_run(grid, done) -> int:
-    left = [cell for cell in grid.cells if cell.id not in done]
-    say(
-        f"{len(grid.cells):,} cells ({len(grid.cells) - len(left):,} finished), "
-        f"{len({cell.program for cell in left}):,} programs to compile, "
-        f"{sum(cell.evaluations for cell in left):,} gradient evaluations."
-    )
-    broken = [cell for cell in grid.cells if cell.why]
-    for cell in broken[:5]:
-        shown = ", ".join(f"{k} {v}" for k, v in cell.axes.items())
-        say(f"  cannot run: {shown}: {cell.why}")
-    if len(broken) > 5:
-        say(f"  and {len(broken) - 5:,} more")
-    return 1 if broken else 0
+    return run_grid(grid, command.out or Path(command.grid.stem), command.running)

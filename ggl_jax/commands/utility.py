@@ -17,6 +17,7 @@ from ggl_jax.commands._shared import (
     load_model,
     say,
     stopped,
+    write_report,
 )
 from ggl_jax.errors import GGLError
 from ggl_jax.priors import load_prior
@@ -117,5 +118,5 @@ def run(command: UtilityCommand, argv: list[str]) -> int:
     if command.folder is not None and out == command.folder:
         records = folders.read(out)
         if records.rows:
-            say(f"Report: {report.write(report.make(records), out)}")
+            write_report(records)
     return stopped() if found.interrupted else 0
