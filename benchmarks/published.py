@@ -407,56 +407,43 @@ def compare(
     return theirs, ours(our_attack(attack, model, prior, steps), case, steps, params)
 
 
-def main(argv=None) -> None:
-    """Run the benchmark, print its table and write its JSON."""
-    parser = argparse.ArgumentParser(
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    found = argparse.ArgumentParser(
         prog="python -m benchmarks.published", description=(__doc__ or "").split("\n\n")[0]
     )
-    parser.add_argument("--code", type=Path, help="folder that holds the published checkouts")
-    parser.add_argument("--data", type=Path, required=True, help=".npz with images")
-    parser.add_argument("--attacks", nargs="+", choices=list(STEPS), default=["idlg", "ig", "ggl"])
-    parser.add_argument("--steps", type=int, help=f"evaluations; by default {STEPS}")
-    parser.add_argument(
+    found.add_argument("--code", type=Path, help="folder that holds the published checkouts")
+    found.add_argument("--data", type=Path, required=True, help=".npz with images")
+    found.add_argument("--attacks", nargs="+", choices=list(STEPS), default=["idlg", "ig", "ggl"])
+    found.add_argument("--steps", type=int, help=f"evaluations; by default {STEPS}")
+    found.add_argument(
         "--images",
         nargs="+",
         type=int,
         default=[2344, 614, 46],
         help="indices; by default three of those that the shipped prior was not trained on",
     )
-    parser.add_argument("--label", type=int, default=1, help="of all images")
-    parser.add_argument("--seed", type=int, default=0, help="of the weights and the start")
-    parser.add_argument("--out", type=Path, help="results file; by default named for the device")
-    options = parser.parse_args(argv)
-    with np.load(options.data) as archive:
-        images = archive["images"][options.images].astype(np.float32) / 255
-    console, rows = Console(), []
-    for attack in options.attacks:
-        steps = options.steps or STEPS[attack]
-        for index, image in zip(options.images, images, strict=True):
-            sides = compare(
-                attack,
-                image,
-                steps=steps,
-                code=options.code,
-                label=options.label,
-                seed=options.seed,
-            )
-            for side, found in zip(("published", "ours"), sides, strict=True):
-                quarter = slice(steps // 4 - 1, None, max(1, steps // 4))
-                rows.append(
-                    {
-                        "attack": attack,
-                        "image": index,
-                        "side": side,
-                        "evaluations": len(found.losses),
-                        "seconds": found.seconds,
-                        "lowest_loss": float(found.losses.min()),
-                        "psnr": psnr(found.image, image),
-                        "losses_by_quarter": found.losses[quarter].tolist(),
-                        "psnrs_by_quarter": found.psnrs[quarter].tolist(),
-                    }
-                )
-                console.log(f"{attack} {index} {side}: {rows[-1]['psnr']:.2f} dB")
+    found.add_argument("--label", type=int, default=1, help="of all images")
+    found.add_argument("--seed", type=int, default=0, help="of the weights and the start")
+    found.add_argument("--out", type=Path, help="results file; by default named for the device")
+    return found
+
+
+def row_of(found: Outcome, image: np.ndarray, steps: int) -> dict[str, Any]:
+    """One side's result as the results file has it."""
+    quarter = slice(steps // 4 - 1, None, max(1, steps // 4))
+    return {
+        "evaluations": len(found.losses),
+        "seconds": found.seconds,
+        "lowest_loss": float(found.losses.min()),
+        "psnr": psnr(found.image, image),
+        "losses_by_quarter": found.losses[quarter].tolist(),
+        "psnrs_by_quarter": found.psnrs[quarter].tolist(),
+    }
+
+
+def show(rows: list[dict[str, Any]], console: Console) -> dict[str, float]:
+    """Print the table, and each attack's mean gap in dB, ours minus the published."""
     table = Table("attack", "image", "side", "evaluations", "seconds", "lowest loss", "PSNR, dB")
     for row in rows:
         table.add_row(
@@ -467,13 +454,32 @@ def main(argv=None) -> None:
         )
     console.print(table)
     gaps = {}
-    for attack in options.attacks:
-        mean = {
-            side: np.mean([r["psnr"] for r in rows if (r["attack"], r["side"]) == (attack, side)])
+    for attack in dict.fromkeys(row["attack"] for row in rows):
+        theirs, ours = (
+            np.mean([r["psnr"] for r in rows if (r["attack"], r["side"]) == (attack, side)])
             for side in ("published", "ours")
-        }
-        gaps[attack] = float(mean["ours"] - mean["published"])
+        )
+        gaps[attack] = float(ours - theirs)
         console.print(f"{attack}: ours {gaps[attack]:+.2f} dB beside the published, mean")
+    return gaps
+
+
+def main(argv=None) -> None:
+    """Run the benchmark, print its table and write its JSON."""
+    options, console = parser().parse_args(argv), Console()
+    with np.load(options.data) as archive:
+        images = archive["images"][options.images].astype(np.float32) / 255
+    known = {name: getattr(options, name) for name in ("code", "label", "seed")}
+    rows = []
+    for attack in options.attacks:
+        steps = options.steps or STEPS[attack]
+        for index, image in zip(options.images, images, strict=True):
+            sides = compare(attack, image, steps=steps, **known)
+            for side, found in zip(("published", "ours"), sides, strict=True):
+                what = {"attack": attack, "image": index, "side": side}
+                rows.append(what | row_of(found, image, steps))
+                console.log(f"{attack} {index} {side}: {rows[-1]['psnr']:.2f} dB")
+    gaps = show(rows, console)
     import torch
 
     device = jax.devices()[0].device_kind

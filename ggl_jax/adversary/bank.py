@@ -67,7 +67,7 @@ class Bank(NamedTuple):
         arrays: of each of them :attr:`Held.shapes`, [n ...], bfloat16.
         kernels: of each of them <g_i, g_j>, [n n] float32; None of a bank for a single update,
             where :func:`products` works them out.
-        sq_norms: [n t], of every tensor; of those that are held only with the kernels.
+        sq_norms: [n t], of the tensors that are not held; of the others products tell them.
     """
 
     images: np.ndarray
@@ -108,7 +108,7 @@ def make_bank(
     prepared = _prepared(model, variables)
     # As bits: NumPy copies types that it does not know entry by entry.
     bits = [[np.empty((num, *shape), np.uint16) for shape in one.shapes] for one in held]
-    norms = np.empty((num, len(jax.tree.leaves(variables["params"]))), np.float32)
+    norms = np.zeros((num, len(jax.tree.leaves(variables["params"]))), np.float32)
     at_once = _at_once()
     labels = np.full((at_once, 1), label, np.int32)
     tell = progress or (lambda share: None)
@@ -136,7 +136,6 @@ def make_bank(
     kernels = []
     for one, own in zip(held, arrays, strict=True):
         kernels.append(_kernel(one, own))
-        norms[:, one.leaf] = np.diagonal(kernels[-1])
         tell(_SAMPLING + (1 - _SAMPLING) * len(kernels) / len(held))
     return Bank(images, held, arrays, kernels, norms)
 

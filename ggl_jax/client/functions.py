@@ -195,20 +195,8 @@ def from_function_model(
     if not callable(apply):
         raise GGLError(f"{what}: apply is {type(apply).__name__}, allowed: apply(params, images)")
     name = name or getattr(apply, "__name__", type(apply).__name__).strip("<>")
-    flat, treedef = jax.tree_util.tree_flatten_with_path(params)
-    paths = [tuple(trees.names_of_path(path)) or ("params",) for path, _ in flat]
-    leaves = [leaf for _, leaf in flat]
-    for path, leaf in zip(paths, leaves, strict=True):
-        array = hasattr(leaf, "dtype") and hasattr(leaf, "shape")
-        if not array or not jnp.issubdtype(leaf.dtype, jnp.floating):
-            raise GGLError(
-                f"{what}: params: {'/'.join(path)} is {getattr(leaf, 'dtype', type(leaf).__name__)}"
-                ", allowed: float arrays; of Equinox, split them off: "
-                "eqx.partition(model, eqx.is_inexact_array)"
-            )
-    if not leaves:
-        raise GGLError(f"{what}: params holds no array, allowed: a pytree of float arrays")
-    leaves = [jnp.asarray(leaf) for leaf in leaves]
+    paths, leaves = _parameters(what, params)
+    treedef: Any = jax.tree.structure(params)
 
     def called(leaves, state, images):
         own = jax.tree.unflatten(treedef, leaves)
@@ -225,18 +213,11 @@ def from_function_model(
             f"{what}: {name} gave {seen} for 2 images, allowed: logits [2 k], or a pair of those "
             "and the features [2 d]; of several outputs, return one"
         )
+    if explicit and head is None:
+        raise GGLError(f"{what}: {name} gives features, so name the last layer: head=...")
     if explicit:
-        if head is None:
-            raise GGLError(f"{what}: {name} gives features, so name the last layer: head=...")
-        kernel = _find_kernel(head, paths, leaves)
-        # A square matrix is taken as [d k].
-        transposed = tuple(leaves[kernel].shape) != (found[1].shape[-1], outputs.shape[1])
-        beside = [
-            i
-            for i, leaf in enumerate(leaves)
-            if paths[i][:-1] == paths[kernel][:-1] and leaf.shape == (outputs.shape[1],)
-        ]
-        bias = beside[0] if len(paths[kernel]) > 1 and len(beside) == 1 else None
+        sizes = found[1].shape[-1], outputs.shape[1]
+        kernel, bias, transposed = _named_layer(head, paths, leaves, sizes)
     else:
         kernel, bias, transposed = _last_layer(what, name, called, leaves, state, two, head, paths)
     places, layer = _head_places(paths, kernel, bias, transposed)
@@ -279,6 +260,36 @@ def from_function_model(
         name=name,
         loss=loss,
     )
+
+
+def _parameters(what: str, params: PyTree) -> tuple[list[Path], list[jax.Array]]:
+    """The parameters' paths, and they themselves, in order."""
+    flat, _ = jax.tree_util.tree_flatten_with_path(params)
+    paths = [tuple(trees.names_of_path(path)) or ("params",) for path, _ in flat]
+    for path, (_, leaf) in zip(paths, flat, strict=True):
+        array = hasattr(leaf, "dtype") and hasattr(leaf, "shape")
+        if not array or not jnp.issubdtype(leaf.dtype, jnp.floating):
+            raise GGLError(
+                f"{what}: params: {'/'.join(path)} is {getattr(leaf, 'dtype', type(leaf).__name__)}"
+                ", allowed: float arrays; of Equinox, split them off: "
+                "eqx.partition(model, eqx.is_inexact_array)"
+            )
+    if not flat:
+        raise GGLError(f"{what}: params holds no array, allowed: a pytree of float arrays")
+    return paths, [jnp.asarray(leaf) for _, leaf in flat]
+
+
+def _named_layer(
+    head: Any, paths: list[Path], leaves: list, sizes: tuple[int, int]
+) -> tuple[int, int | None, bool]:
+    """Kernel, bias and layout of the layer that ``head`` names; a square one is taken as [d k]."""
+    kernel = _find_kernel(head, paths, leaves)
+    layer = paths[kernel][:-1]
+    beside = [
+        i for i, leaf in enumerate(leaves) if paths[i][:-1] == layer and leaf.shape == sizes[1:]
+    ]
+    bias = beside[0] if layer and len(beside) == 1 else None
+    return kernel, bias, tuple(leaves[kernel].shape) != sizes
 
 
 def _last_layer(

@@ -8,7 +8,8 @@ The whole cost of an attack is here. Two methods agree:
   inputs and output cotangents what the distance needs (:mod:`.fused`, :mod:`.layers`).
 """
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -35,6 +36,74 @@ from ggl_jax.types import Factored, Loss, Model, Products, PyTree, View
 CPU_CHUNK_BYTES = 2**28
 #: The same where the backend does not tell how much memory it has.
 OTHER_CHUNK_BYTES = 2**32
+
+
+class _Pair(NamedTuple):
+    """The observed update, and how a candidate's own comes about and is compared with it."""
+
+    model: Model
+    variables: PyTree
+    observed: PyTree
+    view: View | None
+    estimated: PyTree | None
+    distance: Distance
+    exact_below: float
+    client: Client
+    method: str
+
+    @property
+    def plain(self) -> bool:
+        """Whether the client shares a gradient."""
+        return shares_gradient(self.client)
+
+    @property
+    def factored(self) -> Factored | None:
+        """The defense's simulation in factored form; None where it has none."""
+        if self.view is None:
+            return Factored()
+        return None if self.view.factor is None else self.view.factor(self.estimated)
+
+    def linear(self) -> bool:
+        """Whether the mean of the clients' defended updates is that of one batch, masked."""
+        own = self.factored
+        return self.client.clients == 1 or (own is not None and own.scale is None)
+
+    def simulate(self, update: PyTree) -> PyTree:
+        """What the defense makes of a candidate's update."""
+        return update if self.view is None else self.view.simulate(self.estimated, update)
+
+    def fusible(self, program: Program) -> bool:
+        """Whether losses of this traced model can be had without each candidate's gradient."""
+        return self.method != "direct" and self.plain and self.linear() and bool(program.sites)
+
+    def losses(self, program: Program) -> Callable:
+        """``losses_of(images[n b h w c], labels[n b (k)]) -> [n]``."""
+        known = self.model, self.variables, self.observed
+        options: dict[str, Any] = {"simulate": self.simulate, "distance": self.distance}
+        if self.fusible(program):
+            options |= {"factored": self.factored, "exact_below": self.exact_below}
+            return fused_losses(program, *known[1:], **options)
+        if self.method == "fused" and not self.linear():
+            raise GGLError(
+                f"method: 'fused' cannot serve the mean of {self.client.clients} updates that a "
+                "defense changed one by one; use 'auto'"
+            )
+        if self.method == "fused":
+            raise GGLError(
+                f"method: 'fused' finds no layer to tap in {self.model.name}: no convolution or "
+                "matrix product has a parameter as its kernel that is used only there; use 'auto'"
+            )
+        return direct_losses(*known, client=self.client, **options)
+
+    def differences(self, program: Program, size: int) -> tuple[Callable, Factored | None]:
+        """Candidates' differences from the observed update, and the form they are scaled by."""
+        known = self.variables, self.observed
+        options: dict[str, Any] = {"simulate": self.simulate, "size": size}
+        own, of = None, None
+        if self.fusible(program):
+            own = self.factored
+            of = differences_of(program, *known, factored=own, **options)
+        return of or direct_differences(self.model, *known, client=self.client, **options), own
 
 
 def matching_loss(
@@ -115,66 +184,19 @@ def matching_loss(
         Paper, section 3. Per-candidate norms from inputs and cotangents: Goodfellow (2015),
         "Efficient per-example gradient computations"; for convolutions Rochette et al. (2019).
     """
-    distance = resolve_distance(distance)
     client, speed = checked(client or Client()), checked(speed or Speed())
-    plain, method = shares_gradient(client), speed.method
-    precision = None if speed.precision == "default" else speed.precision
     if not exact_below >= 0:
         raise GGLError(f"exact_below: got {exact_below!r}, allowed: numbers >= 0")
     _check_update(observed, variables["params"])
-    if method == "fused" and not plain:
+    known = (model, variables, observed, view, estimated, resolve_distance(distance), exact_below)
+    pair = _Pair(*known, client, speed.method)
+    if pair.method == "fused" and not pair.plain:
         raise GGLError(
             f"method: 'fused' needs local_steps=1 of sgd, got {client.local_steps} of "
             f"{client.local_optimizer}; use 'auto'"
         )
-
-    def simulate(update):
-        return update if view is None else view.simulate(estimated, update)
-
-    def factored():
-        if view is None:
-            return Factored()
-        return None if view.factor is None else view.factor(estimated)
-
-    def linear():
-        """Whether the mean of the clients' defended updates is that of one batch, masked."""
-        own = factored()
-        return client.clients == 1 or (own is not None and own.scale is None)
-
+    precision = None if speed.precision == "default" else speed.precision
     apart = _apart(model, client.clients)
-
-    def fusible(program: Program) -> bool:
-        return method != "direct" and plain and linear() and bool(program.sites)
-
-    def losses_for(program: Program):
-        if fusible(program):
-            return fused_losses(
-                program,
-                variables,
-                observed,
-                simulate=simulate,
-                factored=factored(),
-                distance=distance,
-                exact_below=exact_below,
-            )
-        if method == "fused" and not linear():
-            raise GGLError(
-                f"method: 'fused' cannot serve the mean of {client.clients} updates that a defense "
-                "changed one by one; use 'auto'"
-            )
-        if method == "fused":
-            raise GGLError(
-                f"method: 'fused' finds no layer to tap in {model.name}: no convolution or matrix "
-                f"product has a parameter as its kernel that is used only there; use 'auto'"
-            )
-        return direct_losses(
-            model,
-            variables,
-            observed,
-            simulate=simulate,
-            distance=distance,
-            client=client,
-        )
 
     def prepare(images: jax.Array, labels: jax.Array) -> tuple[jax.Array, Program, int]:
         """Labels for each candidate, the traced model, and how many candidates run at once."""
@@ -188,14 +210,14 @@ def matching_loss(
         if labels.ndim == shared:
             labels = jnp.broadcast_to(labels, (images.shape[0], *labels.shape))
         program = trace(apart, variables, jax.ShapeDtypeStruct(images.shape[1:], images.dtype))
-        kept = 0 if plain else _kept(client, variables["params"])
+        kept = 0 if pair.plain else _kept(client, variables["params"])
         size = speed.chunk_size or _chunk_size(program, images.dtype.itemsize, speed, kept)
         return labels, program, size
 
     def loss(images: jax.Array, labels: jax.Array) -> jax.Array:
         with jax.default_matmul_precision(precision):
             labels, program, size = prepare(images, labels)
-            losses_of = losses_for(program)
+            losses_of = pair.losses(program)
             if images.shape[0] > size:
                 # Or the residuals of all chunks would be kept for the backward pass.
                 losses_of = jax.checkpoint(losses_of)
@@ -206,12 +228,8 @@ def matching_loss(
         images, labels = (x.reshape(-1, *x.shape[2:]) for x in (images, labels))
         with jax.default_matmul_precision(precision):
             labels, program, size = prepare(images, labels)
-            own, of = None, None
-            options: dict[str, Any] = {"simulate": simulate, "size": size}
-            if fusible(program):
-                own = factored()
-                of = differences_of(program, variables, observed, factored=own, **options)
-            of = of or direct_differences(model, variables, observed, client=client, **options)
+            of, own = pair.differences(program, size)
+            distance = pair.distance
             return residual_products(of(images, labels), observed, distance, own, restarts)
 
     return Loss(loss, products)
