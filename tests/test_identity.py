@@ -107,8 +107,6 @@ def test_a_python_audit_is_reported_and_checked(finished, capsys):
     (cell,) = {row["cell"] for row in result.rows[:1]}
     kept = out / f"cells/{cell}.json"
     content = kept.read_text()
-    kept.write_text(content.replace('"fitted"', '"denoised"'))  # as earlier versions had it
-    assert folders.read(out).rows == result.rows
     kept.unlink()
     assert run(["check", str(out), "--max-psnr-over-control", "99"]) == 2
     kept.write_text(content)

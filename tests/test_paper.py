@@ -18,7 +18,7 @@ from ggl_jax.adversary.attacks import ATTACKS
 from ggl_jax.audit import metrics, paper
 from ggl_jax.audit import run as cell_runs
 from ggl_jax.audit.controls import Controls, write_controls
-from ggl_jax.audit.run import AuditResult
+from ggl_jax.audit.folder import Records
 from ggl_jax.cli import run
 from ggl_jax.client import models
 from ggl_jax.commands import landscape
@@ -207,10 +207,13 @@ def row(psnr, image="a", **more):
 
 
 def table_of(experiment, results, *, lpips="vgg", num_images=2, controls=None):
-    runs = {one: AuditResult(rows, [], {}, {}) for one, rows in results.items()}
     text = paper.markdown(
         experiment,
-        runs,
+        [
+            {**found, "axes": {"search": one.name}, "seed": one.seed}
+            for one, rows in results.items()
+            for found in rows
+        ],
         controls or {},
         num_images=num_images,
         lpips=lpips,
@@ -306,12 +309,15 @@ def test_table2_has_the_deviation_over_seeds():
     assert cells["none", "Adam"][1].endswith("(2.4433 ± 1.3565)")
 
 
-def test_controls_are_scored_by_the_papers_metrics(tiny_model, tiny_variables, tiny_prior):
+def test_controls_are_scored_by_the_papers_metrics(
+    tiny_model, tiny_variables, tiny_prior, tmp_path
+):
     params = tiny_prior.init(jax.random.key(1))
     private = np.full((8, 8, 3), 0.25, np.float32)
     grey, ceiling = private + 0.1, private + 0.05
     known = Controls({}, private, grey, ceiling, 1)
-    result = AuditResult([], [], {"a": known}, {"a": private, "not yet": private})
+    write_controls(tmp_path / "a.npz", known, private)
+    result = Records(tmp_path, {}, {}, [{"image": "a", "controls": "a.npz"}] * 2, {})
     public = Public(tiny_model, tiny_variables, tiny_prior, params)
     found = paper.control_scores(result, public, jax.random.key(0), lpips="vgg", num=7)
     samples, mean, fit = found.values()

@@ -663,7 +663,7 @@ def test_a_grid_file_names_models_and_weights(tmp_path):
         ("[fixed]\nnum_controls = '3'", "num_controls: got '3'"),
         ("[fixed]\nseed = 1", r"seed is an axis; write seed = \[...\]"),
         ("[fixed]\nindices = '0:2'", "write image = "),
-        ("[fixed]\nout = 'x'", "no option 'out'"),
+        ("[fixed]\nout = 'x'", "out: no such option"),
         ("[fixed]\nsteps = 1\n[axes]\nsteps = [1]", "fixed and an axis"),
         ("[axes]\nsteps = [1.5]", "steps: got 1.5"),
         ("[axes]\nsupport = ['all']", "support"),

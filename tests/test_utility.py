@@ -358,7 +358,7 @@ def test_interrupted_resumed_and_refused(toy, tmp_path):
     path = tmp_path / "utility.jsonl"
     kept = path.read_text()
     path.write_text(kept + '{"defense": "cl')  # never written in part by us
-    with pytest.raises(gx.GGLError, match=r"utility\.jsonl is damaged; move it away"):
+    with pytest.raises(gx.GGLError, match=r"utility\.jsonl is damaged .*; move it away"):
         utility.measure(**toy, defenses=defenses, out=tmp_path)
     path.write_text(kept)
     calls.clear()

@@ -114,14 +114,9 @@ class Normal(NamedTuple):
         flat = np.asarray(images, np.float64).reshape(len(images), -1)
         mean = flat.mean(axis=0)
         factor = (flat - mean) / math.sqrt(len(flat))
-        # The smaller of the two Gram matrices.
-        dual = len(flat) < flat.shape[1]
-        values, vectors = np.linalg.eigh(factor @ factor.T if dual else factor.T @ factor)
-        chosen = np.flatnonzero(values > 1e-9 * values[-1])[::-1][:directions]
-        own = vectors[:, chosen].T
-        if dual:
-            own = own @ factor / np.sqrt(values[chosen])[:, None]
-        return cls(mean, factor, own, values[chosen])
+        _, scales, own = np.linalg.svd(factor, full_matrices=False)
+        chosen = np.flatnonzero(scales**2 > 1e-9 * scales[0] ** 2)[:directions]
+        return cls(mean, factor, own[chosen], scales[chosen] ** 2)
 
     def draw(self, rng: np.random.Generator, num: int) -> np.ndarray:
         """Images [num p]; they are not clipped."""

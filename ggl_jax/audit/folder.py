@@ -51,10 +51,6 @@ class Records(NamedTuple):
         known = self.finished | set(self.failures)
         return [cell for cell in self.cells if cell not in known]
 
-    def told(self, cell: str) -> str:
-        """A cell's values on the axes, in words."""
-        return told(self.cells[cell])
-
     def image(self, row: Mapping[str, Any]) -> np.ndarray:
         """A row's reconstruction [h w c], float32 in [0, 1], exactly as it was found.
 
@@ -67,7 +63,7 @@ class Records(NamedTuple):
             return np.load(path, allow_pickle=False)[row["part"]]
 
 
-def told(axes: Mapping[str, Any]) -> str:
+def in_words(axes: Mapping[str, Any]) -> str:
     """A cell's values on the axes, in words."""
     return ", ".join(f"{name} {value}" for name, value in axes.items() if name != "evaluations")
 
@@ -89,10 +85,7 @@ def read(folder: str | Path) -> Records:
         path = folder / f"cells/{cell}.json"
         if path.exists():
             content = files.read_json(path, f"{folder} is damaged; remove the file")
-            for row in content.get("rows", ()):
-                if "denoised" in row:  # as "fitted" was once called
-                    row["fitted"] = row.pop("denoised")
-                rows.append(row)
+            rows += content.get("rows", ())
             if "failed" in content:
                 failures[cell] = content["failed"]
     return Records(folder, config, plan["cells"], rows, failures)

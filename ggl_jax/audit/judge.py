@@ -44,6 +44,27 @@ def in_order(found: Reconstruction, images: ArrayLike) -> Reconstruction:
     return found._replace(images=found.images[order], labels=found.labels[order])
 
 
+def searched(found: Reconstruction) -> dict[str, Any]:
+    """What the server itself knows of its search, see :func:`jsonable`."""
+    known = {
+        "defense_estimated": client_defenses.summary(found.estimated),
+        **{name: found.search[name] for name in _SEARCHED},
+        # of the regression before the search, from the bank alone; None where there was none
+        "predicted_rmse": found.search.get("predicted_rmse"),
+        "evaluations": found.evaluations,
+        "search_seconds": found.seconds,
+        "status": STATUS_MESSAGES[found.status],
+        "ok": found.status == OK,
+        # of the best restart, where the result is the mean image of all
+        "loss": found.loss,
+        "distance": found.distance,
+        "loss_curve": _curve(found.history),
+    }
+    # of attack strongest: which attack's result it is, and how far each one's update was off
+    several = [name for name in ("won", "mismatches") if name in found.search]
+    return known | {name: found.search[name] for name in several}
+
+
 def judge(
     found: Reconstruction,
     images: ArrayLike,
@@ -77,21 +98,8 @@ def judge(
     whole: dict[str, Any] = {
         # Of the whole batch, as multisets: an update does not tell the images' order.
         "label_accuracy": metrics.label_accuracy(jnp.asarray(found.labels), labels),
-        "defense_estimated": client_defenses.summary(found.estimated),
-        **{name: found.search[name] for name in _SEARCHED},
-        # of the regression before the search, from the bank alone; None where there was none
-        "predicted_rmse": found.search.get("predicted_rmse"),
-        "evaluations": found.evaluations,
-        "search_seconds": found.seconds,
-        "status": STATUS_MESSAGES[found.status],
-        "ok": found.status == OK,
-        # of the best restart, where the result is the mean image of all
-        "loss": found.loss,
-        "distance": found.distance,
-        "loss_curve": _curve(found.history),
+        **searched(found),
     }
-    # of attack strongest: which attack's result it is, and how far each one's update was off
-    whole |= {name: found.search[name] for name in ("won", "mismatches") if name in found.search}
     if record is not None:
         whole["defense_true"] = client_defenses.summary(record)
         whole["estimation_error"] = estimation.compare(record, found.estimated)

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from ggl_jax.audit import tables, utility
 from ggl_jax.audit.folder import Records
-from ggl_jax.audit.tables import Column, Leakage, escape, score_text
+from ggl_jax.audit.tables import WORDS, Column, Leakage, escape, score_text
 
 #: Accuracies that differ by no more than this share count as equal: two points, about two standard
 #: errors of one of 90 % on 1,000 test images.
@@ -90,22 +90,12 @@ _UTILITY = (
     Column("Note on ε", _of_row(lambda row: escape(row["epsilon_note"])), True),
 )
 
-_CHOSEN = (
-    "Where several attacks were run, each image has the one whose result's own update, put through "
-    "the estimated defense, came nearest to the observed one; the private image chose none."
-)
-
 
 def rule(ranked: Sequence[Point]) -> str:
     """How the table is sorted, in words."""
     if not any(point.kept is not None for point in ranked):
-        return "Sorted by gain, the least leak first; accuracies were not measured."
-    return (
-        "Sorted by leak at equal utility: a setting keeps the accuracy if its test accuracy is at "
-        f"most {100 * EQUAL_UTILITY:g} points below the undefended model's; those that do come "
-        "first, the least gain first, then the others in the same order. So the first setting of a "
-        "defense that keeps the accuracy is its best at equal utility."
-    )
+        return WORDS["sorted_by_gain"]
+    return WORDS["sorted_by_utility"].format(points=100 * EQUAL_UTILITY)
 
 
 def text(ranked: Sequence[Point], found: utility.Utility | None) -> str:
@@ -128,7 +118,7 @@ def text(ranked: Sequence[Point], found: utility.Utility | None) -> str:
         if len(audited[0].images) > 1:
             legend += f", mean of {len(audited[0].images):,} images with a 95 % interval"
         legend += "; an image is identified if it is the nearest of all suspects, by pixels."
-        words += [rule(ranked), legend, *([_CHOSEN] if several else [])]
+        words += [rule(ranked), legend, *([WORDS["chosen_attack"]] if several else [])]
     if found is not None:
         undefended = found.row_of("none")
         words += utility.warnings(found)

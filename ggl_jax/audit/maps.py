@@ -109,15 +109,6 @@ def _texts(name: str, values: Sequence[Any]) -> dict[Any, str]:
     return dict(zip(values, texts, strict=True))
 
 
-#: What the tables and figures of maps show.
-LEGEND = (
-    "PSNR above the best blind guess, dB, with its 95 % interval over images (Student's t), and "
-    "the number of images, under the attack that got furthest in each square. In brackets: the "
-    "interval reaches 0 or less, so that no leak is shown. Images of one update are not "
-    "independent, so for large batches intervals are too narrow."
-)
-
-
 def silent(square: Leakage) -> bool:
     """Whether no leak is shown: the interval reaches 0, or there is none and the mean is below."""
     return not square.means["gain"].end(low=True) > 0

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
-from scipy import special
+from scipy import linalg, special
 
 from ggl_jax import files
 from ggl_jax.audit import weights
@@ -97,19 +97,15 @@ def ssim(reconstruction: jax.Array, original: jax.Array) -> jax.Array:
     window = np.exp(-0.5 * (np.arange(-radius, radius + 1) / sigma) ** 2)
     window /= window.sum()
 
-    def bands(length):
-        """The window at each place where it fits: [length - 2 * radius, length]."""
-        rows = [np.pad(window, (i, length - len(window) - i)) for i in range(length - 2 * radius)]
-        return jnp.asarray(np.stack(rows), jnp.float32)
-
+    # The window at each place where it fits: [length - 2 * radius, length].
+    bands = [linalg.convolution_matrix(window, n, "valid").astype(np.float32) for n in shape[-3:-1]]
     # The variances do not feel a shift; centring keeps their float32 subtraction accurate.
     x = jnp.broadcast_to(reconstruction, shape) - 0.5
     y = jnp.broadcast_to(original, shape) - 0.5
     # Matrix products at the highest precision: a convolution may run in TF32.
     mean_x, mean_y, square_x, square_y, product = jnp.einsum(
         "ph,qw,...hwc->...pqc",
-        bands(shape[-3]),
-        bands(shape[-2]),
+        *bands,
         jnp.stack([x, y, x * x, y * y, x * y]),
         precision=jax.lax.Precision.HIGHEST,
     )

@@ -25,8 +25,9 @@ import numpy as np
 from ggl_jax import files
 from ggl_jax.adversary.attacks import search_of
 from ggl_jax.audit import metrics, tables
+from ggl_jax.audit.controls import read_controls
+from ggl_jax.audit.folder import Records
 from ggl_jax.audit.judge import jsonable
-from ggl_jax.audit.run import AuditResult
 from ggl_jax.audit.tables import Column
 from ggl_jax.client.defenses import in_code
 from ggl_jax.priors.decoding import decode_each
@@ -385,12 +386,12 @@ EXPERIMENTS: dict[str, type[Experiment]] = {kind.__name__.lower(): kind for kind
 
 
 def control_scores(
-    result: AuditResult, public: Public, key: jax.Array, *, lpips: str, num: int = 64
+    records: Records, public: Public, key: jax.Array, *, lpips: str, num: int = 64
 ) -> dict[str, list[dict[str, float]]]:
     """What could be had without an update, by the paper's metrics: controls, then images, as rows.
 
     Args:
-        result: of any of the experiment's audits, for the images and their controls.
+        records: of the experiment; of each image, the controls that its first row names.
         public: the federated model, its variables, and the generator.
         key: typed key of the random samples.
         lpips: backbone.
@@ -408,10 +409,8 @@ def control_scores(
         }
         return scores if perceptual is None else scores | {"lpips": perceptual(images, same)}
 
-    for number, (name, original) in enumerate(result.originals.items()):
-        known = result.controls.get(name)
-        if known is None:  # interrupted before this image
-            continue
+    for number, path in enumerate(_kept(records).values()):
+        known, original = read_controls(path)
         latents = prior.sample_latent(jax.random.fold_in(key, number), num)
         against = functools.partial(score, original=jnp.asarray(original))
         drawn = decode_each(prior, public.prior_params, latents, known.label, against)
@@ -422,8 +421,8 @@ def control_scores(
             "the prior's ceiling": [fit],
         }
         for kind, scored in kinds.items():
-            row = jax.tree.map(lambda *each: float(np.concatenate(each).mean()), *scored)
-            found.setdefault(kind, []).append(row)
+            means = jax.tree.map(lambda *each: float(np.concatenate(each).mean()), *scored)
+            found.setdefault(kind, []).append(means)
     return found
 
 
@@ -442,7 +441,7 @@ def _cell(values: Sequence[float | None], decimals: int, spread: str) -> str:
 
 def markdown(
     experiment: Experiment,
-    results: Mapping[Run, AuditResult],
+    results: Sequence[Mapping[str, Any]],
     controls: Mapping[str, Sequence[Mapping[str, float]]],
     *,
     num_images: int,
@@ -454,7 +453,7 @@ def markdown(
 
     Args:
         experiment: one of :data:`EXPERIMENTS`.
-        results: what :func:`ggl_jax.audit` returned for each run, seeds in order.
+        results: rows of the runs' cells, on whose axis "search" their names are; seeds in order.
         controls: from :func:`control_scores`.
         num_images: how many images were asked for; rows of fewer say so.
         lpips: backbone of our LPIPS. The paper's values are VGG's and stand beside that alone.
@@ -479,26 +478,21 @@ def markdown(
             known = theirs.get(metric) if metric in compared else None
             yield f"{text} ({known.replace('±', ' ± ')})" if known else text
 
-    rows = [
-        row | {"gain": jsonable(gain(row)), "run": run}
-        for run, result in results.items()
-        for row in result.rows
-    ]
-    total = num_images * len({run.seed for run in results})
-    groups = tables.grouped(rows, lambda row: (row["defense"], row["run"].name))
+    rows = [{**row, "gain": jsonable(gain(row))} for row in results]
+    total = num_images * len({row["seed"] for row in rows})
+    groups = tables.grouped(rows, lambda row: (row["defense"], _search(row)))
     lines = []
-    names = dict.fromkeys(run.name for run in results)
+    names = dict.fromkeys(map(_search, rows))
     for defense, name in itertools.product(experiment.defenses, names):
         if own := groups.get((defense, name)):
-            by_seed = tables.grouped(own, lambda row: row["run"].seed).values()
+            by_seed = tables.grouped(own, lambda row: row["seed"]).values()
             label = name if len(own) == total else f"{name} ({len(own)} of {total})"
             theirs = published.get((name, defense), {})
             lines.append([defense, label, *cells(by_seed, experiment.spread, theirs)])
     spread = "" if experiment.spread == SEEDS_STD else experiment.spread  # controls have no seeds
     for label, scored in controls.items():
         lines.append(["*control*", f"*{label}*", *cells([scored], spread, {})])
-    first = next(iter(results.values()))
-    notes = sorted({row.get("lpips_note") or "" for row in first.rows} - {""})
+    notes = sorted({row.get("lpips_note") or "" for row in rows} - {""})
     words = [
         f"# {experiment.title} ({HALVES[experiment.half]} half, scale {experiment.scale}, "
         f"fidelity {experiment.fidelity})",
@@ -511,9 +505,19 @@ def markdown(
     return "\n\n".join([*words, tables.table(columns, lines), f"`{command}`", where]) + "\n"
 
 
-def draw(
-    experiment: Experiment, results: Mapping[Run, AuditResult], path: Path, *, max_images: int = 8
-) -> None:
+def _kept(records: Records) -> dict[str, Path]:
+    """The controls' file of each image's first row, where it is still there."""
+    found: dict[str, Path] = {}
+    for row in records.rows:
+        found.setdefault(row["image"], records.folder / row["controls"])
+    return {image: path for image, path in found.items() if path.exists()}
+
+
+def _search(row: Mapping[str, Any]) -> str:
+    return row["axes"]["search"]
+
+
+def draw(experiment: Experiment, records: Records, path: Path, *, max_images: int = 8) -> None:
     """Reconstructions: for each image one row a search, which begins with the private image.
 
     Columns are defenses or, where there are several, seeds. Below each picture stands its PSNR on
@@ -521,21 +525,19 @@ def draw(
     """
     from ggl_jax.audit import figures  # here and not above: it loads matplotlib
 
-    first = next(iter(results.values()))
-    names = dict.fromkeys(run.name for run in results)
-    seeds = sorted({run.seed for run in results})
+    names = dict.fromkeys(map(_search, records.rows))
+    seeds = sorted({row["seed"] for row in records.rows})
     columns = [(defense, seed) for defense in experiment.defenses for seed in seeds]
-    found = {
-        (row["image"], run.name, row["defense"], run.seed): (image, row["psnr_paper"])
-        for run, result in results.items()
-        for row, image in zip(result.rows, result.reconstructions, strict=True)
-    }
+    found = {(row["image"], _search(row), row["defense"], row["seed"]): row for row in records.rows}
     cells = []
-    originals = list(first.originals.items())[:max_images]
-    for (original, private), name in itertools.product(originals, names):
+    shown = list(_kept(records).items())[:max_images]
+    for (original, path_of), name in itertools.product(shown, names):
+        _, private = read_controls(path_of)
         cells.append((private, f"{original}\nprivate"))
         for defense, seed in columns:
-            image, psnr = found.get((original, name, defense, seed), (np.ones_like(private), None))
+            row = found.get((original, name, defense, seed))
+            image = np.ones_like(private) if row is None else records.image(row)
+            psnr = row and row["psnr_paper"]
             column = f"{defense}, seed {seed}" if len(seeds) > 1 else defense
             score = "" if psnr is None else f"{psnr:.2f} dB"
             cells.append((image, f"{name}\n{column}\n{score}"))

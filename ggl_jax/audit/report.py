@@ -21,9 +21,9 @@ from rich.table import Table
 from ggl_jax import files
 from ggl_jax.audit import figures, leaderboard, maps, tables, threat, utility
 from ggl_jax.audit.controls import read_controls
-from ggl_jax.audit.folder import Records
+from ggl_jax.audit.folder import Records, in_words
 from ggl_jax.audit.metrics import METRICS
-from ggl_jax.audit.tables import Column, Leakage, Mean, escape, mean_text, score_text
+from ggl_jax.audit.tables import WORDS, Column, Leakage, Mean, escape, mean_text, score_text
 from ggl_jax.errors import GGLError
 
 #: So much a report shows before it says that there is more in the folder.
@@ -172,10 +172,7 @@ def make(records: Records) -> Report:
     read_off = dict.fromkeys(("label", "identified_pixels", "identified_features"), False)
     add["What the server read off the update"] = [tables.score_table(groups, read_off)]
     if not any("identified_pixels" in group.means for group in groups):
-        add["What the server read off the update"].append(
-            "Whether the private image can be told among others (Identified) was not tested: the "
-            "data held no others."
-        )
+        add["What the server read off the update"].append(WORDS["no_suspects"])
     estimates = tables.parameters(records.rows)
     if estimates:
         add["What the server read off the update"].append(tables.table(_PARAMETERS, estimates))
@@ -188,7 +185,9 @@ def make(records: Records) -> Report:
     if records.failures:
         shown = list(records.failures.items())[:MAX_FAILURES]
         add[f"Failed cells ({len(shown)} of {len(records.failures)})"] = [
-            "\n".join(f"- {escape(records.told(cell))}: {escape(why)}" for cell, why in shown)
+            "\n".join(
+                f"- {escape(in_words(records.cells[cell]))}: {escape(why)}" for cell, why in shown
+            )
         ]
     command = " ".join(str(records.config.get("command", "from Python")).splitlines())
     add["Configuration and environment"] = [
@@ -212,10 +211,6 @@ def _leaks(report: Report, groups: Sequence[Leakage]) -> list[str]:
     shown = {"psnr": False, "control": False, "gain": True, "best": False, "ceiling": False}
     verdict = Column("Leak", lambda group: "**yes**" if group.leaked else "not shown", True)
     several = any(len(group.images) > 1 for group in groups)
-    interval = (
-        " Means are over images, seeds of one image averaged first, with a 95 % interval (Student's"
-        " t) in brackets, which ends where the score's own range does."
-    )
     chosen = tables.strongest(groups)
     told = "; ".join(
         f"{group.defense} {score_text(group, 'psnr')}, blind guess {score_text(group, 'control')}"
@@ -229,7 +224,7 @@ def _leaks(report: Report, groups: Sequence[Leakage]) -> list[str]:
         ),
     ]
     return [
-        tables.score_table(groups, shown, verdict) + (interval if several else ""),
+        tables.score_table(groups, shown, verdict) + several * f" {WORDS['interval']}",
         "\n".join(images),
     ]
 
@@ -246,9 +241,10 @@ def _bounds(groups: Sequence[Leakage]) -> list[str]:
             shown |= {name: True, bound: False}
     text = [tables.score_table(groups, shown | _BOUNDS)]
     text += [
-        f"**{escape(tables.scores()[name].heading)} beyond its bound** under "
-        f"{escape(tables.spoken(group.defense))}: these images are not those that the bound is of, "
-        "or the audit has a bug."
+        WORDS["beyond_bound"].format(
+            score=escape(tables.scores()[name].heading),
+            defense=escape(tables.spoken(group.defense)),
+        )
         for group in groups
         for name in tables.BOUNDED
         if tables.passed(group, name)
@@ -262,7 +258,7 @@ def _map(report: Report, drawn: Sequence[maps.Map]) -> list[str]:
     names = ", ".join(tables.spoken(one.defense) for one in shown)
     what = f"Gain by model and client, a panel for each of: {names}; the tables have its numbers"
     figure = report.draw("map", figures.leak_maps(shown), what)
-    return [figure, *map(maps.map_table, drawn), maps.LEGEND]
+    return [figure, *map(maps.map_table, drawn), WORDS["map"]]
 
 
 _PARAMETERS = (
@@ -345,13 +341,8 @@ def _db(value: float | None) -> str:
 def _utility(report: Report, records: Records) -> dict[str, list[str]]:
     found = utility.read(records.folder)
     if found is None:
-        command = f"ggl-jax utility {shlex.quote(str(records.folder))}"
-        return {
-            "Utility": [
-                f"Utility was not measured: {escape(command)} trains the model under each defense "
-                "and adds accuracy, epsilon and their figure (--data names its images)."
-            ]
-        }
+        folder = escape(shlex.quote(str(records.folder)))
+        return {"Utility": [WORDS["no_utility"].format(folder=folder)]}
     points = leaderboard.points(found, tables.by_fit(records.rows))
     parts = [leaderboard.text(points, found)]
     majority, undefended = 100 * found.config["majority"], found.row_of("none")
@@ -428,10 +419,6 @@ def comparison(a: Records, b: Records) -> Report:
     Raises:
         GGLError: as :func:`compare`.
     """
-    legend = (
-        "Gain: PSNR above the stronger blind guess, dB, mean over the images that both have, with "
-        "a 95 % interval. B - A is paired by image: an interval without zero is a difference."
-    )
     compared = compare(a, b)
     changed = files.differences(
         {k: a.config.get(k) for k in ("options", "inputs", "environment")},
@@ -441,7 +428,7 @@ def comparison(a: Records, b: Records) -> Report:
     return Report(
         f"{a.folder.resolve().name} (A) and {b.folder.resolve().name} (B)",
         {
-            "": [tables.table(_COMPARED, compared) + "\n\n" + legend],
+            "": [tables.table(_COMPARED, compared), WORDS["compared"]],
             "What differs in the configurations (A, then B)": [listed],
         },
         {},

@@ -148,7 +148,7 @@ def run(
             stack.enter_context(folders.lock(folder, f"lock-{process:04d}"))
         if scratch or process == 0:
             folders.prepare(folder, config or {}, plan, extend)
-        _meet("ggl_jax: the plan is written")
+        multihost_utils.sync_global_devices("ggl_jax: the plan is written")
         records = folders.read(folder)
         settled = records.finished | (set() if retry_failed else set(records.failures))
         todo = [cell.id for cell in cells if cell.id not in settled]
@@ -162,7 +162,7 @@ def run(
         except KeyboardInterrupt:
             interrupted = True
         else:
-            _meet("ggl_jax: the run is done")
+            multihost_utils.sync_global_devices("ggl_jax: the run is done")
         records = folders.read(folder)
         if process == 0:
             folders.export(records)
@@ -382,15 +382,8 @@ def _reason(error: BaseException) -> str:
     return text if isinstance(error, GGLError) else f"{type(error).__name__}: {text}"
 
 
-def _meet(what: str) -> None:
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(what)
-
-
 def _agree(cells: list[str]) -> None:
     """All processes have to run the same cells, or they would wait for each other for ever."""
-    if jax.process_count() == 1:
-        return
     number = np.asarray([int(digest(cells)[:7], 16), len(cells)], np.int32)
     try:
         multihost_utils.assert_equal(number)
@@ -527,25 +520,19 @@ def lay_out(
     return Grid(cells, inputs, config_of(cells, inputs, options) if kept else None)
 
 
-def result_of(records: folders.Records, inputs: Inputs, **axes: Any) -> AuditResult:
-    """What a folder holds of the cells with these values on their axes."""
-    rows = [row for row in records.rows if axes.items() <= row["axes"].items()]
-    kept = {row["image"]: records.folder / row["controls"] for row in rows}
-    return AuditResult(
-        rows=rows,
-        reconstructions=[records.image(row) for row in rows],
+def _result(found: RunResult, grid: Grid) -> AuditResult:
+    records, inputs = found.records, grid.inputs
+    kept = {row["image"]: records.folder / row["controls"] for row in records.rows}
+    result = AuditResult(
+        rows=records.rows,
+        reconstructions=[records.image(row) for row in records.rows],
         controls={name: read_controls(path)[0] for name, path in kept.items() if path.exists()},
         originals=dict(zip(inputs.names, inputs.images, strict=True)),
         failures={
             f"{records.cells[cell]['defense']}, {records.cells[cell]['image']}": reason
             for cell, reason in records.failures.items()
-            if axes.items() <= records.cells[cell].items()
         },
     )
-
-
-def _result(found: RunResult, grid: Grid) -> AuditResult:
-    result = result_of(found.records, grid.inputs)
     for row in [] if grid.config else result.rows:
         del row["reconstruction"], row["controls"]  # files that are gone
     if found.interrupted:

@@ -6,7 +6,9 @@ A table here is Markdown; :mod:`ggl_jax.audit.report` puts them together.
 import collections
 import math
 import re
+import tomllib
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -14,6 +16,9 @@ import numpy as np
 from ggl_jax.audit.metrics import METRICS, Metric, confidence_interval, described
 from ggl_jax.spec import varying
 from ggl_jax.types import NONFINITE, STATUS_MESSAGES
+
+#: Long sentences of reports, in which numbers and names are filled in.
+WORDS: dict[str, Any] = tomllib.loads((Path(__file__).parent / "words.toml").read_text("utf-8"))
 
 #: A reconstruction counts as leaking beyond the prior when it is nearer to the private image than
 #: the stronger blind guess by more than this, dB. Below it the two cannot be told apart by eye.
@@ -450,8 +455,7 @@ def sentences(groups: Sequence[Leakage]) -> list[str]:
     if silent:
         text.append(
             f"**{by}{'no' if by else 'No'} leak beyond the blind guess was shown** under "
-            f"{listed(silent)}. That is no proof of safety: a longer search or a better prior may "
-            "find more."
+            f"{listed(silent)}. {WORDS['no_proof']}"
         )
     missed = {group.defense for group in groups if group.means["label"].mean < 100.0}
     told = [group.defense for group in chosen if group.defense not in missed]

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from ggl_jax.adversary.attacks import ATTACKS
+from ggl_jax.audit.tables import WORDS
 from ggl_jax.spec import Client, Search
 from ggl_jax.types import Model, Prior
 
@@ -66,7 +67,7 @@ def threat_model(search: Search, client: Client, model: Model, prior: Prior) -> 
         f"the {update} of " + ("one image" if num == 1 else f"{num} images and their number"),
         f"the client's training ({', '.join(training)})" if training else "that it is a gradient",
         _statistics(client, model),
-        _labels(search),
+        WORDS["labels"][search.labels],
         "the kind of defense, whose parameters are estimated from the update"
         if search.adaptive
         else "nothing of the defense (not adaptive)",
@@ -98,14 +99,6 @@ def _statistics(client: Client, model: Model) -> str:
     if client.share_statistics:
         return "the batch's own BatchNorm statistics, which the client shares"
     return "of BatchNorm what the model holds, not the batch's statistics"
-
-
-def _labels(search: Search) -> str:
-    return {
-        "inferred": "labels as they are inferred from the update",
-        "smallest": "labels as they are inferred from the update, by the smallest sums",
-        "searched": "no labels, which are searched with the images",
-    }[search.labels]
 
 
 def declared(entries: Sequence[Mapping[str, Any]]) -> str:

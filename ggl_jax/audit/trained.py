@@ -94,7 +94,7 @@ def train_model(
             holds something else, or a training that diverges (checkpoints before it are kept).
     """
     settings = checked(settings or CheckpointSettings())
-    _check_order(settings.checkpoints)
+    training.check_rising("checkpoints", settings.checkpoints)
     local = {k: v for k, v in dataclasses.asdict(settings).items() if k.startswith("local_")}
     client = Client(**local)
     images, labels = admit(model, images, labels, variables)
@@ -191,12 +191,4 @@ def _check_finite(state: training.TrainingState) -> None:
         raise GGLError(
             f"learning_rate: the training diverged in round {int(state.diverged)}; lower it. "
             "Checkpoints before that are kept"
-        )
-
-
-def _check_order(checkpoints: tuple[int, ...]) -> None:
-    if not checkpoints or list(checkpoints) != sorted(set(checkpoints)):
-        raise GGLError(
-            f"checkpoints: got {' '.join(map(str, checkpoints)) or 'none'}, allowed: different "
-            "rounds in rising order"
         )

@@ -217,8 +217,7 @@ def train(
     Edge cases: stops before the given state give that state.
     """
     at_least(0, **{f"stops[{place}]": stop for place, stop in enumerate(stops)})
-    if not stops or list(stops) != sorted(set(stops)):
-        raise GGLError(f"stops: got {list(stops)}, allowed: different rounds in rising order")
+    check_rising("stops", stops)
     if len(images) != training.num_clients or len(labels) != training.num_clients:
         raise GGLError(
             f"images: got those of {len(images)} clients, allowed: num_clients="
@@ -243,6 +242,13 @@ def train(
                 total = add(total, *own)
             state = serve(state, total)
         yield state
+
+
+def check_rising(name: str, rounds: Sequence[int]) -> None:
+    """Refuse rounds that are none, twice the same or not in order, by their name."""
+    if not rounds or list(rounds) != sorted(set(rounds)):
+        shown = " ".join(map(str, rounds)) or "none"
+        raise GGLError(f"{name}: got {shown}, allowed: different rounds in rising order")
 
 
 def accuracy(model: Model, variables: PyTree, images: jax.Array, labels: jax.Array) -> float:

@@ -24,7 +24,7 @@ from ggl_jax.audit.judge import jsonable
 from ggl_jax.audit.run import Progress
 from ggl_jax.client import defenses as client_defenses
 from ggl_jax.client.defenses.transformations import as_defense
-from ggl_jax.errors import GGLError
+from ggl_jax.errors import GGLError, explaining
 from ggl_jax.gate.defenses import check_defense
 from ggl_jax.spec import Client, Count, Positive, Proper, checked
 from ggl_jax.types import Defense, Model, PyTree
@@ -328,11 +328,9 @@ def _chosen(lines: Sequence[dict[str, Any]], num_rates: int) -> list[dict[str, A
 
 def _read_lines(folder: Path) -> list[dict[str, Any]]:
     path = folder / ROWS
-    try:
-        lines = path.read_text().splitlines() if path.exists() else []
+    lines = path.read_text().splitlines() if path.exists() else []
+    with explaining(f"out: {path} is damaged", "move it away", ValueError):
         return [json.loads(line) for line in lines]
-    except ValueError:
-        raise GGLError(f"out: {path} is damaged; move it away") from None
 
 
 def read(folder: str | Path) -> Utility | None:
@@ -450,37 +448,18 @@ def warnings(found: Utility) -> list[str]:
     spread = math.sqrt(majority * (1 - majority) / found.config["num_test"])
     if control["accuracy"] > majority + 2 * spread:
         return []
-    return [
-        "Even the undefended model is not better than naming the commonest class (within two "
-        "standard errors), so these accuracies do not tell the defenses apart: train for more "
-        "rounds, or with another learning rate or model."
-    ]
+    return [tables.WORDS["learnt_nothing"]]
 
 
 def legend(found: Utility) -> str:
     """What accuracy and epsilon mean here, in a few sentences."""
-    config, chosen, falling = found.config, "", ""
+    config, times = found.config, "one run"
     runs = {len(row.get("accuracies", [0])) for row in found.rows} or {1}
-    times = "one run"
     if max(runs) > 1:
         number = " to ".join(str(n) for n in dict.fromkeys((min(runs), max(runs))))
         times = f"mean of {number} runs with a 95 % interval (Student's t)"
-    if "schedule" in config["options"]:  # a folder from before was trained at a constant one
-        falling = ", the step size falling to 0 along a cosine"
+    words = [tables.WORDS["utility"].format(**config, times=times)]
     if chooses(config):
         rates = ", ".join(f"{rate:g}" for rate in config["options"]["learning_rate"])
-        chosen = (
-            f" Each defense has that learning rate of {rates} whose accuracy on "
-            f"{config['num_validation']:,} further images, held out of training, too, was best; "
-            "that choice costs privacy, which epsilon does not count."
-        )
-    return (
-        f"Accuracy on {config['num_test']:,} images held out of training, after "
-        f"{config['rounds']:,} rounds of federated SGD of {config['model']}: "
-        f"{config['clients']} clients, each with a batch of {config['batch_size']} in each round, "
-        f"defended by each client{falling}; {times}. Epsilon at delta {config['delta']:g}: of the "
-        "Gaussian mechanism, for all that one client shares in all rounds, with the server seeing "
-        "each client's update; neighbours differ in whether the client's update is there or zero "
-        "(add or remove), or in what it is (replace). Without a clip before Gaussian noise there "
-        f"is none.{chosen}"
-    )
+        words.append(tables.WORDS["chosen_rate"].format(rates=rates, **config))
+    return " ".join(words)

@@ -7,9 +7,20 @@ from typing import Literal
 import tyro
 
 from ggl_jax.adversary.attacks import PRESETS, search_of
-from ggl_jax.spec import Search
+from ggl_jax.spec import Client, Judge, Search, Setup, Speed
 
 Preset = Literal["quick", "standard", "paper", "code"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    """What determines a result, and how fast it comes."""
+
+    setup: Setup = dataclasses.field(default_factory=Setup)
+    client: Client = dataclasses.field(default_factory=Client)
+    search: Search = dataclasses.field(default_factory=Search)
+    judge: Judge = dataclasses.field(default_factory=Judge)
+    speed: Speed = dataclasses.field(default_factory=Speed)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,7 +6,7 @@ import os
 import platform
 import shlex
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from ggl_jax import machine
 from ggl_jax.audit import data as audit_data
 from ggl_jax.audit import folder
 from ggl_jax.audit.cells import Inputs
-from ggl_jax.audit.run import Grid, RunResult, run
+from ggl_jax.audit.run import Grid, run
 from ggl_jax.client.models import get_model
 from ggl_jax.client.updates import read_variables
 from ggl_jax.commands._options import Running
@@ -40,11 +40,6 @@ def stopped() -> int:
     """The exit code of a command that Ctrl-C ended, once that is said."""
     say("Interrupted. What is finished is kept; the same command goes on from here.")
     return 130
-
-
-def code_of(done: RunResult) -> int:
-    """The exit code of a run: 0, 1 where cells failed, or as :func:`stopped`."""
-    return stopped() if done.interrupted else int(bool(done.failures))
 
 
 def command_of(argv: list[str]) -> str:
@@ -223,31 +218,22 @@ def _left(seconds: float) -> str:
     return f"about {seconds:.0f} s left" if seconds < 90 else f"about {seconds / 60:.0f} min left"
 
 
-class AuditBar:
+class AuditBar(Progress):
     """Live progress on a terminal; elsewhere a line for each change of phase, and each minute."""
 
     def __init__(self):
-        self.live = console.is_terminal
-        self.last, self.printed = "", 0.0
-        self.starts: dict[int, float] = {}
-        self.bar = Progress(
+        super().__init__(
             TextColumn("{task.description}", markup=False),
             BarColumn(),
             TextColumn("{task.fields[shown]}", markup=False),
             TimeElapsedColumn(),
             TextColumn("{task.fields[left]}"),
             console=console,
-            disable=not self.live,
+            disable=not console.is_terminal,
         )
-
-    def __enter__(self):
-        self.bar.__enter__()
-        self.task = self.bar.add_task("starting", total=1.0, shown="", left="")
-        self.began = time.perf_counter()
-        return self
-
-    def __exit__(self, *error):
-        self.bar.__exit__(*error)
+        self.task = self.add_task("starting", total=1.0, shown="", left="")
+        self.last, self.printed, self.began = "", 0.0, time.perf_counter()
+        self.starts: dict[int, float] = {}
 
     def __call__(self, phase, number, total, fraction, loss):
         text = f"[{number + 1}/{total}] {phase}"
@@ -265,8 +251,8 @@ class AuditBar:
             left = _left(left / (number - others[0]))
         elif done > 0:
             left = _left(seconds * (1 - done) / done)
-        if self.live:
-            self.bar.update(self.task, description=text, completed=done, shown=shown, left=left)
+        if not self.disable:
+            self.update(self.task, description=text, completed=done, shown=shown, left=left)
             return
         parts = [text]
         if text == self.last:
@@ -280,16 +266,6 @@ class AuditBar:
 # --- runs ---------------------------------------------------------------------------------------
 
 
-def run_grid(grid: Grid, out: Path, running: Running, *, shown: bool = False) -> int:
-    """Run a grid and write its report, which ``shown`` prints, too; the exit code."""
-    if running.dry_run:
-        return dry_run(grid, out, running)
-    done = carry_out(grid, out, running)
-    if jax.process_index() == 0 and done.rows:
-        write_report(done.records, shown=shown)
-    return code_of(done)
-
-
 def dry_run(grid: Grid, out: Path, running: Running) -> int:
     """Say what a run would be; the exit code is 1 where some cells cannot run."""
     plan = {cell.id: cell.axes for cell in grid.cells}
@@ -301,35 +277,18 @@ def dry_run(grid: Grid, out: Path, running: Running) -> int:
         f"{len({cell.program for cell in left}):,} programs to compile, "
         f"{sum(cell.evaluations for cell in left):,} gradient evaluations."
     )
-    broken = [f"cannot run: {folder.told(c.axes)}: {c.why}" for c in grid.cells if c.why]
+    broken = [f"cannot run: {folder.in_words(c.axes)}: {c.why}" for c in grid.cells if c.why]
     _say_first(broken)
     return int(bool(broken))
-
-
-def carry_out(grid: Grid, out: Path, running: Running) -> RunResult:
-    """Run a grid with progress, and say how far it came."""
-    first, evaluations = jax.process_index() == 0, sum(cell.evaluations for cell in grid.cells)
-    if first:
-        num = f"{len(grid.cells):,} cells, {evaluations:,} gradient evaluations"
-        say(f"{num}. Results: {out}/")
-    with AuditBar() as bar:
-        done = run(
-            grid,
-            out,
-            extend=running.extend,
-            retry_failed=running.retry_failed,
-            progress=bar if first else None,
-        )
-    if first:
-        tell(done.records)
-    return done
 
 
 def tell(records: folder.Records, most: int = 5) -> None:
     """Say how far a run is, and the first cells that failed."""
     done, failed, left = (len(x) for x in (records.finished, records.failures, records.left))
     say(f"{len(records.cells):,} cells: {done:,} done, {failed:,} failed, {left:,} left.")
-    lines = [f"failed: {records.told(cell)}: {why}" for cell, why in records.failures.items()]
+    lines = [
+        f"failed: {folder.in_words(records.cells[c])}: {why}" for c, why in records.failures.items()
+    ]
     _say_first(lines, most)
 
 
@@ -349,3 +308,33 @@ def write_report(records: folder.Records, out: Path | None = None, *, shown: boo
     if shown:
         console.print(report.terminal(found))
     say(f"Report: {page} and {page.with_suffix('.md')}")
+
+
+def run_grid(
+    grid: Grid,
+    out: Path,
+    running: Running,
+    report: Callable[[folder.Records], None] = write_report,
+) -> int:
+    """Run a grid with progress, say how far it came, and report what is there; the exit code."""
+    if running.dry_run:
+        return dry_run(grid, out, running)
+    first, evaluations = jax.process_index() == 0, sum(cell.evaluations for cell in grid.cells)
+    if first:
+        num = f"{len(grid.cells):,} cells, {evaluations:,} gradient evaluations"
+        say(f"{num}. Results: {out}/")
+    with AuditBar() as bar:
+        done = run(
+            grid,
+            out,
+            extend=running.extend,
+            retry_failed=running.retry_failed,
+            progress=bar if first else None,
+        )
+    if first:
+        tell(done.records)
+    if first and done.failures:
+        say("Try these again with --retry-failed.")
+    if first and done.rows:
+        report(done.records)
+    return stopped() if done.interrupted else int(bool(done.failures))

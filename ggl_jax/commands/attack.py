@@ -12,13 +12,13 @@ import tyro
 
 from ggl_jax import checkpoint, files, trees
 from ggl_jax.adversary.attacks import members
-from ggl_jax.adversary.reconstruct import Reconstruction, expectations, prepare, reconstruct
+from ggl_jax.adversary.reconstruct import expectations, prepare, reconstruct
 from ggl_jax.adversary.scale import Scale, read_scale
 from ggl_jax.audit import data, metrics
 from ggl_jax.audit.controls import prior_controls
-from ggl_jax.audit.judge import jsonable, judge
+from ggl_jax.audit.judge import jsonable, judge, searched
 from ggl_jax.client import updates
-from ggl_jax.client.defenses import parse, summary
+from ggl_jax.client.defenses import parse
 from ggl_jax.commands import _devices
 from ggl_jax.commands._options import Preset, choice_of
 from ggl_jax.commands._shared import AuditBar, about, console, determining, say
@@ -26,7 +26,7 @@ from ggl_jax.errors import GGLError
 from ggl_jax.gate.models import check_values
 from ggl_jax.priors import load_prior
 from ggl_jax.spec import Client, Count, Number, Positive, Search, Seed, Speed, replace
-from ggl_jax.types import STATUS_MESSAGES, Public, Shared
+from ggl_jax.types import Public, Shared
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,7 +155,10 @@ def run(command: AttackCommand, argv: list[str]) -> int:
             progress=lambda phase, fraction, loss: bar(phase, 0, 1, fraction, loss),
         )
     content = {
-        **_told(found, part),
+        **searched(found),
+        "labels": found.labels.tolist(),
+        "shared": list(part),
+        "squared_norm": sum(float((leaf.astype(float) ** 2).sum()) for leaf in part.values()),
         "labels_known": known,
         "defense": defense.name,
         "attack": search.attack,
@@ -169,7 +172,7 @@ def run(command: AttackCommand, argv: list[str]) -> int:
     if original is not None:
         content["judged"] = _judge(command, found, original, public)
         _write(command, content)
-    for line in _lines(command, content, _distance_line(found, search, content["squared_norm"])):
+    for line in _lines(command, content, search):
         console.print(line, markup=False)
     say(f"Pictures and numbers: {command.out}/")
     return 0
@@ -188,22 +191,7 @@ def _check(command: AttackCommand) -> None:
         raise GGLError("image: judged for one image only; use --batch-size 1, or ggl-jax audit")
 
 
-def _told(found: Reconstruction, part: dict[str, Any]) -> dict[str, Any]:
-    """What ``result.json`` tells of the search and of the tensors that it had."""
-    return {
-        "labels": found.labels.tolist(),
-        "defense_estimated": summary(found.estimated),
-        "shared": list(part),
-        "squared_norm": sum(float((leaf.astype(float) ** 2).sum()) for leaf in part.values()),
-        "loss": found.loss,
-        "distance": found.distance,
-        "evaluations": found.evaluations,
-        "status": STATUS_MESSAGES[found.status],
-        "loss_history": [float(f"{loss:.5g}") for loss in found.history],
-    }
-
-
-def _lines(command: AttackCommand, content: dict[str, Any], distance: str) -> Iterator[str]:
+def _lines(command: AttackCommand, content: dict[str, Any], search: Search) -> Iterator[str]:
     """What the terminal shows of ``result.json``."""
     scale, scores = content["scale"], content.get("judged")
     if command.loss_scale == "auto":
@@ -213,7 +201,14 @@ def _lines(command: AttackCommand, content: dict[str, Any], distance: str) -> It
         f"{content['labels']}. Defense as estimated: "
         f"{content['defense_estimated'] or 'no parameters'}."
     )
-    yield distance
+    distance = f"Distance of updates {content['distance']:.4g}"
+    if search.distance == "likelihood" and not content["refined"]:
+        yield f"{distance}, minus the logarithm of the likelihood."
+    elif search.relative or content["refined"]:
+        yield f"{distance}, where an update of zero has 1."
+    else:
+        norm = content["squared_norm"]
+        yield f"{distance} ({search.distance}), where the update's squared norm is {norm:.4g}."
     if scores is None:
         yield "Whether it shows the private image cannot be told without it (--image)."
     else:
@@ -289,18 +284,6 @@ def _scaled(command: AttackCommand, key, public, part) -> tuple[dict, dict[str, 
         "profiled": auto and found.source != "the last layer",
     }
     return {name: tensor / factor for name, tensor in part.items()}, scale, notes
-
-
-def _distance_line(found, search: Search, norm: float) -> str:
-    """How near the result's update came, in the unit that its search compared in."""
-    if search.distance == "likelihood" and not found.search["refined"]:
-        return f"Distance of updates {found.distance:.4g}, minus the logarithm of the likelihood."
-    if search.relative or found.search["refined"]:
-        return f"Distance of updates {found.distance:.4g}, where an update of zero has 1."
-    return (
-        f"Distance of updates {found.distance:.4g} ({search.distance}), where the update's squared "
-        f"norm is {norm:.4g}."
-    )
 
 
 def _write(command: AttackCommand, content: dict) -> None:

@@ -1,7 +1,7 @@
 """``ggl-jax audit``: reconstruct private images from their defended gradients."""
 
 import dataclasses
-import json
+import functools
 from pathlib import Path
 
 from ggl_jax import files
@@ -9,10 +9,10 @@ from ggl_jax.audit.run import lay_out
 from ggl_jax.audit.tables import counted
 from ggl_jax.client.defenses import in_code, parse
 from ggl_jax.commands import _devices
-from ggl_jax.commands._options import Preset, Running, choice_of
-from ggl_jax.commands._shared import about, determining, load_inputs, run_grid, say
+from ggl_jax.commands._options import Parts, Preset, Running, choice_of
+from ggl_jax.commands._shared import about, determining, load_inputs, run_grid, say, write_report
 from ggl_jax.errors import GGLError
-from ggl_jax.spec import Client, Judge, Search, Setup, Speed, flat, replace
+from ggl_jax.spec import flat, replace
 
 DEFENSES = ("none", "noise:0.1", "clip:4", "sparsify:0.9", "soteria:0.8", "clip:4+noise:0.1")
 #: What each preset sets besides the search. Presets differ in effort, never in what is measured.
@@ -25,7 +25,7 @@ PRESETS: dict[str, dict] = {
 
 
 @dataclasses.dataclass(frozen=True)
-class AuditCommand:
+class AuditCommand(Parts):
     """Audit defenses: reconstruct private images from their defended gradients.
 
     A client shares the (defended) gradient of its private image with a federated-learning server.
@@ -50,11 +50,6 @@ class AuditCommand:
     one after the other. noise: standard deviation; clip: l2 bound; sparsify and soteria: share
     pruned. The published code's forms: clip:4,layerwise=False, sparsify:0.9,percentile=True,
     soteria:0.8,representation=False."""
-    setup: Setup = dataclasses.field(default_factory=Setup)
-    client: Client = dataclasses.field(default_factory=Client)
-    search: Search = dataclasses.field(default_factory=Search)
-    judge: Judge = dataclasses.field(default_factory=Judge)
-    speed: Speed = dataclasses.field(default_factory=Speed)
     running: Running = dataclasses.field(default_factory=Running)
     out: Path | None = None
     """Folder for the results; by default ggl-audit-<fingerprint of the options> here."""
@@ -79,14 +74,16 @@ def defaults(argv: list[str]) -> AuditCommand:
 
 
 def read_config(path: Path) -> AuditCommand:
-    try:
-        options = json.loads(path.read_text())["options"]
-        known = flat(AuditCommand())
-        return replace(AuditCommand(), **{k: v for k, v in options.items() if k in known})
-    except FileNotFoundError:
-        raise GGLError(f"config: {path} does not exist; give a run's config.json") from None
-    except (json.JSONDecodeError, KeyError, TypeError, AttributeError, UnicodeDecodeError):
-        raise GGLError(f"config: {path} is not a config.json of ggl-jax audit") from None
+    """The options of an earlier run.
+
+    Raises:
+        GGLError: it is no ``config.json`` of an audit.
+    """
+    what, known = f"config: {path} is no config.json of ggl-jax audit", flat(AuditCommand())
+    options = files.read_json(path, what).get("options")
+    if not isinstance(options, dict):
+        raise GGLError(f"{what}; it has no options")
+    return replace(AuditCommand(), **{k: v for k, v in options.items() if k in known})
 
 
 def run(command: AuditCommand, argv: list[str]) -> int:
@@ -109,4 +106,4 @@ def run(command: AuditCommand, argv: list[str]) -> int:
         f"{command.search.attack}."
     )
     out = command.out or Path(f"ggl-audit-{files.digest(options, inputs.digests)[:8]}")
-    return run_grid(grid, out, command.running, shown=True)
+    return run_grid(grid, out, command.running, functools.partial(write_report, shown=True))

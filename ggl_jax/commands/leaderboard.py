@@ -9,7 +9,7 @@ from ggl_jax.audit import folder, leaderboard, utility
 from ggl_jax.client.defenses import DEFENSES, STRENGTHS
 from ggl_jax.commands import _devices, sweep
 from ggl_jax.commands import utility as utility_command
-from ggl_jax.commands._options import Choice, Preset, Running
+from ggl_jax.commands._options import Choice, Parts, Preset, Running
 from ggl_jax.commands._shared import about, check_number, console, load_labelled, run_grid, say
 from ggl_jax.spec import Count, Judge, Positive, Setup, Speed, flat
 
@@ -70,7 +70,7 @@ def settings(defenses: tuple[str, ...], model: str = "") -> list[str]:
 def grid_of(command: LeaderboardCommand) -> sweep.GridFile:
     """The sweep behind a leaderboard."""
     given = flat(command.setup) | flat(command.judge) | flat(command.speed)
-    usual = flat(sweep.Fixed())
+    usual = flat(Parts())
     own_attack = Choice(command.preset).search.attack
     table: dict[str, Any] = {
         "preset": command.preset,

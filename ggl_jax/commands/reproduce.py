@@ -14,17 +14,16 @@ from ggl_jax import files
 from ggl_jax.audit import paper
 from ggl_jax.audit import run as cell_runs
 from ggl_jax.audit.cells import Cells, image_batches
+from ggl_jax.audit.folder import Records
 from ggl_jax.commands import _devices, landscape
 from ggl_jax.commands._options import Running
 from ggl_jax.commands._shared import (
     about,
-    carry_out,
     check_number,
-    code_of,
     console,
     determining,
-    dry_run,
     load_inputs,
+    run_grid,
     say,
 )
 from ggl_jax.errors import GGLError, check_known
@@ -98,19 +97,14 @@ def run(command: ReproduceCommand, argv: list[str]) -> int:
         f"{experiment.title}: {len(runs)} searches, {len(experiment.defenses)} defenses, "
         f"{len(given.images)} images, scale {chosen.scale}."
     )
-    if chosen.running.dry_run:
-        return dry_run(grid, chosen.out, chosen.running)
-    done = carry_out(grid, chosen.out, chosen.running)
     wanted = {cell.id for cell in cells}
-    ours = done.records._replace(rows=[r for r in done.records.rows if r["cell"] in wanted])
-    results = {
-        one: result
-        for one in runs
-        if (result := cell_runs.result_of(ours, given, search=one.name, seed=one.seed)).rows
-    }
-    if results:
-        _write(chosen, experiment, results, given, card["name"])
-    return code_of(done)
+
+    def write(records: Records) -> None:
+        ours = records._replace(rows=[row for row in records.rows if row["cell"] in wanted])
+        if ours.rows:
+            _write(chosen, experiment, ours, given, card["name"])
+
+    return run_grid(grid, chosen.out, chosen.running, write)
 
 
 def _resolve(command: ReproduceCommand) -> ReproduceCommand:
@@ -158,12 +152,12 @@ def _landscape(command: Any, search: Search, argv: list[str]) -> int:
     return landscape.run(options, argv)
 
 
-def _write(chosen: Any, experiment: Any, results: Any, given: Any, prior: str) -> None:
+def _write(chosen: Any, experiment: Any, ours: Any, given: Any, prior: str) -> None:
     """The table and the pictures of what is there."""
     key, told = jax.random.key(chosen.seed), given.about
     env = told["environment"]
     controls = paper.control_scores(
-        next(iter(results.values())),
+        ours,
         given.public(chosen.seed),
         # folded away from the streams of the images' indices
         jax.random.fold_in(key, 2**31 - 4),
@@ -171,7 +165,7 @@ def _write(chosen: Any, experiment: Any, results: Any, given: Any, prior: str) -
     )
     text = paper.markdown(
         experiment,
-        results,
+        ours.rows,
         controls,
         num_images=chosen.images,
         lpips=chosen.judge.lpips,
@@ -183,7 +177,7 @@ def _write(chosen: Any, experiment: Any, results: Any, given: Any, prior: str) -
         ),
     )
     files.write_text(chosen.out / "table.md", text)
-    paper.draw(experiment, results, chosen.out / "figure.png")
+    paper.draw(experiment, ours, chosen.out / "figure.png")
     console.print(Markdown(text))
     say(f"Table: {chosen.out}/table.md; pictures: {chosen.out}/figure.png")
 

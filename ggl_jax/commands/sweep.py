@@ -7,14 +7,15 @@ from typing import Any, NamedTuple
 
 import tyro
 
+from ggl_jax import errors
 from ggl_jax.audit import sweep
 from ggl_jax.audit.run import Grid
 from ggl_jax.audit.sweep import check_axes, expand
 from ggl_jax.commands import _devices
-from ggl_jax.commands._options import Preset, Running
+from ggl_jax.commands._options import Parts, Preset, Running
 from ggl_jax.commands._shared import about, load_inputs, run_grid
-from ggl_jax.errors import GGLError, did_you_mean
-from ggl_jax.spec import Client, Judge, Search, Setup, Speed, check, options_of, replace
+from ggl_jax.errors import GGLError
+from ggl_jax.spec import Search, Setup, check, options_of, replace
 
 _TABLES = ("preset", "fixed", "axes", "exclude")
 
@@ -45,29 +46,19 @@ class SweepCommand:
     """Join the processes that JAX finds itself (SLURM, Kubernetes, TPU pods)."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Fixed:
-    """What a grid fixes besides its search."""
-
-    setup: Setup = dataclasses.field(default_factory=Setup)
-    client: Client = dataclasses.field(default_factory=Client)
-    judge: Judge = dataclasses.field(default_factory=Judge)
-    speed: Speed = dataclasses.field(default_factory=Speed)
-
-
 class GridFile(NamedTuple):
     """A grid as read from its file.
 
     Attributes:
         options: all of it as plain values, for ``config.json``: ``preset``, ``fixed``, ``axes``
             (with the images, as ``--indices``) and ``exclude``.
-        fixed: what it fixes besides the search.
+        fixed: what it fixes; of the search, without its preset.
         search: the options of the search that it fixes.
         axes: name -> values, without the images.
     """
 
     options: dict[str, Any]
-    fixed: Fixed
+    fixed: Parts
     search: dict[str, Any]
     axes: dict[str, list]
 
@@ -78,12 +69,9 @@ def read_grid(path: Path) -> GridFile:
     Raises:
         GGLError: no such file, not TOML, or as :func:`grid_of`.
     """
-    try:
+    what = f"grid: {path} does not exist, is no file or not TOML"
+    with errors.explaining(what, "give a .toml file", (OSError, ValueError)):
         table = tomllib.loads(path.read_text())
-    except (FileNotFoundError, IsADirectoryError):
-        raise GGLError(f"grid: {path} does not exist or is no file; give a .toml file") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise GGLError(f"grid: {path} is not TOML: {error}") from None
     unknown = [name for name in table if name not in _TABLES]
     if unknown:
         raise GGLError(f"grid: {path} has {unknown[0]!r}; allowed: {', '.join(_TABLES)}")
@@ -107,23 +95,18 @@ def grid_of(table: dict[str, Any]) -> GridFile:
         images = ",".join(str(i) for i in images)
     if not isinstance(images, str | int):
         raise GGLError(f"grid: axis image is {images!r}, allowed: a list of numbers, or '0:8'")
-    of_search = options_of(Search)
-    hints = options_of(Fixed) | of_search
-    for name, value in fixed.items():
+    for name in fixed:
         if name in axes:
             raise GGLError(f"grid: {name} is fixed and an axis; choose one")
         if name in ("defense", "defenses", "image", "indices", "seed"):
             axis = name.removesuffix("s") if name != "indices" else "image"
             raise GGLError(f"grid: [fixed]: {name} is an axis; write {axis} = [...] under [axes]")
-        if name not in hints:
-            hint = did_you_mean(name, hints, after=" ")
-            raise GGLError(f"grid: [fixed] has no option {name!r}; {hint}see ggl-jax audit --help")
-        check(f"grid: [fixed]: {name}", value, hints[name])
+    with errors.about("grid: [fixed]"):
+        parts = replace(Parts(), **fixed)
     check_axes(axes)
     shown = {"preset": preset, "fixed": fixed, "axes": {**axes, "image": str(images)}}
-    own = {k: v for k, v in fixed.items() if k not in of_search}
-    search = {k: v for k, v in fixed.items() if k in of_search}
-    return GridFile({**shown, "exclude": exclude}, replace(Fixed(), **own), search, axes)
+    search = {name: value for name, value in fixed.items() if name in options_of(Search)}
+    return GridFile({**shown, "exclude": exclude}, parts, search, axes)
 
 
 def load_grid(file: GridFile, about: dict[str, Any] | None = None, **given: Any) -> Grid:

@@ -3,40 +3,29 @@
 import dataclasses
 from pathlib import Path
 
-from ggl_jax import checkpoint
 from ggl_jax.commands._shared import command_of, say
-from ggl_jax.commands.train_prior import trained, weighted
+from ggl_jax.commands.train_prior import Trained, trained, weighted
 from ggl_jax.priors import denoiser, load_prior
 
 
 @dataclasses.dataclass(frozen=True)
-class TrainDenoiserCommand:
+class TrainDenoiserCommand(Trained):
     """Train a denoiser beside a prior, on your own public images.
 
     Attack map then knows what images look like between the pixels, too. Ctrl-C saves, and the same
     command goes on from there.
     """
 
-    data: tuple[str, ...]
-    """Training files, as for ggl-jax train-prior, of the prior's image size."""
     prior: str = "dcgan32_faces"
     """Prior to put it beside, as for ggl-jax audit; a denoiser that it has is replaced."""
     out: Path = Path("denoiser")
     """Folder for checkpoints."""
-    trained_on: tuple[str, ...] = ()
-    """Names of the data sets behind the files, such as celeba lfw: an audit refuses private images
-    from them."""
-    export: Path | None = None
-    """Write prior and denoiser (weights and card) to this folder when done, for --prior; not while
-    it does worse than no denoising."""
     config: denoiser.Config = dataclasses.field(default_factory=denoiser.Config)
 
 
 def run(command: TrainDenoiserCommand, argv: list[str]) -> int:
     """``ggl-jax train-denoiser``."""
-    files = weighted(command.data)
-    if command.export is not None:
-        checkpoint.check_free(command.export)  # rather than after hours
+    files = weighted(command)
     own, params, card = load_prior(command.prior)
     prior = denoiser.with_denoiser(own)
     config = command.config

@@ -13,35 +13,44 @@ from ggl_jax.priors.wgan_gp import Config
 
 
 @dataclasses.dataclass(frozen=True)
-class TrainPriorCommand:
+class Trained:
+    """What the trainings of a prior and of its denoiser are told."""
+
+    data: tuple[str, ...]
+    """Training files: .npz with uint8 images [n h w 3] (of a new prior 32x32, and, for
+    --conditional, labels [n]). FILE*2 is drawn twice as often."""
+    trained_on: tuple[str, ...] = ()
+    """Names of the data sets behind the files, such as celeba lfw: an audit refuses private images
+    from them."""
+    export: Path | None = None
+    """Write the prior (weights and card) to this folder when done, for --prior; a denoiser's not
+    while it does worse than no denoising."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainPriorCommand(Trained):
     """Train a face generator (DCGAN with WGAN-GP) on your own public images.
 
     Writes checkpoints, loss curves and sample grids as it goes; Ctrl-C saves, and the same command
     goes on from there.
     """
 
-    data: tuple[str, ...]
-    """Training files: .npz with uint8 images [n 32 32 3] and, for --conditional, labels [n].
-    FILE*2 is drawn twice as often."""
     out: Path = Path("prior")
     """Folder for checkpoints, losses.csv, losses.png and sample grids."""
-    trained_on: tuple[str, ...] = ()
-    """Names of the data sets behind the files, such as celeba lfw: an audit refuses private images
-    from them."""
     licence_note: str = "see the licences of the training data"
     """What the card says about using the weights."""
     conditional: bool = False
     """Train a class-conditional generator: it learns the files' labels, and attacks give it the
     class that they inferred."""
-    export: Path | None = None
-    """Write the trained prior (weights and card) to this folder when done, for --prior."""
     config: Config = dataclasses.field(default_factory=Config)
 
 
-def weighted(data: tuple[str, ...]) -> list[tuple[str, float]]:
-    """Files and weights, from FILE or FILE*WEIGHT."""
+def weighted(command: Trained) -> list[tuple[str, float]]:
+    """Files and weights, from FILE or FILE*WEIGHT, once it is known that the export is free."""
+    if command.export is not None:
+        checkpoint.check_free(command.export)  # rather than after hours
     files = []
-    for entry in data:
+    for entry in command.data:
         path, _, weight = entry.partition("*")
         try:
             files.append((path, float(weight or 1)))
@@ -68,10 +77,7 @@ def run(command: TrainPriorCommand, argv: list[str]) -> int:
     """``ggl-jax train-prior``."""
     from ggl_jax.priors import training
 
-    files = weighted(command.data)
-    if command.export is not None:
-        checkpoint.check_free(command.export)  # rather than after hours
-    config = command.config
+    files, config = weighted(command), command.config
     if command.conditional and config.num_classes is None:
         config = dataclasses.replace(config, num_classes=training.count_classes(files))
 
