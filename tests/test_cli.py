@@ -108,6 +108,12 @@ def test_audit_writes_everything(audit, tmp_path, capsys):
     one_error_line(capsys, "out", "seed: 0 -> 5")
 
 
+def test_a_dry_run_of_an_audit_leaves_nothing(audit, tmp_path, capsys):
+    assert audit("--defenses", "none", "clip:4", "--dry-run") == 0
+    assert "2 cells (0 finished), 2 programs to compile, 32 gradient" in capsys.readouterr().out
+    assert not (tmp_path / "out").exists()
+
+
 def test_default_search_goes_through_its_stages(prior_folder, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "cache"))
     out = tmp_path / "out"

@@ -492,6 +492,7 @@ def test_unusable_commands_say_so_in_one_line(inputs, tmp_path, capsys):
     assert "seeds: got 0" in refused("table2", *inputs, "--seeds", "0")
     assert "but" in refused("table1", *inputs, "--images", "4")
     assert "one image" in refused("figure9", *inputs, "--images", "2")
+    assert "dry_run" in refused("figure9", *inputs, "--dry-run")
     # the others need labels
     assert "no labels" in refused("figure6", "--data", "embedded:nonfaces")
 

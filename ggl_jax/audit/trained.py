@@ -22,9 +22,7 @@ from ggl_jax.audit import training
 from ggl_jax.audit.cells import MODEL_STREAM, admit
 from ggl_jax.audit.run import Progress
 from ggl_jax.audit.utility import TRAINING_STREAM, asked_for, majority_accuracy, split
-from ggl_jax.client import defenses as client_defenses
 from ggl_jax.errors import GGLError
-from ggl_jax.gate.defenses import check_defense
 from ggl_jax.spec import Client, Count, Number, Positive, checked
 from ggl_jax.types import Defense, Model, PyTree
 
@@ -99,9 +97,7 @@ def train_model(
     client = Client(**local)
     images, labels = admit(model, images, labels, variables)
     train_at, test_at, _ = split(len(images), settings)
-    parsed = client_defenses.parse(defense) if isinstance(defense, str) else defense
-    check_defense(parsed, model)
-    client_defenses.check_local_steps(parsed, client)
+    parsed = training.admitted(defense, model, client)
     told = asked_for(about)
     options = {**dataclasses.asdict(settings), "model": model.name, "defense": parsed.name, **told}
     content = files.digest(images, labels, jax.tree.leaves(variables))[:12]

@@ -8,15 +8,18 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
+from ggl_jax.client import defenses as client_defenses
+from ggl_jax.client.defenses.transformations import as_defense
 from ggl_jax.client.gradients import client_update, predicted
 from ggl_jax.errors import GGLError
+from ggl_jax.gate.defenses import check_defense
 from ggl_jax.grammar import at_least
 from ggl_jax.spec import Client, Count, Positive, Seed, Share, check, checked
 from ggl_jax.types import Context, Defense, Model, PyTree, Shared
@@ -44,6 +47,19 @@ class TrainingSettings:
     def validates(self) -> bool:
         """Whether further images are held out of training, to choose among settings by."""
         return False
+
+
+def admitted(given: Any, model: Model, client: Client) -> Defense:
+    """A defense as it is given, where this model's clients can train under it.
+
+    Raises:
+        GGLError: it is none, or does not keep the contract.
+    """
+    given = as_defense(given)
+    defense = client_defenses.parse(given) if isinstance(given, str) else given
+    check_defense(defense, model)
+    client_defenses.check_local_steps(defense, client)
+    return defense
 
 
 class TrainingState(NamedTuple):

@@ -22,10 +22,7 @@ from ggl_jax.audit import privacy, tables, training
 from ggl_jax.audit.cells import MODEL_STREAM, admit
 from ggl_jax.audit.judge import jsonable
 from ggl_jax.audit.run import Progress
-from ggl_jax.client import defenses as client_defenses
-from ggl_jax.client.defenses.transformations import as_defense
 from ggl_jax.errors import GGLError, explaining
-from ggl_jax.gate.defenses import check_defense
 from ggl_jax.spec import Client, Count, Positive, Proper, checked
 from ggl_jax.types import Defense, Model, PyTree
 
@@ -222,12 +219,9 @@ def measure(
     parts = split(len(images), settings)
     rates = settings.learning_rate
     named: dict[str, Defense] = {}
-    for one in ("none", *map(as_defense, defenses)):
-        defense = client_defenses.parse(one) if isinstance(one, str) else one
+    for given in ("none", *defenses):
+        defense = training.admitted(given, model, client)
         named.setdefault(defense.name, defense)
-    for defense in named.values():
-        check_defense(defense, model)
-        client_defenses.check_local_steps(defense, client)
     asked = asked_for(about)
     local = {k: v for k, v in dataclasses.asdict(client).items() if k.startswith("local_")}
     options = {**_options(settings), "schedule": "cosine", **local, "model": model.name, **asked}

@@ -100,10 +100,10 @@ def run(command: AuditCommand, argv: list[str]) -> int:
     )
     seed = command.setup.seed
     grid = lay_out(inputs, defenses, search=command.search, client=command.client, seed=seed)
+    num, images = counted(len(defenses), "defense"), counted(len(inputs.images), "image")
     say(
-        f"Auditing {counted(len(defenses), 'defense')} on {counted(len(inputs.images), 'image')} of "
-        f"{command.setup.data}: {inputs.model.name}, prior {card['name']}, attack "
-        f"{command.search.attack}."
+        f"Auditing {num} on {images} of {command.setup.data}: {inputs.model.name}, prior "
+        f"{card['name']}, attack {command.search.attack}."
     )
     out = command.out or Path(f"ggl-audit-{files.digest(options, inputs.digests)[:8]}")
     return run_grid(grid, out, command.running, functools.partial(write_report, shown=True))

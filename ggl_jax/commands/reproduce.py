@@ -146,8 +146,14 @@ def _landscape(command: Any, search: Search, argv: list[str]) -> int:
     """Figure 9, by ``ggl-jax landscape``."""
     if (command.images, command.seeds) != (1, 1):
         raise GGLError("images, seeds: figure9 is of one image and one seed; leave them out")
+    if command.running.dry_run:
+        raise GGLError("dry_run: figure9 is a single search; leave it out")
     options = landscape.LandscapeCommand(
-        lpips=command.judge.lpips, setup=_setup(command), search=search, out=command.out
+        lpips=command.judge.lpips,
+        setup=_setup(command),
+        search=search,
+        speed=command.speed,
+        out=command.out,
     )
     return landscape.run(options, argv)
 
