@@ -20,6 +20,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Annotated, Any
 
+import docstring_parser
 import tyro
 from rich.console import Console
 
@@ -50,21 +51,34 @@ def _hint(value: str) -> str:
     return "" if value == "None" else f"(default: {value})"
 
 
-def _without_none(kind: Any) -> None:
-    """Let the help texts of options show no None."""
+def _flowing(text: str) -> str:
+    """A docstring with no line breaks but those between paragraphs, for a terminal of any width."""
+    return "\n\n".join(" ".join(part.split()) for part in text.split("\n\n"))
+
+
+def _explained(kind: Any) -> None:
+    """Give tyro a command's docstrings so that their lines flow, and show no None."""
+    kind.__doc__ = _flowing(inspect.getdoc(kind) or "")
+    told = {
+        one.arg_name: one.description for one in docstring_parser.parse_from_object(kind).params
+    }
     for field in dataclasses.fields(kind):
         # a field of a class that this one goes on from is annotated there
         owner = next(k for k in kind.__mro__ if field.name in inspect.get_annotations(k))
         hint = owner.__annotations__[field.name]
         if dataclasses.is_dataclass(hint):
-            _without_none(hint)
-        elif field.default is None:
-            own = tyro.conf.arg(help_behavior_hint=_hint)
-            owner.__annotations__[field.name] = Annotated[hint, own]
+            _explained(hint)
+            continue
+        text = told.get(field.name)
+        own = tyro.conf.arg(
+            help=None if text is None else _flowing(text),
+            help_behavior_hint=_hint if field.default is None else None,
+        )
+        owner.__annotations__[field.name] = Annotated[hint, own]
 
 
 for _options in OPTIONS.values():
-    _without_none(_options)
+    _explained(_options)
 
 
 def _refusal(said: str, argv: list[str]) -> str:
@@ -89,7 +103,7 @@ def _refusal(said: str, argv: list[str]) -> str:
     unknown = re.match(r"Unrecognized options: ([^\s,]+)", text)
     before = argv[max(argv.index(unknown[1]) - 1, 0)] if unknown and unknown[1] in argv else ""
     plain = before.removeprefix("--").removeprefix("no-")
-    if unknown and hints.get(plain.replace("-", "_")) is bool:
+    if unknown and allowed(hints.get(plain.replace("-", "_"), str)) == allowed(bool):
         return (
             f"{plain}: got {unknown[1]!r}, but a switch takes no value; write --{plain} or "
             f"--no-{plain}"

@@ -45,7 +45,7 @@ def check_known(what: str, name: str, known: Collection[str], *, given: str = ""
 
 
 def printable(text: str) -> str:
-    """Text with control characters, and bytes that are no UTF-8, as escapes.
+    r"""Text with control characters, and bytes that are no UTF-8, as escapes.
 
     >>> printable("a\nb\udcff")
     'a\\nb\\udcff'

@@ -104,7 +104,7 @@ class Client:
 
 @dataclasses.dataclass(frozen=True)
 class Search:
-    """How the adversary searches. What an attack or a preset sets: :func:`search_of`."""
+    """How the adversary searches; attacks and presets set it, in Python by gx.search_of."""
 
     attack: str = "ggl"
     """Attack: map (regression from gradients, then the most probable image), regression alone, ggl

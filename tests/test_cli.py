@@ -1,8 +1,10 @@
 """The command line as users meet it: results on disk, clear errors with exit code 2, Ctrl-C."""
 
 import errno
+import itertools
 import json
 import os
+import re
 
 import jax
 import numpy as np
@@ -15,7 +17,7 @@ from ggl_jax import checkpoint, files
 from ggl_jax.adversary import reconstruct
 from ggl_jax.adversary.attacks import ATTACKS
 from ggl_jax.audit import folder as folders
-from ggl_jax.cli import _parse, run
+from ggl_jax.cli import COMMANDS, _parse, run
 from ggl_jax.commands import _shared
 from ggl_jax.commands.audit import defaults
 from ggl_jax.priors import dcgan
@@ -304,7 +306,21 @@ def test_help_explains_every_option(monkeypatch, capsys):
     assert "(default: 800)" not in said("audit")
 
 
-def test_sample_prior_and_info(prior_folder, tmp_path, capsys):
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_fills_its_lines(monkeypatch, capsys, name):
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit):
+        run([name, "--help"])
+    said = capsys.readouterr().out
+    assert ":func:" not in said
+    cells = [re.fullmatch(r"│ {8,}(\S.*?) *│", line) for line in said.splitlines()]
+    for before, after in itertools.pairwise(cells):
+        if before and after and before.start(1) == after.start(1):
+            assert after[1].startswith("(") or before.end(1) + len(after[1].split()[0]) >= 77
+
+
+def test_sample_prior_and_info(prior_folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("TFDS_DATA_DIR", "/tmp/[red]x")
     out = tmp_path / "grid.png"
     assert run(["sample-prior", "--prior", str(prior_folder), "--num", "9", "--out", str(out)]) == 0
     assert Image.open(out).width > 90
@@ -313,7 +329,9 @@ def test_sample_prior_and_info(prior_folder, tmp_path, capsys):
     one_error_line(capsys, "grid.png exists", "--out")
     assert out.read_bytes() == before
     assert run(["info"]) == 0
-    assert "jax" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "jax" in said
+    assert "/tmp/[red]x" in said
 
 
 def test_train_prior_and_export(tmp_path, capsys):

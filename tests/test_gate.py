@@ -281,7 +281,7 @@ FAULTS = {
         prior_with(denoise=lambda params, x: x * jnp.nan), "from nan to nan"
     ),
     ("prior", "a denoiser at random"): (
-        prior_with(denoise=lambda params, x: x * np.random.random()), "denoise: it draws"
+        prior_with(denoise=lambda params, x: x * np.random.random()), "denoise: it differs"
     ),
     # defenses
     ("defense", "a function"): (lambda: check_defense(plain, MODEL), "gx.from_function"),
