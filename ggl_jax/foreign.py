@@ -66,7 +66,7 @@ def _to_numpy(value) -> np.ndarray:
     if array.dtype.name == "bfloat16":
         array = array.astype(np.float32)
     if array.dtype.kind not in "biufc":
-        raise TypeError(f"no array of numbers but {type(value).__name__}")
+        raise TypeError(f"no numbers but {type(value).__name__} of {array.dtype}")
     return array
 
 

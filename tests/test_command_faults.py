@@ -368,6 +368,7 @@ FAULTS = {
         "import-prior dcgan --from @/none.npz --out out": ["none.npz"],
         "import-prior dcgan --from @/weights.npz --out out": ["layers"],
         "weights lpips-vg": ["did you mean 'lpips-vgg'"], "weights": ["lpips-vgg"],
+        "check @/none --steps 2": ["options: --steps 2; see ggl-jax check --help"],
         "info extra": ["extra"], "repot": ["did you mean 'report'"], "--versio": ["--versio"],
         **{
             f"{one} --seed {seed}": [f"seed: got {seed}", "below 4,294,967,296"]

@@ -35,8 +35,8 @@ _MEANINGS = {
 }
 
 _NUMPY_RANDOM = (
-    "it differs from call to call (random numbers of NumPy or Python, a state of its own), which is "
-    "fixed when it is compiled and then the same for every image; use jax.random with the key"
+    "it differs from call to call (random numbers of NumPy or Python, a state of its own), which "
+    "is fixed when it is compiled, then the same for every image; use jax.random with the key"
 )
 
 
