@@ -390,6 +390,8 @@ def test_progress_without_a_terminal(monkeypatch):
         bar("clip:4: search", 1, 4, 0.0, None)
         bar.began -= 20.0  # the second took as long
         bar("noise:1: search", 2, 4, 0.0, None)
+        bar.began -= 100.0  # a fifth of the third took five times as long
+        bar("noise:1: training", 2, 4, 0.2, None)
     lines = [line.split("s  ", 1)[1] for line in shown.export_text().splitlines()]
     assert lines == [
         "[1/4] a phase of unknown length",
@@ -398,4 +400,5 @@ def test_progress_without_a_terminal(monkeypatch):
         "[1/4] none: search, 41% of all, loss 7.5, about 44 s left",
         "[2/4] clip:4: search, about 18 s left",
         "[3/4] noise:1: search, about 40 s left",
+        "[3/4] noise:1: training, about 11 min left",  # 400 s, and the mean of 20 and 500
     ]

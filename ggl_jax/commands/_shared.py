@@ -242,13 +242,18 @@ class AuditBar(Progress):
         self.starts.setdefault(number, seconds)
         first, *others = sorted(self.starts)
         start, end = _PHASES.get(phase.rpartition(": ")[2], (0.0, 1.0))
-        done = start + fraction * (end - start)
-        done = _FIRST * done if number == first else _FIRST + number - first - 1 + done
+        share = start + fraction * (end - start)
+        done = _FIRST * share if number == first else _FIRST + number - first - 1 + share
         done = min(done / (_FIRST + total - first - 1), 1.0)
         left = ""
         if len(others) > 1:  # the first one says little of them
-            left = (total - number) * (self.starts[number] - self.starts[others[0]])
-            left = _left(left / (number - others[0]))
+            own, cells = seconds - self.starts[number], number - others[0]
+            measured = self.starts[number] - self.starts[others[0]]
+            rest = measured / cells - own
+            if rest < 0:  # slower than those before it, so its own pace counts
+                rest = own * (1 / max(share, 0.01) - 1)
+            each = (measured + own + rest) / (cells + 1)
+            left = _left(rest + (total - number - 1) * each)
         elif done > 0:
             left = _left(seconds * (1 - done) / done)
         if not self.disable:
