@@ -86,6 +86,8 @@ def _refusal(said: str, argv: list[str]) -> str:
     lines = [line.strip(" │") for line in said.splitlines()[1:]]  # without the title
     inside = itertools.dropwhile(lambda line: not line.strip("-"), lines)
     text = " ".join(itertools.takewhile(lambda line: line.strip("-─"), inside))
+    # options that another command has are said in another way
+    text = re.sub(r" \(applied to [^)]*\)", "", text).replace("or misplaced options", "options")
     command = argv[0] if argv and argv[0] in COMMANDS else ""
     hints = options_of(OPTIONS[command]) if command else {}
     refused = r"(?:Error parsing|Missing value|invalid choice).*?(--|t '(?!-))([\w-]+)"
