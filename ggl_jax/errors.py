@@ -2,8 +2,9 @@
 
 import difflib
 import unicodedata
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 
 class GGLError(Exception):
@@ -52,6 +53,17 @@ def printable(text: str) -> str:
     """
     odd = {c for c in text if unicodedata.category(c) in ("Cc", "Cs")}
     return "".join(c.encode("unicode_escape").decode() if c in odd else c for c in text)
+
+
+def check_once(what: str, items: Sequence[Any], remedy: str = "name each once") -> None:
+    """Refuse items of which one is there twice.
+
+    Raises:
+        GGLError: it names that one.
+    """
+    twice = next((item for place, item in enumerate(items) if item in items[:place]), None)
+    if twice is not None:
+        raise GGLError(f"{what}: {twice!r} is there twice; {remedy}")
 
 
 def first_line(error: BaseException) -> str:

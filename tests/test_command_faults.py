@@ -198,7 +198,7 @@ FAULTS = {
         "tfds:": ["tfds:NAME"], "tfds:nothing_at_all": ["nothing_at_all"],
         "tfds:celeb_a?data_dir=@/folder": ["not prepared", "tfds build"],
         "@/good.npz --indices 4": ["'4'", "below 4"], "@/good.npz --indices -1": ["'-1'"],
-        "@/good.npz --indices 1,1": ["more than once"], "@/good.npz --indices ''": ["indices"],
+        "@/good.npz --indices 1,1": ["is there twice"], "@/good.npz --indices ''": ["indices"],
         "@/good.npz --indices 0:100:10": ["'0:100:10'"], "@/good.npz --indices x": ["'x'"],
         "@/good.npz --batch-size 3": ["batch_size", "3"],
     }),

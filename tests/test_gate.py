@@ -393,7 +393,7 @@ def test_one_line_for_each_fault(kind, fault, tmp_path, monkeypatch):
         ({"num_controls": 0}, "num_controls: got 0"),
         ({"ceiling_steps": 0}, "ceiling_steps: got 0"),
         ({"instance_ids": [0, -1]}, "instance_ids[1]"),
-        ({"names": ["a", "a"]}, "names two images"),
+        ({"names": ["a", "a"]}, "'a' is there twice"),
         ({"others": IMAGES[:, :4]}, "others: got shape"),
         ({"lpips": "resnet"}, "resnet"),
     ],

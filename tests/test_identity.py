@@ -143,7 +143,7 @@ def test_folders_of_other_versions_and_of_other_things_are_refused(given, tmp_pa
         ({"defenses": ["clip:1", scaled(0.5, "clip:1")]}, "'clip:1' names two defenses"),
         ({"defenses": ["clip:1", "clip:1.0"]}, "'clip:1' is there twice"),
         ({"defenses": []}, "defenses: got none"),
-        ({"names": ["a", "a"]}, "'a' names two images"),
+        ({"names": ["a", "a"]}, "'a' is there twice"),
         ({"names": ["a"]}, "names: got 1"),
     ],
 )

@@ -16,7 +16,7 @@ from ggl_jax.audit import identity, metrics
 from ggl_jax.audit.lpips import get_backbone
 from ggl_jax.client import defenses as client_defenses
 from ggl_jax.client.defenses.transformations import as_defense
-from ggl_jax.errors import GGLError, printable
+from ggl_jax.errors import GGLError, check_once, printable
 from ggl_jax.files import digest
 from ggl_jax.gate.arguments import as_images, as_labels, as_options, as_suspects, check_data
 from ggl_jax.gate.defenses import check_defense
@@ -104,7 +104,10 @@ class Inputs:
         ids = list(num if self.instance_ids is None else self.instance_ids)
         at_least(0, **{f"instance_ids[{place}]": one for place, one in enumerate(ids)})
         self.instance_ids = [int(one) for one in ids]
-        _check_names(self)
+        for name in ("names", "instance_ids"):
+            if (given := len(getattr(self, name))) != len(num):
+                raise GGLError(f"{name}: got {given} of them, allowed: {len(num)}, one per image")
+        check_once("names", self.names, "give each image a name of its own")
         if self.others is not None:
             self.others = as_suspects(self.others, self.model)
 
@@ -158,17 +161,6 @@ def admit(
     for name, function in metrics.own_metrics().items():
         check_metric(function, name, model, variables)
     return found, classes
-
-
-def _check_names(inputs: Inputs) -> None:
-    num = len(inputs.images)
-    for name in ("names", "instance_ids"):
-        given = getattr(inputs, name)
-        if len(given) != num:
-            raise GGLError(f"{name}: got {len(given)} of them, allowed: {num}, one per image")
-    twice = [name for name in inputs.names if inputs.names.count(name) > 1]
-    if twice:
-        raise GGLError(f"names: {twice[0]!r} names two images; give each a name of its own")
 
 
 class Cell(NamedTuple):

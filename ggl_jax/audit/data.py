@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from ggl_jax import files, npz
-from ggl_jax.errors import GGLError, about, did_you_mean, explaining, first_line
+from ggl_jax.errors import GGLError, about, check_once, did_you_mean, explaining, first_line
 from ggl_jax.priors.holdout import held_out_of
 from ggl_jax.spec import AtLeast, Count, check
 
@@ -320,9 +320,7 @@ def _choose(indices, size: int, shown=None) -> list[int]:
         chosen = [int(check("position", index, position)) for index in indices]
     if not chosen:
         raise GGLError(f"indices={shown!r} choose no image; write for example 0:8")
-    if len(set(chosen)) < len(chosen):
-        twice = next(index for index in chosen if chosen.count(index) > 1)
-        raise GGLError(f"indices={shown!r} name image {twice} more than once; name it once")
+    check_once(f"indices={shown!r}: image", chosen)
     return chosen
 
 

@@ -231,12 +231,16 @@ class Metric(NamedTuple):
         return self.function(reconstruction, original, model, variables)
 
 
+_TOLD = {row.pop("name"): row for row in files.read_csv(Path(__file__).parent / "scores.csv")}
+#: Scores that are read off a column of the results, that column, and their unit.
+COLUMNS = [(name, at, row["unit"]) for name, row in _TOLD.items() if (at := row.pop("column"))]
+
+
 def described(functions: Mapping[str, Callable[..., Any]]) -> dict[str, Any]:
     """A :class:`Metric` of each function, with what ``scores.csv`` says under its name."""
-    told = {row.pop("name"): row for row in files.read_csv(Path(__file__).parent / "scores.csv")}
     found = {}
     for name, function in functions.items():
-        row: dict[str, Any] = told[name]
+        row: dict[str, Any] = dict(_TOLD[name])
         low, high = map(float, row["limits"].split())
         row |= {"limits": (low, high), "shown": row["shown"] == "yes"}
         found[name] = Metric(function, **row)

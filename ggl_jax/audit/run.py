@@ -33,7 +33,7 @@ from ggl_jax.audit.controls import Controls, batch_controls, read_controls, writ
 from ggl_jax.audit.judge import in_order, jsonable, judge
 from ggl_jax.audit.threat import threat_model
 from ggl_jax.client.share import share
-from ggl_jax.errors import GGLError, StorageError
+from ggl_jax.errors import GGLError, StorageError, check_once
 from ggl_jax.files import digest
 from ggl_jax.gate.arguments import as_options
 from ggl_jax.spec import Client, Search, checked, varying
@@ -500,9 +500,7 @@ def lay_out(
     names = [defense.name for defense in parsed]
     if not names:
         raise GGLError("defenses: got none; name at least one, e.g. 'none'")
-    twice = [name for name in names if names.count(name) > 1]
-    if twice:
-        raise GGLError(f"defenses: {twice[0]!r} is there twice; name each once")
+    check_once("defenses", names)
     at_once = instances_of(inputs)
     for defense in parsed:  # for its errors: options that do not fit are the call's, not a cell's
         maker.ready(search, client, defense)

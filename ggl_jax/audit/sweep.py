@@ -17,7 +17,7 @@ from ggl_jax.audit.run import Grid, Progress, RunResult, config_of, run
 from ggl_jax.client.defenses.transformations import as_defense
 from ggl_jax.client.models import get_model
 from ggl_jax.client.updates import variables_of
-from ggl_jax.errors import GGLError, did_you_mean
+from ggl_jax.errors import GGLError, check_once, did_you_mean
 from ggl_jax.spec import Client, Search, Seed, check, combinations, options_of, replace
 from ggl_jax.types import Defense, Model
 
@@ -68,10 +68,8 @@ def check_axes(axes: Mapping[str, Sequence]) -> dict[str, list]:
             for value in values
             for one in (expand(value) if isinstance(value, str) else [as_defense(value)])
         ]
-        shown = [json.dumps(_shown(value)) for value in plain]
-        twice = [value for value in shown if shown.count(value) > 1]
-        if twice:
-            raise GGLError(f"axes: {name} names {twice[0]} twice; name each value once")
+        # As text: else 1 and True would be the same.
+        check_once(f"axes: {name}", [json.dumps(_shown(value)) for value in plain])
         found[name] = plain
     return found
 

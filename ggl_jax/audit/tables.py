@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from ggl_jax.audit.metrics import METRICS, Metric, confidence_interval, described
+from ggl_jax.audit.metrics import COLUMNS, METRICS, Metric, confidence_interval, described
 from ggl_jax.spec import varying
 from ggl_jax.types import NONFINITE, STATUS_MESSAGES
 
@@ -131,22 +131,9 @@ def _share(name: str) -> Callable[[Row], float | None]:
     return read
 
 
+_READ = {name: (_share if unit == "%" else _entry)(column) for name, column, unit in COLUMNS}
 #: Scores besides METRICS, read off a row of the results.
-DERIVED: dict[str, Metric] = described(
-    {
-        "control": _control,
-        "gain": _gain,
-        "best": _entry("psnr_control_best"),
-        "ceiling": _entry("psnr_ceiling"),
-        "lpips": _entry("lpips"),
-        "label": _share("label_accuracy"),
-        "identified_pixels": _share("rank_pixels"),
-        "identified_features": _share("rank_features"),
-        "bound_mse": _entry("bound_mse"),
-        "bound_identified": _share("bound_identified"),
-        "bound_identified_any": _share("bound_identified_any"),
-    }
-)
+DERIVED: dict[str, Metric] = described({"control": _control, "gain": _gain, **_READ})
 
 #: What was measured and what bounds it.
 BOUNDED = {"mse": "bound_mse", "identified_pixels": "bound_identified"}
