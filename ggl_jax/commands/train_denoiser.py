@@ -4,12 +4,12 @@ import dataclasses
 from pathlib import Path
 
 from ggl_jax.commands._shared import command_of, say
-from ggl_jax.commands.train_prior import Trained, trained, weighted
+from ggl_jax.commands.train_prior import PriorTraining, trained, weighted
 from ggl_jax.priors import denoiser, load_prior
 
 
 @dataclasses.dataclass(frozen=True)
-class TrainDenoiserCommand(Trained):
+class TrainDenoiserCommand(PriorTraining):
     """Train a denoiser beside a prior, on your own public images.
 
     Attack map then knows what images look like between the pixels, too. Ctrl-C saves, and the same

@@ -13,7 +13,7 @@ from ggl_jax.priors.wgan_gp import Config
 
 
 @dataclasses.dataclass(frozen=True)
-class Trained:
+class PriorTraining:
     """What the trainings of a prior and of its denoiser are told."""
 
     data: tuple[str, ...]
@@ -28,7 +28,7 @@ class Trained:
 
 
 @dataclasses.dataclass(frozen=True)
-class TrainPriorCommand(Trained):
+class TrainPriorCommand(PriorTraining):
     """Train a face generator (DCGAN with WGAN-GP) on your own public images.
 
     Writes checkpoints, loss curves and sample grids as it goes; Ctrl-C saves, and the same command
@@ -45,7 +45,7 @@ class TrainPriorCommand(Trained):
     config: Config = dataclasses.field(default_factory=Config)
 
 
-def weighted(command: Trained) -> list[tuple[str, float]]:
+def weighted(command: PriorTraining) -> list[tuple[str, float]]:
     """Files and weights, from FILE or FILE*WEIGHT, once it is known that the export is free."""
     if command.export is not None:
         checkpoint.check_free(command.export)  # rather than after hours
