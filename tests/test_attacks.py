@@ -44,7 +44,7 @@ def variables(model):
 def problem_of(model, variables, image, label, spec="none"):
     defense = gx.parse(spec)
     images, labels = image[None], jnp.asarray([label])
-    update = gx.gradient(model, variables, images, labels)
+    update = jax.jit(gx.gradient, static_argnums=0)(model, variables, images, labels)
     context = gx.Context(model, variables, images, labels)
     observed, _ = defense.apply(jax.random.key(1), update, context)
     estimated = estimate(defense.view, observed, model.head)
@@ -126,8 +126,8 @@ def test_adaptive_attacks_see_the_defense(model, variables, tiny_images, tiny_pr
             regularizer="none",
         )
         key = jax.random.key(0)
-        state = attack.init(key, problem, pixels_of(tiny_images[None, :1]))
-        losses[adaptive] = float(attack.step(key, problem, state)[1].losses[0])
+        state = jax.jit(attack.init)(key, problem, pixels_of(tiny_images[None, :1]))
+        losses[adaptive] = float(jax.jit(attack.step)(key, problem, state)[1].losses[0])
     assert losses[True] < 1e-6  # the private image itself, clipped as the client's
     assert losses[False] > 1e-3
 
@@ -147,13 +147,13 @@ def test_the_best_of_the_pool_start(tiny_model, tiny_variables, tiny_prior, tiny
         pool=64,
         regularizer="none",
     )
-    state = attack.init(jax.random.key(0), problem)
+    state = jax.jit(attack.init)(jax.random.key(0), problem)
     points = tiny_prior.sample_latent(
         jax.random.split(jax.random.split(jax.random.key(0))[0])[0], 64
     )
     images = tiny_prior.apply(tiny_prior_params, points, jnp.zeros(64, jnp.int32))
     loss = gx.matching_loss(tiny_model, tiny_variables, problem.observed)
-    losses = loss(images[:, None], problem.labels)
+    losses = jax.jit(loss)(images[:, None], problem.labels)
     np.testing.assert_allclose(state.latents, points[jnp.argsort(losses)[:2]], atol=1e-6)
     assert attack.evaluations_at_start == 64
 
@@ -228,8 +228,8 @@ def test_likelihood_scales_by_the_noise(model, variables, tiny_images, tiny_prio
             distance=distance,
         )
         key = jax.random.key(0)
-        state = attack.init(key, problem, pixels_of(tiny_images[None, 1:]))
-        losses.append(float(attack.step(key, problem, state)[1].losses[0]))
+        state = jax.jit(attack.init)(key, problem, pixels_of(tiny_images[None, 1:]))
+        losses.append(float(jax.jit(attack.step)(key, problem, state)[1].losses[0]))
     sigma = float(problem.estimated[1]["sigma"])
     assert losses[1] == pytest.approx(losses[0] / (2 * sigma**2), rel=1e-5)
     # Minus log-likelihood: at any other level of noise it is as if the update told more or less.
@@ -247,8 +247,8 @@ def test_relative_distances(noise, model, variables, tiny_images, tiny_prior):
             "gi", model, tiny_prior, steps=1, restarts=1, relative=relative, regularizer="none"
         )
         key = jax.random.key(0)
-        state = attack.init(key, problem, pixels_of(tiny_images[None, 1:]))
-        losses[relative] = float(attack.step(key, problem, state)[1].losses[0])
+        state = jax.jit(attack.init)(key, problem, pixels_of(tiny_images[None, 1:]))
+        losses[relative] = float(jax.jit(attack.step)(key, problem, state)[1].losses[0])
     leaves = jax.tree.leaves(problem.observed)
     squares, entries = sum(float(jnp.sum(y**2)) for y in leaves), sum(y.size for y in leaves)
     left = max(squares - entries * noise**2, 1e-3 * squares)
@@ -334,8 +334,8 @@ def test_batch_norm_statistics(tiny_images, tiny_prior):
             regularizer=penalty,
         )
         given = problem._replace(statistics=statistics)
-        state = attack.init(jax.random.key(0), given, pixels_of(tiny_images[None, 1:]))
-        state, info = attack.step(jax.random.key(0), given, state)
+        state = jax.jit(attack.init)(jax.random.key(0), given, pixels_of(tiny_images[None, 1:]))
+        state, info = jax.jit(attack.step)(jax.random.key(0), given, state)
         losses[name] = float(info.losses[0])
         distance = float(attack.candidates(given, state).distances[0])
         assert distance == pytest.approx(losses["without"], rel=1e-4)
@@ -414,14 +414,15 @@ def test_refinement_keeps_the_attacks_distance(model, variables, tiny_images, ti
     for attack, distance in (("ig", "cosine"), ("gi", "squared_l2")):
         settings = gx.search_of("paper", attack, refine="pixels", refine_steps=2, steps=2)
         stages = gx.make_stages(settings, model, tiny_prior, gx.parse("none").view)
-        found = stages[-1].attack.distances(problem, tiny_images[1:, None], problem.labels)
+        distances = jax.jit(stages[-1].attack.distances)
+        found = distances(problem, tiny_images[1:, None], problem.labels)
         expected = gx.matching_loss(model, variables, problem.observed, distance=distance)
         # Relative to an update of zero, whose cosine distance is 1.
         scale = 1.0
         if distance == "squared_l2":
             scale = sum(float(jnp.sum(y**2)) for y in jax.tree.leaves(problem.observed))
         np.testing.assert_allclose(
-            found, expected(tiny_images[1:, None], problem.labels) / scale, rtol=1e-4
+            found, jax.jit(expected)(tiny_images[1:, None], problem.labels) / scale, rtol=1e-4
         )
 
 
