@@ -110,8 +110,10 @@ class Problem:
     images: jax.Array
     labels: jax.Array
 
-    def losses(self, method, *, kind=double, distance="squared_l2", client=None, **speed):
-        """Losses, and the derivative of their sum with respect to the images."""
+    def losses(
+        self, method, *, kind=double, distance="squared_l2", client=None, derivative=True, **speed
+    ):
+        """Losses, and the derivative of their sum with respect to the images, unless not asked."""
 
         @jax.jit
         def run(variables, observed, estimated, images):
@@ -125,13 +127,15 @@ class Problem:
                 client=client,
                 speed=Speed(method=method, **speed),
             )
+            if not derivative:
+                return loss(images, self.labels), jnp.nan
             values, pull_back = jax.vjp(lambda x: loss(x, self.labels), images)
             return values, pull_back(jnp.ones_like(values))[0]
 
-        values, derivative = run(
+        values, slope = run(
             *map(kind, (self.variables, self.observed, self.estimated, self.images))
         )
-        return np.asarray(values), np.asarray(derivative)
+        return np.asarray(values), np.asarray(slope)
 
 
 def problem(name, spec, *, batch=1, fidelity="paper", num=4):
@@ -303,12 +307,12 @@ def test_resnet18_in_float32():
 def test_a_broken_layer_formula_would_be_noticed(monkeypatch):
     with jax.enable_x64(True):
         parts = problem("wide", "none", num=2)
-        direct, _ = parts.losses("direct")
+        direct, _ = parts.losses("direct", derivative=False)
         for name in ("inner_product", "sq_norm"):
             whole = getattr(layers, name)
             with monkeypatch.context() as patch:
                 patch.setattr(layers, name, lambda *args, whole=whole: 1.001 * whole(*args))
-                fused, _ = parts.losses("fused")
+                fused, _ = parts.losses("fused", derivative=False)
             assert not np.allclose(fused, direct, rtol=1e-5)
 
 
@@ -415,11 +419,11 @@ def test_labels_may_be_shared_or_soft_and_jit_changes_nothing():
 def test_local_steps_take_the_direct_way():
     with jax.enable_x64(True):
         parts = problem("wide", "none", num=2)
-        how = {"client": Client(local_steps=2, local_learning_rate=0.1)}
+        how = {"client": Client(local_steps=2, local_learning_rate=0.1), "derivative": False}
         auto, _ = parts.losses("auto", **how)
         direct, _ = parts.losses("direct", **how)
         np.testing.assert_allclose(auto, direct, rtol=1e-12)
-        one, _ = parts.losses("auto")
+        one, _ = parts.losses("auto", derivative=False)
         assert not np.allclose(auto, one, rtol=1e-3)
         with pytest.raises(gx.GGLError, match="local_steps"):
             parts.losses("fused", **how)
@@ -459,7 +463,7 @@ print(memory(6) - memory(3))
 def test_sparsification_holds_one_tensor_at_a_time():
     # By default XLA's CPU backend orders operations for concurrency, whatever memory that takes;
     # its flags can only be set for a whole process.
-    flags = "--xla_cpu_enable_concurrency_optimized_scheduler=false"
+    flags = f"{os.environ['XLA_FLAGS']} --xla_cpu_enable_concurrency_optimized_scheduler=false"
     done = subprocess.run(
         [sys.executable, "-c", _MEMORY],
         env=os.environ | {"XLA_FLAGS": flags},
