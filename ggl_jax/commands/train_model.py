@@ -86,4 +86,5 @@ def _accuracy(card: dict[str, Any]) -> str:
     text = f"accuracy {100 * card['accuracy']:.1f} %"
     if card["accuracy_in_eval"] is not None:
         text += f" ({100 * card['accuracy_in_eval']:.1f} % in eval mode)"
-    return f"{text} on {card['num_test']:,} images held out; commonest class {card['majority']:.1%}"
+    majority = f"commonest class {100 * card['majority']:.1f} %"
+    return f"{text} on {card['num_test']:,} images held out; {majority}"
