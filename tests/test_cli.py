@@ -1,6 +1,7 @@
 """The command line as users meet it: results on disk, clear errors with exit code 2, Ctrl-C."""
 
 import errno
+import inspect
 import itertools
 import json
 import os
@@ -17,6 +18,7 @@ from ggl_jax import checkpoint, files
 from ggl_jax.adversary import reconstruct
 from ggl_jax.adversary.attacks import ATTACKS
 from ggl_jax.audit import folder as folders
+from ggl_jax.audit import run as run_module
 from ggl_jax.cli import COMMANDS, _parse, run
 from ggl_jax.commands import _shared
 from ggl_jax.commands.audit import defaults
@@ -373,6 +375,14 @@ def test_train_prior_and_export(tmp_path, capsys):
     one_error_line(capsys, "held-out")
     assert run(["train-prior", "--data", str(tmp_path / "none.npz"), *options]) == 2
     one_error_line(capsys, "none.npz")
+
+
+def test_progress_knows_every_phase_of_a_cell():
+    """An unknown one would begin at 0 again, and hours would be left."""
+    for module in (run_module, reconstruct):
+        told = re.findall(r"(?:report|progress)\(\"([^\"]+)\"", inspect.getsource(module))
+        assert told
+        assert set(told) <= set(_shared._PHASES)
 
 
 def test_progress_without_a_terminal(monkeypatch):

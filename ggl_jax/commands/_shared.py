@@ -209,7 +209,8 @@ _PHASES = {
     "gradients of the bank": (0.17, 0.4),
     "compiling the search": (0.4, 0.72),
     "search": (0.72, 0.95),
-    "controls": (0.95, 1.0),
+    "controls": (0.95, 0.99),
+    "bounds": (0.99, 1.0),
 }
 _FIRST = 3.0
 
