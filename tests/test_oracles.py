@@ -116,7 +116,8 @@ def test_an_estimate_is_of_what_was_used(
 ):
     """Not of the defense at hand: the server takes another of the kind, and finds the same."""
     update = gx.gradient(tiny_model, tiny_variables, 4 * tiny_images[:1], jnp.asarray([1]))
-    observed, record = gx.parse(FORMS[fidelity](used)).apply(jax.random.key(0), update, None)
+    apply = jax.jit(gx.parse(FORMS[fidelity](used)).apply)
+    observed, record = apply(jax.random.key(0), update, None)
     found = [
         summary(estimate(gx.parse(FORMS[fidelity](spec)).view, observed, tiny_model.head))
         for spec in (used, taken)
