@@ -223,14 +223,18 @@ def test_random_defenses_have_their_mean_and_variance(name):
 def test_dpsgd_is_optaxs(tiny_model, tiny_variables, tiny_images):
     """Each image's gradient is clipped, before the sum; the noise is divided by their number."""
     context = Context(tiny_model, tiny_variables, tiny_images, jnp.array([1, 2]))
-    each = jax.vmap(
-        lambda x, y: gradient(tiny_model, tiny_variables, x[None], y[None]), in_axes=(0, 0)
-    )(tiny_images, context.labels)
+    each = jax.jit(jax.vmap(lambda x, y: gradient(tiny_model, tiny_variables, x[None], y[None])))(
+        tiny_images, context.labels
+    )
     rule = optax.contrib.differentially_private_aggregate(0.5, 0.0, jax.random.key(0))
     expected, _ = rule.update(each, rule.init(None))
-    clean, _ = parse("dpsgd:0.5,multiplier=0").apply(jax.random.key(0), None, context)
+
+    def shared(spec):
+        return jax.jit(lambda key: parse(spec).apply(key, None, context))(jax.random.key(0))
+
+    clean, _ = shared("dpsgd:0.5,multiplier=0")
     close(clean, expected)
-    noisy, record = parse("dpsgd:0.5,multiplier=2").apply(jax.random.key(0), None, context)
+    noisy, record = shared("dpsgd:0.5,multiplier=2")
     assert record[1]["sigma"] == 0.5
     drawn = ravel_pytree(jax.tree.map(jnp.subtract, noisy, clean))[0]
     assert abs(jnp.mean(drawn**2) / 0.25 - 1) < 5 * np.sqrt(2 / drawn.size)
@@ -361,7 +365,7 @@ def test_estimates_from_the_update_alone(spec):
 def test_the_private_image_itself_has_loss_zero(name, for_spec):
     update, context = for_spec(name)
     defense = parse(DEFENSE_SPECS[name])
-    observed, _ = defense.apply(jax.random.key(1), update, context)
+    observed, _ = jax.jit(lambda key: defense.apply(key, update, context))(jax.random.key(1))
     estimated = defense.view.estimate(observed, context.model.head)
     variables = context.variables
     if defense.view.rewire is not None:

@@ -60,12 +60,13 @@ def test_the_batchs_mix_is_mixups_and_keeps_the_counts(batch):
     np.testing.assert_allclose(images.sum(axis=0), batch.images.sum(axis=0), rtol=1e-4)
     # Its loss is the mix of the two labels' losses, as published.
     defense = gx.parse("mixup:1,public=batch")
-    sent, record = defense.apply(jax.random.key(3), None, batch)
+    sent, record = jax.jit(lambda key: defense.apply(key, None, batch))(jax.random.key(3))
     assert record["weight"] == pytest.approx(w)
     partners = (images - w * batch.images) / (1 - w)
     other = [int(jnp.argmin(jnp.sum((p - batch.images) ** 2, (1, 2, 3)))) for p in partners]
-    own = gx.gradient(batch.model, batch.variables, images, batch.labels)
-    partner = gx.gradient(batch.model, batch.variables, images, batch.labels[jnp.array(other)])
+    gradient = jax.jit(gx.gradient, static_argnums=0)
+    own = gradient(batch.model, batch.variables, images, batch.labels)
+    partner = gradient(batch.model, batch.variables, images, batch.labels[jnp.array(other)])
     close(sent, jax.tree.map(lambda a, b: w * a + (1 - w) * b, own, partner))
     with pytest.raises(GGLError, match="a batch of one image has no partner"):
         defense.apply(jax.random.key(0), None, batch._replace(images=images[:1]))
@@ -173,7 +174,7 @@ def test_each_image_draws_its_policy_and_directions(batch):
 def test_the_update_tells_the_changed_image(spec, batch):
     context = batch._replace(images=batch.images[:1], labels=batch.labels[:1])
     defense, key = gx.parse(spec), jax.random.key(4)
-    observed, _ = defense.apply(key, None, context)
+    observed, _ = jax.jit(lambda key: defense.apply(key, None, context))(key)
     first = jax.random.fold_in(key, 0) if "+" in spec else key
     if spec.startswith("mixup"):
         changed = mixed(first, context, 2.0, "faces")[0]
