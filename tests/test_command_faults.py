@@ -339,7 +339,7 @@ FAULTS = {
         "sweep @/prior.toml --out out": ["did you mean 'dcgan32_faces'"],
         "sweep @/cut.toml --out out --process-id 0": ["give all three"], "sweep": ["grid"],
         "sweep @/cut.toml --shard 1": ["shard", "takes no value"],
-        "report @/none": ["no folder of ggl-jax"], "report @/thesis": ["no folder of ggl-jax"],
+        "report @/none": ["no folder of an audit"], "report @/thesis": ["no folder of an audit"],
         "report": ["folders: got 0"], "check @/none": ["no folder"], "check": ["Folder"],
         "check @/none --max-psnr x": ["--max-psnr"], "status @/file": ["no folder"],
         "reproduce": ["table1"], "reproduce tabel3": ["did you mean 'table3'"],

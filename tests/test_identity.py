@@ -129,7 +129,7 @@ def test_folders_of_other_versions_and_of_other_things_are_refused(given, tmp_pa
     with pytest.raises(gx.GGLError, match="is a file"):
         gx.audit(**given, defenses=["none"], out=other / "chapter.tex")
     assert [path.name for path in other.iterdir()] == ["chapter.tex"]
-    with pytest.raises(gx.GGLError, match="no folder of ggl-jax"):
+    with pytest.raises(gx.GGLError, match="no folder of an audit"):
         folders.read(other)
 
 

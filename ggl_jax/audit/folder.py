@@ -75,7 +75,7 @@ def read(folder: str | Path) -> Records:
         GGLError: it is neither, of an older version, or damaged.
     """
     folder = Path(folder)
-    config = files.read_json(folder / "config.json", f"{folder} is no folder of ggl-jax")
+    config = files.read_json(folder / "config.json", f"{folder} is no folder of an audit or sweep")
     check_format(folder, config)
     plan = files.read_json(folder / "plan.json", f"{folder} holds no audit or sweep")
     rows, failures = [], {}
