@@ -28,7 +28,6 @@ import jax
 import jax.numpy as jnp
 import pytest
 from flax import linen as nn
-from jax._src.interpreters import mlir
 
 from ggl_jax import checkpoint
 from ggl_jax.adversary.search import release_programs
@@ -37,9 +36,14 @@ from ggl_jax.priors import dcgan
 from ggl_jax.types import Prior
 
 # JAX makes an MLIR context with all dialects for each program: 5 ms, a third of what a small one
-# takes. The programs of one file share theirs.
-_make_context = functools.lru_cache(mlir.make_ir_context)
-mlir.make_ir_context = _make_context
+# takes. The programs of one file share theirs. The name is JAX's own: without it tests are slower.
+try:
+    from jax._src.interpreters import mlir
+
+    _make_context = functools.lru_cache(mlir.make_ir_context)
+    mlir.make_ir_context = _make_context
+except (ImportError, AttributeError):
+    _make_context = functools.lru_cache(lambda: None)
 
 # Tracing makes many objects that live on: collect seldom, and never what the imports made.
 gc.freeze()
