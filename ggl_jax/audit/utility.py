@@ -276,7 +276,7 @@ def measure(
 
 
 def _left(
-    lines: Sequence[Mapping[str, Any]], defense: str, settings: UtilitySettings
+    lines: Sequence[dict[str, Any]], defense: str, settings: UtilitySettings
 ) -> list[tuple[float, int]]:
     """Trainings of a defense that are still to do: each rate, then repeats at the best, or some."""
     rates = settings.learning_rate
@@ -287,12 +287,17 @@ def _left(
     if tried or not own:
         again = rates[0]
     else:
-        best = max((line for line in own if not line.get("repeat")), key=_merit)
+        best = max(_firsts(own), key=_merit)
         if best["accuracy"] is None:
             return []
         again = best.get("learning_rate", rates[0])
     repeats = [(again, repeat) for repeat in range(1, settings.repeats)]
     return tried + [one for one in repeats if one not in known]
+
+
+def _firsts(own: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A defense's trainings but for repeats: one at each learning rate, one of which is chosen."""
+    return [line for line in own if not line.get("repeat")]
 
 
 def _merit(line: Mapping[str, Any]) -> float:
@@ -307,7 +312,7 @@ def _chosen(lines: Sequence[dict[str, Any]], num_rates: int) -> list[dict[str, A
     """
     found = []
     for own in tables.grouped(lines, lambda line: line["defense"]).values():
-        first = [line for line in own if not line.get("repeat")]
+        first = _firsts(own)
         if len(first) < num_rates:
             continue
         best = max(first, key=_merit)
